@@ -1,4 +1,4 @@
-"""Read what can be observed of a process from outside; one reader for each source.
+"""Read what can be observed of a process from outside. There is one reader for each source.
 
     process_reader  /proc/PID: state, signals, tracer, CPU time, I/O counters
     threads         where its threads wait, and how often they were woken
@@ -8,6 +8,6 @@
     cgroup          writeback, writes and the freezer of its control groups, v1 and v2
     meminfo         writeback of the whole host
 
-Readers return None for unreadable values, and never raise if the target exits. They may block, and
-most are not thread-safe; the sampler runs them in its own threads.
+Readers return None for unreadable values, and raise no exception if the process exits. They may
+block, and most are not thread-safe, so the sampler runs them in its own threads.
 """

@@ -1,11 +1,11 @@
 """Find the file system under a file that the kernel names only by its path.
 
-This concerns the backing file of a loop device and the upper directory of an overlay. Their path is
-valid in one mount namespace, and the kernel does not report which one. So a container's
-"/tmp/image" could be mistaken for a file on the host's root disk. To prevent this, a local file
-system is accepted only if the path leads to the right kind of file: for a loop device, a block
-device or a file of the right length; for an overlay, a directory. LOOP_GET_STATUS64 would return
-the file's device and inode, but it blocks if the file system hangs.
+Such files are the backing file of a loop device and the upper directory of an overlay. The path is
+valid in one mount namespace, and the kernel does not report in which. So a container's "/tmp/image"
+could be mistaken for a file on the host's root disk. To prevent this, a path on a local file system
+is accepted only if it leads to the right kind of file: for a loop device, a block device or a file
+of the right length; for an overlay, a directory. LOOP_GET_STATUS64 would return the file's device
+and inode, but it blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked, because the walk could block.
 """
@@ -24,12 +24,13 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
-"""Timeout of the path walk, which runs in its own thread. The correct path is walked faster,
-because the kernel has its directories in memory. Only a wrong path may have to wait for a disk."""
+"""Timeout for walking a path in a separate thread. In the right namespace, the walk is faster,
+because the kernel has the directories in memory. In a wrong namespace, it may have to wait for a
+disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")
-"""The processes in whose mount namespaces the path is searched, in this order."""
+"""Processes. A path is searched in the mount namespaces of these, in this order."""
 
 _LOCAL: Final = frozenset({"btrfs", "overlay", "zfs", "bcachefs", "tmpfs", "ramfs", "devtmpfs"})
 """Local file systems whose st_dev is not the number of a block device."""
@@ -59,8 +60,8 @@ class BackingFinder:
         self._answers: dict[tuple[str, Backing], _FileSearch] = {}
 
     def find(self, backing: Backing, tables: dict[str, Mounts]) -> BackingPlace | None:
-        """Return where the backing file lies; None if unknown. `tables` has the mounts of each of
-        NAMESPACES."""
+        """Return where the backing file lies; None if unknown. `tables`: the mounts of each process
+        in NAMESPACES."""
         distant = None
         for pid in NAMESPACES:
             way = tables[pid].way_to(backing.path)
@@ -100,8 +101,8 @@ class _FileSearch(threading.Thread):
 
 
 def _find_image(root: Path, backing: Backing) -> str | None:
-    """Return a value for BackingPlace.device; None if another file has this path. Raises
-    OSError."""
+    """Return a value for BackingPlace.device; None if the path leads to a file of another kind or
+    size. Raises OSError."""
     file = open_path(root, os.fsdecode(backing.path))
     try:
         status = os.fstat(file)

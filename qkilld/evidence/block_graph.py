@@ -1,9 +1,9 @@
-"""Read QEMU's storage from its command line: nodes behind connections, images, other connections.
+"""Read QEMU's storage from its command line: network nodes, images, and other connections.
 
 Pure. The command line is a claim of the process's owner, and does not prove that a descriptor
-exists. Disks that were added later are not in it. So if it does not name a connection, the use of
-this connection is unknown. Sources: qemu-options.hx, qapi/block-core.json,
-docs/system/device-url-syntax of QEMU 2.0 to 10.0.
+exists. Disks that were added later are not in it. So the purpose of a connection that it does not
+name is unknown. Sources: qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of
+QEMU 2.0 to 10.0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEFAULT_PORTS: Final = {
     "nbd": 10809, "iscsi": 3260, "ssh": 22, "http": 80, "https": 443, "ftp": 21, "ftps": 990,
     "gluster": 24007, "nfs": 2049, "rbd": None, "sheepdog": 7000, "vxhs": 9999,
 }  # fmt: skip
-"""Drivers whose storage is behind a connection, with their default port."""
+"""Drivers whose storage is behind a connection, and their default ports."""
 _DISK_OPTIONS: Final = frozenset(
     ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd",
      "pflash")
@@ -42,7 +42,7 @@ _ON: Final = ("on", "yes", "true", "y")
 _READERS: Final = frozenset(("ide-cd", "scsi-cd"))
 """Devices that never write to their drive."""
 _OF_ADDRESS: Final = ("node-name", "reconnect-delay")
-"""Options of a node whose address is given as a file name."""
+"""Other options of a node whose address is given as a file name."""
 _MAX_DEPTH: Final = 8
 _MAX_NODES: Final = 256
 
@@ -63,9 +63,9 @@ class ImageUse(NamedTuple):
     names: tuple[str, ...]
     """The names of the nodes and drives that use it; sorted, printable."""
     raw: bool
-    """It is used only as raw."""
+    """The command line uses the image only with the format raw."""
     on_ring: bool
-    """Its requests may be on an io_uring."""
+    """Requests to the image may be on an io_uring."""
 
 
 @dataclass(slots=True)
@@ -74,13 +74,13 @@ class BlockGraph:
     ends: list[Sequence[ConnectionEnd]] = field(default_factory=list)
     """The connections of each node."""
     endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
-    """The use of each connection: its node, or None if it is not for storage."""
+    """The purpose of each connection: its node, or None if the connection is not for storage."""
     images: dict[str, ImageUse] = field(default_factory=dict)
     """The images by their paths."""
     unlocated: list[Node] = field(default_factory=list)
-    """Nodes whose server no option names, such as those of rbd."""
+    """Nodes whose options do not name a server, such as those of rbd."""
     pluggable: bool = False
-    """QEMU has a monitor, through which storage may have been added since QEMU started."""
+    """QEMU has a monitor. Through it, storage may have been added since QEMU started."""
     shared_memory: bool = False
     """Other processes may use the guest's memory."""
 
@@ -149,7 +149,7 @@ class BlockGraph:
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
     """Return the path or port that the kernel shows for a connection's server. `relative`: the file
-    names of the relative paths, which are compared without a directory (sockets.py)."""
+    names of all relative paths. Such paths are compared without their directory (sockets.py)."""
     if not end.path:
         return end.port
     path = without_link(end.path)
@@ -158,8 +158,8 @@ def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | No
 
 
 def without_link(path: str) -> str:
-    """Return the path without the symbolic link from /var/run to /run, so that paths can be
-    compared as text. The server of a socket and QEMU may have been given different ones."""
+    """Replace /var/run, a symbolic link, by /run, so that paths can be compared as text. QEMU may
+    have been given one of these paths, and the server of the socket the other."""
     return path.removeprefix("/var") if path.startswith("/var/run/") else path
 
 
@@ -183,8 +183,9 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
 
 
 def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
-    """Return the export of each node, by the node's name. It is None if another node with another
-    export has the same server, because their connections cannot be told apart."""
+    """Return the export that each node requests, by the node's name. The export is None if a node
+    with another export has the same server, because the connections of the two nodes cannot be told
+    apart."""
     groups: dict[str, set[str]] = {}
     for node in nodes:
         groups.setdefault(node.group or node.name, set()).add(node.export)
@@ -245,7 +246,7 @@ class _DiskOption:
 
     name: str
     formats: frozenset[str]
-    """The formats of the option's nodes, "" for one that QEMU probes."""
+    """The formats of the option's nodes; "" for a format that QEMU probes."""
     paths: tuple[str, ...]
     children: frozenset[str]
     """The values of the option's other keys, such as the names of nodes that it uses."""
@@ -268,7 +269,8 @@ def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _Dis
 
 
 def _unfolded(paths: Iterable[str]) -> Iterator[tuple[str, Collection[str]]]:
-    """Yield each path with the values of its own options, which only `json:{...}` has."""
+    """Yield each path with the values of the options in it. Only a path of the form `json:{...}`
+    has options."""
     for path in paths:
         if not path.startswith("json:"):
             yield _bare(path), ()
@@ -283,8 +285,8 @@ def _unfolded(paths: Iterable[str]) -> Iterator[tuple[str, Collection[str]]]:
 def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:
     """Return the path of each image, and whether the command line uses it only as raw.
 
-    A node that nothing on the command line uses does not count as raw, because a disk that was
-    added to the running QEMU may use it with a format.
+    If nothing on the command line uses a node, its image does not count as raw: a disk that was
+    added to the running QEMU may use the node with another format.
     """
     parents: dict[str, list[_DiskOption]] = {}
     for disk in disks:
@@ -326,7 +328,8 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
     """Return whether QEMU only reads from the node that `key` of a disk option names or describes.
-    That is so if a node above it is read-only, or if it is a backing file or below one."""
+    It does if a node above this node is read-only, or if this node is a backing file or below
+    one."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]
@@ -336,7 +339,7 @@ def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
 def _read_nodes(
     graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int, *, read_only: bool
 ) -> None:
-    """Add the nodes of one disk option whose storage is behind a connection. `read_only`: QEMU
+    """Add those nodes of one disk option whose storage is behind a connection. `read_only`: QEMU
     writes to none of them."""
     addressed = _prefix_of_address(flat)
     for key, value in flat.items():
@@ -365,8 +368,8 @@ def _read_nodes(
 
 
 def _prefix_of_address(flat: Mapping[str, str]) -> str | None:
-    """Return the prefix of the other options of the node whose address is in `file`; None if there
-    is no address. In driver=nbd,file=nbd://host,reconnect-delay=9 they have none."""
+    """If the option `file` is the address of a node, return the prefix of the node's other options;
+    else None. In driver=nbd,file=nbd://host,reconnect-delay=9 the prefix is ""."""
     if (match := NETWORK_IMAGE.match(flat.get("file", ""))) is None:
         return None
     return "" if match[1] in (flat.get("driver"), flat.get("format")) else "file."
@@ -389,8 +392,8 @@ def _read_filename(
     *,
     read_only: bool,
 ) -> None:
-    """Add the nodes that a file name describes. `options`: those of _OF_ADDRESS, if the file name
-    is the address of a node."""
+    """Add the nodes that a file name describes. `options`: if the file name is the address of a
+    node, the node's options of _OF_ADDRESS."""
     if text.startswith("json:"):
         if depth < _MAX_DEPTH:
             inner = QemuOption("blockdev", text.removeprefix("json:"))
@@ -467,8 +470,8 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add the connections of options that are not disks. Of these, only vhost-user may be
-    storage."""
+    """Add the connections of options that are not disks. Among these connections, only those of
+    vhost-user may be for storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

@@ -4,13 +4,13 @@
     v1   memory.stat, blkio.throttle.*, freezer.state (kernel admin-guide/cgroup-v1/)
 
 Both are read if the host has both. If a controller is not enabled for the process's group, the
-nearest ancestor that has it is read. Rights: none.
+nearest ancestor group that has it is read. Needs no rights.
 
-Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. This
-is done every REFRESH_S, and when the process has moved to another group.
+Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. The
+processes are listed every REFRESH_S, and when the process has moved to another group.
 
-Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, it counts only for
-disks on which a limit was ever set.
+Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, it counts only
+writes to disks on which a limit was ever set.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class CgroupReader:
         shared: SharedGroups | None = None,
         directory: int | None = None,
     ) -> None:
-        """Read the process that has this pid now, and no other process that reuses the pid.
+        """Read the process that has this pid now, and never one that reuses the pid.
 
         `hierarchies`: None for those of this host. Without `shared`, figures of shared groups are
-        not cached. `directory` is a descriptor of /proc/PID, which the caller closes; None to open
+        not cached. `directory`: a descriptor of /proc/PID, which the caller closes; None to open
         one.
         """
         self._pid = pid
@@ -98,7 +98,8 @@ class CgroupReader:
                 note_once("opening /proc/PID", error)
         self._membership = KeptFile("cgroup", self._directory)
         self._text: int | None = None
-        """The hash of the membership at the last read, as in ProcessReader."""
+        """The hash of the text of /proc/PID/cgroup at the last read, for the same reason as in
+        ProcessReader."""
         self._refresh_at = 0.0
         self._memory: _MemoryStat | None = None
         self._io: _IoStat | None = None
@@ -110,8 +111,8 @@ class CgroupReader:
     def read(self) -> Cgroup | None:
         """Read the groups; None if they are unknown.
 
-        If one of the groups is the guest's own, figures of shared groups are None, because they
-        would include other processes.
+        If one of the groups has only the guest's processes, figures of shared groups are None,
+        because they would include other processes.
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):
             return None
@@ -169,8 +170,8 @@ class CgroupReader:
             if (directory := _nearest(io, name)) is not None:
                 self._io = _IoStat(io, directory)
         frozen_by = [group for name in ("freezer", "") if (group := groups.get(name)) is not None]
-        # Leave out the root group of a hierarchy, because it cannot be frozen. If a hierarchy is
-        # not mounted, the state of its freezer is unknown.
+        # Leave out the root group of a hierarchy, because it cannot be frozen. If no mount shows a
+        # group, the state of its freezer is unknown.
         below = [group for group in frozen_by if not group.is_root]
         self._freezers_known = bool(frozen_by) and all(group.ways for group in below)
         self._freezers = [
@@ -198,7 +199,7 @@ def _nearest(group: Group, name: str) -> str | None:
 
 
 class _MemoryStat:
-    """The page cache of a group and its descendants."""
+    """Reads the page cache of a group and its descendants."""
 
     __slots__ = ("_stat", "directory", "group", "path")
 
@@ -218,8 +219,8 @@ class _MemoryStat:
 
 
 class _IoStat:
-    """Bytes written and writes, summed over all disks. A write may be counted several times, once
-    for each layer of stacked devices."""
+    """Reads the written bytes and the writes, summed over all disks. If devices are stacked, a
+    write may be counted once for each layer."""
 
     __slots__ = ("_files", "directory", "group", "path")
 
@@ -247,7 +248,8 @@ class _IoStat:
 
 
 def _sum_v2(text: bytes | None, label: bytes) -> int | None:
-    """Sum lines like "8:0 rbytes=1 wbytes=2 rios=3 …". No line means that nothing was written."""
+    """Sum up lines like "8:0 rbytes=1 wbytes=2 rios=3 …". If there is no line, nothing was written:
+    return 0."""
     if text is None:
         return None
     try:
@@ -257,7 +259,8 @@ def _sum_v2(text: bytes | None, label: bytes) -> int | None:
 
 
 def _sum_v1(text: bytes | None) -> int | None:
-    """Sum lines like "8:0 Write 2". No line means that the kernel does not count: return None."""
+    """Sum up lines like "8:0 Write 2". If there is no line, the kernel does not count: return
+    None."""
     words = (text or b"").split()
     try:
         amounts = [int(words[at + 1]) for at, word in enumerate(words) if word == b"Write"]
@@ -267,8 +270,8 @@ def _sum_v1(text: bytes | None) -> int | None:
 
 
 class _FreezerV2:
-    """Reports a group as frozen as soon as freezing begins. cgroup.events alone would be too late:
-    it reports a freeze only after the last thread has left uninterruptible sleep."""
+    """Reports a group as frozen as soon as freezing begins. cgroup.events alone would report it too
+    late: only after the last thread has left uninterruptible sleep."""
 
     def __init__(self, group: Group) -> None:
         self._events = KeptFile(f"{group.ways[0]}/cgroup.events")
@@ -281,8 +284,8 @@ class _FreezerV2:
         states = [file.read_or_none() for file in self._freeze]
         if any(text is not None and text.strip() == b"1" for text in states):
             return True
-        # Ancestors outside this mount need not be read: the group's cgroup.events also reports that
-        # it is frozen through an ancestor.
+        # Ancestors outside this mount need not be read: if one of them is frozen, cgroup.events of
+        # this group reports the group as frozen, too.
         return None if frozen is None or None in states else False
 
     def close(self) -> None:
@@ -291,8 +294,8 @@ class _FreezerV2:
 
 
 class _FreezerV1:
-    """Reads only the group itself: its state is also FREEZING or FROZEN if a group above it is
-    frozen."""
+    """Reads only the group itself: if a group above it is frozen, its own state is FREEZING or
+    FROZEN, too."""
 
     def __init__(self, group: Group) -> None:
         self._state = KeptFile(f"{group.ways[0]}/freezer.state")

@@ -1,8 +1,9 @@
 """Read a process's block graph from its command line and -readconfig files.
 
-Both reads may block, so a separate thread does them. Reading /proc/PID/cmdline takes the target's
-memory lock, which another thread may hold as long as the target's storage hangs. The -readconfig
-files may lie on such storage, too. Reading another user's files needs the ptrace right.
+Both reads may block, so a separate thread does them. Reading /proc/PID/cmdline takes the process's
+memory lock. If its storage hangs, one of its threads may hold this lock all the time. The
+-readconfig files may lie on storage that hangs, too. Reading another user's files needs the ptrace
+right.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TIMEOUT_S: Final = 0.05
 
 
 class GraphReader:
-    """Reads once, because a command line does not change. Not thread-safe."""
+    """Reads a command line once, because it does not change. Not thread-safe."""
 
     __slots__ = ("_graph", "_pid", "_proc", "_thread")
 
@@ -35,7 +36,7 @@ class GraphReader:
         self._graph: BlockGraph | None = None
 
     def read(self) -> BlockGraph | None:
-        """Return the graph; None while it is unknown. Waits for at most TIMEOUT_S."""
+        """Return the graph; None while it is unknown. Blocks for at most TIMEOUT_S."""
         if self._graph is None:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = self._start()
@@ -53,14 +54,15 @@ class GraphReader:
             return None
 
     def formatted(self, paths: list[str] | None) -> int | None:
-        """Count the open images, `paths`, that are not known to be raw. None if unknown."""
+        """Return how many of the open images (`paths`) are not known to be raw; None if unknown."""
         if self._graph is None or paths is None:
             return None
         images = self._graph.images
         return sum(path not in images or not images[path].raw for path in paths)
 
     def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
-        """Return the open images. `mounts`: ImagePlace.mount by path. None if unknown."""
+        """Return the open images; None if unknown. `mounts`: ImagePlace.mount of each open image,
+        by its path."""
         if self._graph is None or mounts is None:
             return None
         images = self._graph.images
@@ -70,8 +72,8 @@ class GraphReader:
         )
 
     def ringless(self, places: Mapping[str, FilePlace]) -> tuple[str, ...]:
-        """Return the devices on which no image has its requests on an io_uring. `places`: the
-        storage of each image open for writing, by its path."""
+        """Return the devices to which no io_uring has requests: all images on them use other
+        interfaces. `places`: the storage of each image open for writing, by its path."""
         if self._graph is None:
             return ()
         images = self._graph.images

@@ -1,9 +1,9 @@
 """Search the descriptors of all processes for sockets or a device.
 
-The kernel does not report which process has a socket or device open. To find it, the descriptors of
-all processes are searched, at 3 µs each, and any user can have millions. So the search is done in
-parts, with pauses between them. Users take turns, and processes with many descriptors are searched
-separately.
+The kernel does not report which process has a socket or device open. So the descriptors of all
+processes are searched, which takes 3 µs for each. Any user can have millions of descriptors, so the
+search is divided into parts, with pauses between them. Users take turns, and processes with many
+descriptors are searched separately.
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 """
@@ -29,13 +29,13 @@ from qkilld.model.named_tuple import NamedTuple
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
-"""For a process of root with this many descriptors or more, the real user is looked up, because
-another user may have started it as a set-user-ID program."""
+"""If a process of root has this many descriptors or more, its real user is looked up, because it
+may be a set-user-ID program that another user has started."""
 MAX_KEYS: Final = 65_536
-"""The maximum number of keys to search for at a time."""
+"""The maximum number of keys to search for at a time. A key stands for a socket or device."""
 
 _AT_ONCE: Final = 64
-"""The number of processes with few descriptors that are read before the time is looked at again."""
+"""The number of processes with few descriptors that are read before the time is checked again."""
 
 
 class DescriptorHolder(NamedTuple):
@@ -47,14 +47,14 @@ _Link = tuple[str, DescriptorHolder]
 
 
 class _HeldLinks(NamedTuple):
-    """What was read of one process."""
+    """The result of searching one process."""
 
     total: int
     """The number of its descriptors."""
     links: list[tuple[str, str]]
     """The links that were searched for, with the numbers of their descriptors."""
     seconds: float
-    """The processor time."""
+    """The processor time of the search."""
 
 
 class Candidate(NamedTuple):
@@ -70,7 +70,7 @@ class CompletedSearch(NamedTuple):
     began: float
     ended: float
     complete: bool
-    """Whether each process that was listed could be read, and all of its descriptors."""
+    """Whether all descriptors of all listed processes could be read."""
 
 
 class DescriptorSearch:
@@ -79,9 +79,9 @@ class DescriptorSearch:
     def __init__(
         self, proc: Path, *, many: bool, pause_factor: float, valid_s: float, link: str = ""
     ) -> None:
-        """`pause_factor`: the pause after a search, as a multiple of its processor time. `valid_s`:
-        how long (s) to remember that all processes were searched for a key. `link`: the link of the
-        descriptors to search for; "" if each key is the link."""
+        """`pause_factor`: the pause after a part of a search, as a multiple of its processor time.
+        `valid_s`: how long (s) to remember that all processes were searched for a key. `link`: the
+        text of the link of the wanted descriptors; "" if each key is such a text."""
         self._proc, self._many, self._link = proc, many, link
         self._pause_factor, self._valid_s = pause_factor, valid_s
         self._wanted: set[str] = set()
@@ -89,24 +89,24 @@ class DescriptorSearch:
         self._latecomers: set[str] = set()
         """Keys that were added after some processes had been searched."""
         self._searched: dict[str, CompletedSearch] = {}
-        """The keys for which all processes were searched."""
+        """The searches of all processes, by key."""
         self._rest: Iterator[_Link | None] | None = None
-        """The rest of a search through all processes; None between searches."""
+        """The rest of the present search through all processes; None between searches."""
         self._began = 0.0
         self._counts: dict[int, int] = {}
         self._without: set[Candidate] = set()
         """The processes that did not have `link` open when they were last searched."""
         self._is_complete = True
-        """See CompletedSearch.complete; of the present search."""
+        """CompletedSearch.complete for the present search, so far."""
         self._is_blocked = False
-        """Whether a process did not answer the present search. It may do so soon: processes are
-        stuck for a moment while they execute a program."""
+        """Whether reading a process has timed out in the present search. It may succeed soon: a
+        process blocks readers for a moment while it executes a program."""
         self._left_out: frozenset[int] = frozenset()
-        """The processes that the present search leaves to `beside`, by their numbers of
+        """The processes that the present search leaves to `beside` because of their number of
         descriptors."""
         self.beside: DescriptorSearch | None = None
-        """The search through the others. A process that it left out is searched here, although its
-        number of descriptors may have changed since."""
+        """The search through the other processes. A process that it has left out is searched here,
+        even if its number of descriptors has changed since."""
         self._seconds = 0.0
         """The processor time of the threads that read the descriptors."""
         self._rests_until = 0.0
@@ -122,7 +122,7 @@ class DescriptorSearch:
 
     @property
     def wants_any(self) -> bool:
-        """Return whether there is a key to search for."""
+        """Return whether there are keys to search for."""
         return bool(self._wanted)
 
     def forget(self, key: str) -> None:
@@ -130,29 +130,30 @@ class DescriptorSearch:
         self._wanted.discard(key)
 
     def searched(self, key: str) -> CompletedSearch | None:
-        """Return the last search for this key that went through all processes; None if there was
-        none in the last `valid_s` seconds."""
+        """Return the last search through all processes for this key; None if there was none in the
+        last `valid_s` seconds."""
         searched = self._searched.get(key)
         is_valid = searched is not None and time.monotonic() - searched.ended < self._valid_s
         return searched if is_valid else None
 
     def go_on(self, end: float) -> Iterator[_Link]:
-        """Yield what is found until `end`, time.monotonic(). Finds nothing during a pause."""
+        """Search until `end` (time.monotonic()), and yield each result. Does nothing during a
+        pause."""
         now = time.monotonic()
         if now < self._rests_until or not self._wanted:
             return
         start, self._seconds = time.thread_time(), 0.0
         while self._wanted and time.monotonic() < end:
             if self._rest is None or self._wanted <= self._latecomers:
-                # Begin again: only latecomers are wanted, and they must be searched for in all
-                # processes.
+                # Begin a new search: only latecomers are still wanted, and all processes must be
+                # searched for them.
                 self._rest = self._search_all()
             try:
                 link = next(self._rest)
             except StopIteration:
                 self._finish()
             except Exception:
-                self._rest = None  # Otherwise the next call would take the search for complete.
+                self._rest = None  # Otherwise, the next call would treat the search as complete.
                 raise
             else:
                 if link is not None:
@@ -161,14 +162,14 @@ class DescriptorSearch:
         self._rests_until = time.monotonic() + self._pause_factor * took
 
     def _search_all(self) -> Iterator[_Link | None]:
-        """Yield what is found, and now and then None, so that the caller can look at the time."""
+        """Yield each result, and now and then None, so that the caller can check the time."""
         self._began = time.monotonic()
         self._is_complete, self._is_blocked = True, False
         self._latecomers.clear()
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
         self._without &= set(processes)
-        # A process may have opened the link since it was searched, so search it again. But search
+        # Search a process again, because it may have opened `link` since the last time. But search
         # it last, because most servers are new processes.
         new = [process for process in processes if process not in self._without]
         order = [*by_turns(new), *by_turns(self._without)]
@@ -221,13 +222,13 @@ class DescriptorSearch:
         return processes
 
     def _note_failure(self, error: Exception) -> None:
-        """Note that a process could not be read. That it has exited leaves nothing to read."""
+        """Note that a process could not be read. This does not matter if it has exited."""
         if not isinstance(error, (FileNotFoundError, ProcessLookupError)):
             self._is_complete = False
 
     def _of_its_user(self, process: Candidate) -> Candidate:
-        """Return the process with its real user, which /proc/PID does not show for a set-user-ID
-        program: root owns its directory, whoever started it."""
+        """Return the process with its real user. The owner of /proc/PID is a different one for a
+        set-user-ID program: root, whoever started it."""
         if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))
@@ -260,7 +261,7 @@ class DescriptorSearch:
             try:
                 link = os.readlink(f"{directory}/fd/{name}")  # noqa: PTH115 - half the cost
             except OSError:
-                continue  # Closed meanwhile, or its name is too long.
+                continue  # The descriptor was closed, or its link is too long.
             if link == self._link or (not self._link and link in self._wanted):
                 links.append((link, name))
         return _HeldLinks(len(names), links, time.thread_time() - start)
@@ -269,8 +270,8 @@ class DescriptorSearch:
 def search_pair(
     proc: Path, *, pause_factor: float, valid_s: float, link: str = ""
 ) -> list[DescriptorSearch]:
-    """Return the search through the processes with few descriptors, and the one through those with
-    many. For the parameters see DescriptorSearch."""
+    """Return two searches: through the processes with few descriptors, and through those with many.
+    For the parameters see DescriptorSearch."""
     few, many = (
         DescriptorSearch(proc, many=many, pause_factor=pause_factor, valid_s=valid_s, link=link)
         for many in (False, True)
@@ -280,8 +281,8 @@ def search_pair(
 
 
 def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:
-    """Order processes so that the search looks at equally many descriptors of each user. A user's
-    processes with few descriptors come first."""
+    """Order processes so that, at any time, the search has read about equally many descriptors of
+    each user. A user's processes with few descriptors come first."""
     searched_per_user: Counter[int] = Counter()
     order = []
     for process in sorted(

@@ -1,8 +1,8 @@
 """Read block devices from sysfs: their lower devices and their counters.
 
 Sources: kernel Documentation/ABI/stable/sysfs-block (partitions, slaves), ABI/testing/sysfs-block-
-loop, Documentation/block/stat.rst. sysfs answers from memory, whatever state a disk is in. Needs
-no rights. Cost: 30 to 100 µs to describe a device, 15 µs to read its counters.
+loop, Documentation/block/stat.rst. The kernel answers from memory, whatever state a disk is in.
+Needs no rights. Cost: 30 to 100 µs to describe a device, 15 µs to read its counters.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Block(NamedTuple):
     below: tuple[str, ...]
     """MAJOR:MINOR of each device directly below it (partition, dm, md, bcache)."""
     backing: bytes | None
-    """For a loop device, the path of its backing file as the kernel shows it to us."""
+    """For a loop device, the path of its backing file, as the kernel shows it; else None."""
     backing_sizes: range
     """The possible sizes of the backing file in bytes, given the size of the device."""
     stats: tuple[str, ...]
     """The files with the device's counters. A multipath NVMe disk has one for each path to it,
-    because older kernels do not count for the disk itself."""
+    because older kernels do not count requests to the disk itself."""
 
 
 class Counters(NamedTuple):
@@ -50,12 +50,12 @@ class Counters(NamedTuple):
     sectors_written: int
     in_flight: int
     only_reads: bool = False
-    """As in model.sample.Device; False if it was not read."""
+    """As in model.sample.Device; False if not read."""
 
 
 def _counts_flushes(release: str) -> bool:
-    """Return whether the kernel counts the flushes of stacked devices, such as logical volumes,
-    among the requests in flight. Linux does so since 6.16."""
+    """Return whether the kernel includes flushes of stacked devices, such as logical volumes, in
+    the number of requests in flight. Linux has done so since 6.16."""
     major, _, rest = release.partition(".")
     minor = re.match(r"\d*", rest)
     assert minor is not None
@@ -113,8 +113,8 @@ def counts_requests(block: Block) -> bool | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file. They are a range, because the device has only
-    whole sectors of the file, from an offset to its end or to a limit."""
+    """Return the possible sizes of the backing file. They are a range, because the loop device has
+    only whole sectors of the file, from an offset to the end of the file or to a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)
@@ -126,10 +126,10 @@ def _backing_sizes(path: str) -> range:
 
 
 def read_counters(stats: tuple[str, ...], *, layered: bool = False) -> Counters:
-    """Sum up Block.stats. Raises OSError (FileNotFoundError, ENODEV: unplugged), ValueError.
+    """Sum up the counters in the files Block.stats. Raises OSError (FileNotFoundError and ENODEV if
+    the device was unplugged) and ValueError.
 
-    `layered`: whether to read Counters.only_reads, which costs 10 to 100 µs if requests are in
-    flight.
+    `layered`: also read Counters.only_reads. This costs 10 to 100 µs if requests are in flight.
     """
     counters = _read_stats(stats)
     if not counters.in_flight or not layered:
@@ -138,10 +138,11 @@ def read_counters(stats: tuple[str, ...], *, layered: bool = False) -> Counters:
 
 
 def _only_reads(stats: tuple[str, ...]) -> bool:
-    """Return whether reads are in flight, and no writes.
+    """Return whether reads are in flight, but no writes.
 
-    Requests come and go, so the files are read several times. If none of these shows a read or a
-    write, the request in flight is a flush, which only `stat` counts (measured on Linux 6.18).
+    Requests come and go, so the files are read several times. If neither a read nor a write shows
+    up, the request in flight is a flush, which only the file `stat` counts (measured on Linux
+    6.18).
     """
     for _ in range(_ATTEMPTS):
         counts = [_in_flight(path) for path in stats]
@@ -153,7 +154,7 @@ def _only_reads(stats: tuple[str, ...]) -> bool:
 
 
 def _in_flight(stat: str) -> tuple[int, int]:
-    """Return the reads and writes in flight; zeros if unreadable. Raises ValueError."""
+    """Return the numbers of reads and writes in flight; zeros if unreadable. Raises ValueError."""
     text = read_bounded(f"{stat.removesuffix('stat')}inflight", _MAX_ATTRIBUTE)
     reads, _, writes = (text or b"").strip().partition(b" ")
     return int(reads or 0), int(writes or 0)
@@ -180,10 +181,10 @@ def _read_stats(stats: tuple[str, ...]) -> Counters:
 
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
-    """Return all devices (MAJOR:MINOR) of the btrfs that contains the device `source`, a path from
-    mountinfo. If the host has only one btrfs, it is that one. None if not found.
+    """Return all devices (MAJOR:MINOR) of the btrfs that contains the device `source` (a path from
+    mountinfo), or of the only btrfs on the host. None if not found.
 
-    sysfs has to be asked, because st_dev of files on btrfs is not the number of a device (kernel
+    This reads sysfs, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).
     """
     device = os.fsdecode(unescape(source))

@@ -1,9 +1,9 @@
 """Read the command line of a storage server: the images that it exports, and whether it exits with
 its client.
 
-qemu-storage-daemon serves many images, and only its system calls on the guest's image show progress
-of the guest's request. The command line is a claim of the server's owner. The guest's owner chose
-this server, so a false claim affects only that guest.
+qemu-storage-daemon may serve many images. Only its system calls on the guest's image show progress
+of the guest's requests. The command line is a claim of the server's owner. The guest's owner has
+chosen this server, so a false claim affects only that guest.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.debug_log import about, note_once
 
 TIMEOUT_S: Final = 0.05
-"""The longest time that one sample waits for the command lines of all servers."""
+"""How long one sample waits for the command lines of all servers together."""
 _MAX_DEPTH: Final = 8
-# Short options can be joined into one word, such as "-vt". The first two patterns allow only
-# options without an argument before the letter that they look for.
+# Short options can be joined into one word, such as "-vt". These two patterns find an option (t, s)
+# if only options without arguments come before it in the word.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
 _NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
 _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
 
 
 class WaitBudget:
-    """How long the readers of one sample may still wait. Not thread-safe."""
+    """The time that the readers of one sample may still wait. Not thread-safe."""
 
     __slots__ = ("_left_s",)
 
@@ -98,16 +98,16 @@ class ExportReader:
 
 
 def leaves_with_client(argv: Sequence[str]) -> bool:
-    """Return whether a program exits when its only client disconnects.
+    """Return whether a server exits when its only client disconnects.
 
-    These are qemu-nbd without --persistent, nbdkit --single, and socat, which serves one connection
-    in each process. nbdkit --run is another: it kills the server when the command that it runs, its
-    client, exits (nbdkit-captive(1)).
+    This is true of qemu-nbd without --persistent, nbdkit --single, and socat, which serves one
+    connection in each process. It is also true of nbdkit --run, whose client is the command that it
+    runs: when the command exits, nbdkit kills the server (nbdkit-captive(1)).
     """
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
         case "qemu-nbd":
-            # getopt accepts every unique beginning of a long option.
+            # getopt_long(3) accepts any unique abbreviation of a long option.
             long = any(word.startswith("--pe") for word in words)
             return not long and not any(map(_QEMU_NBD_PERSISTENT.match, words))
         case "nbdkit":
@@ -132,7 +132,7 @@ def exported_files(argv: Sequence[str]) -> dict[str, str]:
     for flat in exports:
         node = flat.get("node-name", "")
         if path := _file_of(node, nodes):
-            # An NBD export without a name has the name of its node.
+            # An NBD export without a name gets the name of its node.
             files[flat.get("name", node)] = path
     return files
 

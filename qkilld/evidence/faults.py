@@ -1,4 +1,4 @@
-"""Isolate faults: an exception in one reader never discards what the others have read."""
+"""Isolate faults, so that an exception in one reader does not discard the results of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 OnFault = Callable[[str, Exception], None]
-"""Called with a description of the activity, and the error."""
+"""Called with a description of the failed activity, and with the error."""
 
 
 def raise_fault(doing: str, error: Exception) -> None:
@@ -46,7 +46,7 @@ class FaultGuard:
             self._on_fault(doing, error)
 
     def watch_callbacks(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Report exceptions of the loop's callbacks, which asyncio only logs."""
+        """Report exceptions of the loop's callbacks. By default, asyncio only logs them."""
 
         def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             error = context.get("exception")

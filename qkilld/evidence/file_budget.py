@@ -1,11 +1,12 @@
 """Decide which guests' files stay open from one sample to the next.
 
-All guests together may keep two thirds of this program's descriptors. From these, PER_JOB for each
-job is subtracted, and the descriptors that watch the servers of guests (server_exits.py). The other
-third is for files that jobs and callers must have open. If jobs are added and room is short, the
-next sample closes the files of the guests that have kept theirs longest. If there is no room for a
-guest, its files are opened for each sample. It does not displace another guest: guests are sampled
-in turn, so if each displaced the next, no file would be open when it is needed.
+The limit for the files of all guests is two thirds of this program's descriptors, minus PER_JOB for
+each job, and minus the descriptors that watch the servers of guests (server_exits.py). The last
+third is for files that jobs and callers must have open. If more jobs reduce the limit, the next
+sample closes the files of the guests that have kept theirs longest. If there is no room for a
+guest's files, they are opened for each sample, and no other guest's files are closed for them.
+Guests are sampled in turn: if each closed the files of the next, no file would be open when it is
+needed.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from qkilld.evidence.kept_file import kept_files
 from qkilld.evidence.server_exits import GuestServerExits
 
 PER_JOB: Final = 4
-"""Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
+"""The descriptors that a job may have: a pidfd, /proc/PID, the monitor, and an agent or a
+server."""
 SPARE: Final = 64
-"""A guest may begin to keep its files open only if there is room for this many. A guest has about
-ten, so its files rarely displace those of other guests."""
+"""A guest may begin to keep its files open only if there is room for this many files. A guest has
+about ten, so they rarely exceed the limit."""
 
 
 class Keeper(Protocol):
@@ -31,21 +33,20 @@ class Keeper(Protocol):
 
 
 class FileBudget:
-    """Not thread-safe."""
+    """Decides whether a guest's files may stay open. Not thread-safe."""
 
     def __init__(self, limit: int | None = None) -> None:
-        """`limit`: how many descriptors this program may have; None for its RLIMIT_NOFILE."""
+        """`limit`: how many descriptors this program may have open; None for its RLIMIT_NOFILE."""
         if limit is None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit * 2 // 3
         self._keepers: OrderedDict[Keeper, None] = OrderedDict()
-        """The guests that may keep files, the oldest first."""
+        """The guests that may keep files open. The one that has kept them longest comes first."""
         self.jobs: Callable[[], int] = lambda: 0
         """A function that returns the number of running jobs."""
 
     def admit(self, keeper: Keeper) -> bool:
-        """Return whether this guest's files may stay open after the sample that is about to be
-        taken."""
+        """Return whether this guest's files may stay open after its next sample."""
         room = self._most - PER_JOB * self.jobs() - GuestServerExits.descriptors
         while self._keepers and kept_files() > room:
             oldest, _ = self._keepers.popitem(last=False)
@@ -57,5 +58,5 @@ class FileBudget:
         return True
 
     def forget(self, keeper: Keeper) -> None:
-        """Forget a keeper that has closed its files for good. May be called again."""
+        """Forget a keeper that will not open its files again. May be called twice."""
         self._keepers.pop(keeper, None)

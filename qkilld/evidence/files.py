@@ -2,13 +2,13 @@
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
-The link of a descriptor shows its path, fdinfo its mode and mount, and mountinfo the file system.
-None of these accesses the file itself: that could block if its server is dead. Only files on tmpfs
-and devtmpfs are accessed, because these are in memory: stat(2) shows block devices, and the content
-shows images.
+The link of a descriptor shows the file's path, fdinfo shows its mode and mount, and mountinfo shows
+the file system. Reading these does not access the file itself, which could block if its server is
+dead. Only files on tmpfs and devtmpfs are accessed, because these are in memory: stat(2) shows
+block devices, and the content shows images.
 
 The kernel does not show which open files are images. Regular files and block devices count as
-images unless they are the guest's memory, or open only for writing, as QEMU's logs are.
+images, except the guest's memory, and files that are open only for writing, such as QEMU's logs.
 
 Needs the ptrace right (PTRACE_MODE_READ_FSCREDS) for another user's process: CAP_SYS_PTRACE.
 """
@@ -28,10 +28,10 @@ from qkilld.model.named_tuple import NamedTuple
 
 PROC: Final = Path("/proc")
 MAX_DESCRIPTORS: Final = 4096
-"""Greatest number of descriptors; a process with more is not examined."""
+"""A process with more descriptors is not examined."""
 
 _FDINFO_BYTES: Final = 256
-"""Enough for pos, flags and mnt_id, which come first; any number of locks may follow."""
+"""This is enough for pos, flags and mnt_id, which come first. Any number of locks may follow."""
 _FORMATS: Final = (
     *(b"QFI\xfb", b"QED\0", b"KDMV", b"COWD", b"vhdxfile", b"conectix", b"LUKS\xba\xbe"),
     *(b"WithoutFreeSpace", b"WithouFreSpacExt"),
@@ -49,9 +49,9 @@ class Descriptors:
 
     count: int
     files: tuple[tuple[str, str], ...]
-    """(number, path); the path is "" if it is too long for the kernel to show."""
+    """The number and path of each file. The path is "" if it is too long for the kernel to show."""
     sockets: tuple[tuple[str, int], ...]
-    """(number, inode)."""
+    """The number and inode of each socket."""
 
     @property
     def too_many(self) -> bool:
@@ -65,15 +65,15 @@ class Image(NamedTuple):
     device: str
     """MAJOR:MINOR if it is a block device; "" for a file."""
     filesystem: Filesystem | None
-    """The file system that holds the file; None for a block device, or if the mount is not
+    """The file system that contains the file; None for a block device, or if the mount is not
     visible."""
     writable: bool
     path: str
-    """As the kernel shows it; "" if it is too long for that."""
+    """The path as the kernel shows it; "" if it is too long to be shown."""
 
 
 def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
-    """List the descriptors; None if the process is gone or hidden. Cost: 4 µs a descriptor."""
+    """List the descriptors; None if the process is gone or hidden. Costs 4 µs for each."""
     try:
         directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -103,7 +103,7 @@ def read_images(
 ) -> dict[int, Image] | None:
     """Return the files that may be images, by descriptor. None if unreadable.
 
-    Files that the process can only write to are no images, and are left out unless `outputs` has
+    Files that are open only for writing are not images. They are left out unless `outputs` has
     their descriptors. Costs 10 µs for each file, and reads mountinfo.
     """
     if not descriptors.files:
@@ -129,9 +129,9 @@ def read_images(
 
 
 class _Tables:
-    """The mounts of the process, of process 1 and our own. All three are needed, because an
-    inherited descriptor may belong to a mount that the process does not have: systemd opens
-    /dev/null before the process gets its own mounts."""
+    """The mounts of the process, those of process 1, and our own. All are needed, because an
+    inherited descriptor may belong to a mount that the process does not have. For example, systemd
+    opens /dev/null before the process gets its own mounts."""
 
     def __init__(self, pid: int, proc: Path) -> None:
         self._pids = (pid, "1", "self")
@@ -150,11 +150,11 @@ class _Tables:
 def _image(
     directory: int, number: str, path: str, tables: _Tables, *, output: bool
 ) -> Image | None:
-    """Return the image; None if it is not one. Raises OSError, ValueError."""
+    """Return the image; None if the file is not an image. Raises OSError, ValueError."""
     try:
         flags, mount = _flags_and_mount(directory, number)
     except FileNotFoundError:
-        return None  # Closed meanwhile.
+        return None  # The descriptor was closed.
     if flags & (os.O_PATH | os.O_DIRECTORY):
         return None
     if flags & os.O_ACCMODE == os.O_WRONLY and not output:
@@ -184,9 +184,9 @@ def _image(
 def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
-    A deleted file is memory. In /dev/shm, the content decides, not the command line, which lacks
-    images that were added through a monitor. Reading the content does not block, because tmpfs is
-    in memory.
+    A deleted file is memory. In /dev/shm, the content decides. The command line is not used,
+    because it lacks images that were added through a monitor. Reading the content does not block,
+    because tmpfs is in memory.
     """
     if path.endswith(" (deleted)"):
         return True

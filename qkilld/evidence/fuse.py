@@ -1,12 +1,12 @@
 """Find the processes that serve FUSE file systems, and the requests that wait for them.
 
 A FUSE file system has no counters, but its server may store the files on a disk of this host. While
-QEMU waits for one answer, such as that to an fsync, only the server's disk shows progress.
+QEMU waits for one reply, for example to an fsync, only the server's disk shows progress.
 
-Each mount has a connection, whose number is the minor number of the mount's st_dev. Since Linux
-6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
-every process that has /dev/fuse open may be the server, and any user can open it. There the server
-is certain only if a single process has /dev/fuse open, and all processes of the host were read
+Each mount has a connection. Its number is the minor number of the mount's st_dev. Since Linux 6.16
+(measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels, every
+process that has /dev/fuse open may be the server, and any user can open it. So the server is
+certain only if a single process has /dev/fuse open, and all processes of the host were searched
 after the mount was made.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
@@ -34,33 +34,34 @@ from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
-"""If more processes than this may serve one connection, only those are sampled that have a file
-open that is named like the guest's image."""
+"""If more processes than this may serve one connection, only those with an open file that has the
+name of a guest's image are sampled."""
 SEARCH_S: Final = 0.02
-"""The longest time that a sample searches. It does not wait for a search by another thread."""
+"""How long a sample may search for servers. It does not wait for a search by another thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
-"""The longest time of a search between samples, for which no sample waits."""
+"""How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 19
-"""After a search, pause for this many times its processor time, so that all these searches together
-use a tenth of a processor."""
+"""After a search, pause for this many times its processor time. So the two searches (search_pair)
+together use a tenth of a processor."""
 RETRY_S: Final = 5.0
 """How long to wait before searching again if no process may serve a connection."""
 AGE_S: Final = 30.0
-"""How long a search through all processes is valid if the kernel does not name connections."""
+"""How long the result of a search through all processes is valid if the kernel does not name
+connections."""
 RENEW_S: Final = 20.0
-"""When to search again, so that the next search is complete before AGE_S."""
+"""Search again after this time, so that the next search ends before AGE_S has passed."""
 
 FIRST_NAMESPACE: Final = "pid:[4026531836]"
 _LABEL: Final = b"\nfuse_connection:\t"
 _UNNAMED: Final = None
-"""The key of the processes whose connection the kernel does not name."""
+"""Stands for a connection that the kernel does not name."""
 
 
 class FuseServers(NamedTuple):
     pids: tuple[int, ...]
     """The processes that may serve a connection."""
     certain: bool
-    """Whether all of them do."""
+    """Whether all of these processes serve the connection."""
 
 
 def connection_of(mount: Mount) -> int | None:
@@ -72,7 +73,7 @@ def connection_of(mount: Mount) -> int | None:
 
 
 def read_waiting(connection: int, sys: Path = Path("/sys")) -> int | None:
-    """Return the number of requests that the server has not answered; None if the control file
+    """Return the number of requests that the server has not answered; None if FUSE's control file
     system is not mounted."""
     text = read_bounded(f"{sys}/fs/fuse/connections/{connection}/waiting", 64)
     return int(text) if text is not None and text.strip().isdigit() else None
@@ -88,22 +89,22 @@ class FuseFinder:
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
         self._searching = threading.Lock()
-        """Protects the searches."""
+        """Held during a search."""
         self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
         self._sees_all = _sees_all_processes(proc)
         self._lock = threading.Lock()
-        """Protects the descriptors."""
+        """Protects `_descriptors`."""
         self._descriptors: dict[int | None, dict[int, str]] = {}
-        """The descriptor of each process that has /dev/fuse open, by connection."""
+        """The processes that have /dev/fuse open, and their descriptors, by connection."""
         self._is_named = False
         """Whether the kernel is known to name connections."""
 
     def find(self, connections: Mapping[int, float]) -> dict[int, FuseServers]:
-        """Return the servers of FUSE connections; those without a known process are left out. Takes
-        at most about SEARCH_S.
+        """Return the servers of FUSE connections. Connections without a known server are left out.
+        Takes at most about SEARCH_S.
 
-        `connections`: when the caller first saw each of them, time.monotonic(). The kernel reuses
-        their numbers, so a search before that time proves nothing.
+        `connections`: for each connection, when the caller first saw it (time.monotonic()). The
+        kernel reuses the numbers of connections, so a search before that time proves nothing.
         """
         unnamed = self._search(connections, SEARCH_S)
         candidates = self._candidates() if unnamed else ()
@@ -121,8 +122,8 @@ class FuseFinder:
         self._search(connections, BACKGROUND_SEARCH_S)
 
     def _search(self, connections: Mapping[int, float], seconds: float) -> set[int]:
-        """Search for servers, unless another thread does. Return the connections for which no
-        server was known before the search."""
+        """Search for servers, unless another thread is searching. Return the connections for which
+        no server was known before the search."""
         unnamed = {number for number in connections if not self._living(number)}
         if not unnamed:
             return unnamed
@@ -145,7 +146,8 @@ class FuseFinder:
         return unnamed
 
     def _is_searched(self, connection: int, since: float) -> bool:
-        """Return whether all processes were searched, after this time and recently."""
+        """Return whether all processes were searched for the connection, both recently and after
+        `since`."""
         searches = [search.searched(str(connection)) for search in self._searches]
         return self._sees_all and all(
             one is not None and one.complete and _is_recent(one, since, AGE_S) for one in searches
@@ -169,14 +171,14 @@ class FuseFinder:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes whose connection the kernel does not name: each may serve any
-        connection. If the kernel names connections, return none, because a descriptor without a
-        named connection then has no mount."""
+        """Return the processes whose connection the kernel does not name. Each of them may serve
+        any connection. On a kernel that names connections, return none of them, because a
+        descriptor without a named connection has no mount."""
         return () if self._is_named else self._living(_UNNAMED)
 
     def _living(self, connection: int | None) -> tuple[int, ...]:
-        """Return the processes that still have the connection open. Costs 3 to 15 µs each, and 50
-        µs in all."""
+        """Return the known processes that still have the connection open. Costs 50 µs, and 3 to 15
+        µs for each process."""
         with self._lock:
             known = dict(self._descriptors.get(connection, {}))
         descriptors = {f"{self._proc}/{pid}": descriptor for pid, descriptor in known.items()}
@@ -214,8 +216,8 @@ def _connection(directory: str, descriptor: str) -> int | None:
 
 
 def _sees_all_processes(proc: Path) -> bool:
-    """Return whether we see the processes of all users and containers: as root, to whom hidepid=
-    hides none, and in the first PID namespace, whose number is PROC_PID_INIT_INO
+    """Return whether we see the processes of all users and containers. This needs root, from whom
+    hidepid= hides no process, and the first PID namespace, whose number is PROC_PID_INIT_INO
     (include/linux/proc_ns.h)."""
     try:
         return os.geteuid() == 0 and os.readlink(f"{proc}/self/ns/pid") == FIRST_NAMESPACE  # noqa: PTH115

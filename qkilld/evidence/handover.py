@@ -1,4 +1,4 @@
-"""Hand samples from the threads that take them to the loop, in batches."""
+"""Hand samples over from the threads that take them to the loop, in batches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_DELAY_S: Final = 0.02
-"""The longest delay of a sample, even if the next sample blocks."""
+"""How long a complete sample may wait for the next one, even if that blocks."""
 AT_ONCE: Final = 4
 """The number of samples handled before the loop checks its timers and pidfds again."""
 
 
 class Handover:
-    """Collects calls, because each wake-up of the loop costs half as much as a sample.
+    """Collects the calls that hand over samples, because each wake-up of the loop costs half as
+    much as a sample.
 
     Create it in the running loop. Only `put` may be called in other threads.
     """
@@ -26,13 +27,14 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Make the loop run all calls within MAX_DELAY_S, including those put until then."""
+        """Make the loop run all collected calls after MAX_DELAY_S, including those that are put
+        until then."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> bool:
-        """Make the loop run `call`. It runs at once if it is urgent or no more calls follow
-        (`more`). Otherwise it runs with a later call, or at the time that `expect` has set. Return
+        """Make the loop run `call`: at once if it is urgent or if no call follows soon (`more` is
+        false), otherwise together with a later call, or at the time that `expect` has set. Return
         False if the loop is closed. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         if urgent or not more:
@@ -55,6 +57,7 @@ class Handover:
                     break
                 calls.popleft()()
         finally:
-            # Schedule the other calls even if this one raised, because nothing else does.
+            # Schedule the other calls even if this call has raised an exception: nothing else
+            # would.
             if self._urgent or self._others:
                 self._loop.call_soon(self._deal)

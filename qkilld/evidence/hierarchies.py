@@ -34,9 +34,9 @@ class Group(NamedTuple):
     path: str
     """The path within its hierarchy, as in /proc/PID/cgroup."""
     ways: tuple[str, ...]
-    """The directories of the group and of its ancestors, nearest first, as far as the mounts here
-    show them. The root group is included only if the process itself is in it. () if no mount here
-    shows the group."""
+    """The directories of the group and of its ancestors, the nearest first, as far as the mounts of
+    this system show them. The root group is included only if the process itself is in it. () if no
+    mount shows the group."""
 
     @property
     def is_root(self) -> bool:
@@ -44,7 +44,7 @@ class Group(NamedTuple):
 
 
 class Hierarchies:
-    """The cgroup file systems mounted here, looked up once a minute."""
+    """The mounted cgroup file systems. They are read again once a minute."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class Hierarchies:
         for controllers, mounted, point in self._mounts:
             if controllers.isdisjoint(names):
                 continue
-            # In a container the mount may show only a part of the hierarchy. A path that leads out
-            # of it ("/../..") names a group that is not visible here.
+            # In a container, the mount may show only a part of the hierarchy. A path that leads out
+            # of this part ("/../..") names a group that is not visible.
             parts = [part for part in os.path.relpath(path, mounted).split("/") if part != "."]
             if ".." in parts or len(parts) > _MAX_DEPTH:
                 continue
@@ -94,7 +94,7 @@ class Hierarchies:
         return ()
 
     def _load(self) -> list[tuple[frozenset[str], str, str]]:
-        """Return (controllers, mounted group, directory) of each cgroup mount."""
+        """Return the controllers, the mounted group and the directory of each cgroup mount."""
         mounts = []
         try:
             with self._mountinfo.open("rb") as file:
@@ -106,7 +106,7 @@ class Hierarchies:
             mount = procfs.parse_mount(line, "self") if b" - cgroup" in line else None
             if mount is None or mount.kind not in ("cgroup", "cgroup2"):
                 continue
-            # For v1, the mount options name the controllers; for v2 they do not.
+            # The mount options name the controllers for v1, but not for v2.
             names = [""] if mount.kind == "cgroup2" else os.fsdecode(mount.options).split(",")
             mounted, point = (
                 os.fsdecode(procfs.unescape(text)) for text in (mount.root, mount.point)
@@ -122,9 +122,9 @@ def hierarchies_of(proc: Path) -> Hierarchies:
 
 
 def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
-    """Return whether `directory`, one of group.ways, has only this process and its descendants, or
-    is in the scope of a machine (_MACHINE). Returns False if there are too many groups or
-    processes. Costs 10 µs a group and 10 µs a process."""
+    """Return whether the group in `directory` (one of group.ways) contains only this process and
+    its descendants, or is in the scope of a machine (_MACHINE). Return False if there are too many
+    groups or processes. Costs 10 µs for each group and each process."""
     if group.is_root:
         return False
     if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):

@@ -1,8 +1,9 @@
 """Read small files of the kernel repeatedly.
 
 The files stay open, because opening and closing a file costs 6 to 9 µs, and reading it costs 1 to
-10 µs (measured on kernel 6.18). A descriptor in /proc/PID belongs to that process: reading returns
-ESRCH when the process is gone, even if its pid is reused (proc(5), pidfd_open(2)).
+10 µs (measured on kernel 6.18). A descriptor of a file in /proc/PID refers to that process for
+good: when the process is gone, reading fails with ESRCH, even if the pid is reused (proc(5),
+pidfd_open(2)).
 
 About ten files are kept open for each guest, as long as file_budget.py has room for them.
 """
@@ -16,11 +17,11 @@ from typing import Final
 from qkilld.debug_log import note_once
 
 MOST: Final = 1 << 16
-"""Greatest number of bytes to read. The kernel returns the whole file in one read."""
+"""The maximum number of bytes to read. The kernel returns the whole file in one read."""
 _SHORT: Final = 4096
 
 EXITED: Final = (FileNotFoundError, ProcessLookupError)
-"""Errors of opening or reading a file of a process or thread that is gone."""
+"""The errors when opening or reading a file of a process or thread that is gone."""
 
 
 class _Count:
@@ -39,12 +40,13 @@ _count: Final = _Count()
 
 
 def kept_files() -> int:
-    """Return how many files are open between reads, in this process."""
+    """Return how many files this program keeps open between reads."""
     return _count.value
 
 
 def count_kept(number: int) -> None:
-    """Count other descriptors that are opened, or with a negative number closed, as files are."""
+    """Change the result of `kept_files` by the number of other descriptors that were opened or, if
+    it is negative, closed."""
     _count.add(number)
 
 
@@ -78,8 +80,8 @@ class KeptFile:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
             _count.add(1)
         try:
-            # Try a short buffer first. Most files are short, and a text that callers keep may
-            # occupy the whole buffer that it was read into.
+            # Try a short buffer first. Most files are short, and as long as a caller keeps the
+            # text, it may occupy the whole buffer.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
             if len(text) >= _SHORT:
                 text = os.pread(self._descriptor, most, 0)

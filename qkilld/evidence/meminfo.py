@@ -1,7 +1,7 @@
 """Read the unwritten page cache of the whole host from /proc/meminfo.
 
-Source: kernel Documentation/filesystems/proc.rst. Rights: none. Cost: 14 µs. The values are those
-of the whole host, so read them once for all samples that are taken together.
+Source: kernel Documentation/filesystems/proc.rst. Needs no rights. Cost: 14 µs. The values are
+those of the whole host, so read them once for all samples that are taken together.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from qkilld.model.sample import Memory
 def read_memory(proc: Path = Path("/proc")) -> Memory | None:
     """Read meminfo; None if it cannot be read.
 
-    Writeback may be too high: it includes pages that FUSE copied and, before Linux 5.8, pages that
-    an NFS server has received but not written.
+    Writeback may be too high. It includes pages that FUSE has copied. Before Linux 5.8, it also
+    includes pages that an NFS server has received but not written.
     """
     try:
         text = b"\n" + read_once(proc / "meminfo")

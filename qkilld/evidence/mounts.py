@@ -1,8 +1,8 @@
 """Read counters of file systems without a block device: NFS, from /proc/PID/mountstats.
 
 Sources: the code of nfsstat(8) and mountstats(8), kernel fs/nfs/super.c (nfs_show_stats) and
-net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked.
-All other types (FUSE, 9p, Ceph, SMB, ZFS) have no readable counters: theirs are None.
+net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked. All
+other types (FUSE, 9p, Ceph, SMB, ZFS) have no readable counters, so their values are None.
 
 Needs the ptrace right for another user's process. Cost: 10 µs, and 20 µs for each NFS mount.
 """
@@ -18,10 +18,9 @@ from qkilld.model.sample import Mount
 from qkilld.model.text import printable
 
 MAX_BYTES: Final = 4 << 20
-"""The maximum number of bytes of a mountstats file, about 500 NFS mounts. A longer file is
-unreadable."""
+"""A longer mountstats file counts as unreadable. This is enough for about 500 NFS mounts."""
 KINDS: Final = frozenset({"nfs", "nfs4"})
-"""The types that have counters."""
+"""The types of file systems that have counters."""
 
 _BYTES: Final = re.compile(rb"^\tbytes:\t([\d ]+)$", re.MULTILINE)
 _OPERATION: Final = re.compile(rb"^\t *[A-Z0-9_]+: ([\d ]+)$", re.MULTILINE)
@@ -36,7 +35,7 @@ class MountStatistics:
         self._cache: dict[Filesystem, Mount] = {}
 
     def of(self, filesystem: Filesystem) -> Mount:
-        """Return a mount with its counters; a counter that is missing or unreadable is None."""
+        """Return a mount with its counters. A missing or unreadable counter is None."""
         cached = self._cache.get(filesystem)
         if cached is None:
             operations = bytes_written = None
@@ -68,17 +67,17 @@ class MountStatistics:
 
 
 def _parse(section: bytes) -> tuple[int | None, int | None]:
-    """Return (operations, bytes written) of one mount's section.
+    """Return the number of operations and the written bytes from one mount's section.
 
-    Only operations that the server answered with success count, because only they show progress.
-    The kernel's first number includes operations that it gave up (soft mounts), so those that ended
-    in an error (the ninth number, since Linux 5.3) are subtracted.
+    Only operations that the server answered with success are counted, because only they show
+    progress. The kernel's first number includes operations that it gave up (soft mounts). So the
+    operations that ended in an error (the ninth number, since Linux 5.3) are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # The sixth number is the bytes written to the server. Before it are the bytes read and written
-    # by normal calls, those by direct I/O, and those read from the server.
+    # The sixth number is the bytes written to the server. The five before it: bytes read and
+    # written by normal calls, read and written by direct I/O, and read from the server.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written

@@ -1,7 +1,7 @@
 """Read which unix sockets listen in network namespaces other than ours.
 
-sock_diag(7) reports the sockets of one network namespace, but a unix socket with a path can be
-reached from all of them. A namespace that no process is in cannot be read.
+sock_diag(7) reports only the sockets of one network namespace, but a unix socket with a path can be
+reached from all namespaces. A namespace without processes cannot be read.
 
 Needs the ptrace right for other users' processes. Sources: proc_pid_ns(5), proc_pid_net(5).
 """
@@ -23,11 +23,12 @@ from qkilld.evidence import sockdiag
 from qkilld.evidence.files import PROC
 
 SEARCH_S: Final = 0.2
-"""The longest time of a search, enough for about 40,000 processes."""
+"""How long a search may take. This is enough for about 40,000 processes."""
 AGE_S: Final = 5.0
 """How long a search is valid."""
 MAX_BYTES: Final = 4 << 20
-"""The maximum number of bytes of one namespace, about 28,000 sockets."""
+"""The maximum number of bytes to read for one namespace. This is enough for about 28,000
+sockets."""
 
 
 class OtherNamespaces:
@@ -40,10 +41,11 @@ class OtherNamespaces:
         self._read_at = -AGE_S
 
     def listens(self, matches: Callable[[bytes], bool]) -> bool | None:
-        """Return whether any of these sockets has a matching name; None if unknown.
+        """Return whether any listening unix socket of another namespace has a matching name; None
+        if unknown.
 
-        Processes that we may not read count as processes of our namespace. A user's daemon can read
-        only the processes of this user. Costs 5 µs for each process of the host, every AGE_S.
+        Processes that we may not read count as processes of our namespace. A user's qkilld can read
+        only the processes of this user. Every AGE_S, this costs 5 µs for each process of the host.
         """
         with self._lock:
             if time.monotonic() - self._read_at >= AGE_S:
@@ -53,7 +55,8 @@ class OtherNamespaces:
         return None if names is None else any(map(matches, names))
 
     def _read(self) -> frozenset[bytes] | None:
-        """Return the names of the sockets; None if there are too many, or not enough time."""
+        """Return the names of the sockets; None if there are too many sockets or reading takes too
+        long."""
         end = time.monotonic() + SEARCH_S
         names: set[bytes] = set()
         unread: set[str] = set()
@@ -70,7 +73,7 @@ class OtherNamespaces:
                 note_once("looking for network namespaces", "there are too many processes")
                 return None
             if isinstance(namespace, Exception):
-                continue  # It has exited, or cannot be read.
+                continue  # The process has exited, or is unreadable.
             if namespace in read:
                 continue
             text = read_bounded(f"{directory}/net/unix", MAX_BYTES)

@@ -1,8 +1,8 @@
 """Find the process at the other end of a connection.
 
 The kernel reports a socket's inode but not its process, so all processes are searched
-(descriptor_search.py). A sample spends at most SEARCH_S on it, and all these searches together use
-at most a fifth of a processor.
+(descriptor_search.py). A sample spends at most SEARCH_S on the search, and all searches together
+use at most a fifth of a processor.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from qkilld.evidence.descriptor_search import DescriptorHolder, search_pair
 from qkilld.evidence.files import PROC
 
 SEARCH_S: Final = 0.05
-"""The longest time that a sample searches, or waits for a search by another sample."""
+"""How long a sample may search, or wait for a search by another sample."""
 BACKGROUND_SEARCH_S: Final = 1.0
-"""The longest time of a search between samples, for which no sample waits."""
+"""How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0
-"""How long to wait before searching again for a socket that was found in no process."""
+"""How long to wait before searching again for a socket if no process has it."""
 MAX_PLACES: Final = 16_384
-"""The maximum number of sockets whose process is cached, 200 bytes each."""
+"""The maximum number of sockets whose process is cached. Each takes 200 bytes."""
 
 
 class PeerFinder:
@@ -37,14 +37,14 @@ class PeerFinder:
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
         self._places: dict[str, DescriptorHolder] = {}
-        """The processes of sockets, by the text of the descriptor's link."""
+        """The process of each socket, by the text of the descriptor's link."""
         self._lock = threading.Lock()
-        """Protects the searches."""
+        """Held during a search."""
         self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return the process id of each socket that was found, by inode. Takes at most about
-        SEARCH_S, or twice that if another thread is searching."""
+        """Return the process id of each socket whose process was found, by the socket's inode.
+        Takes at most about SEARCH_S, or twice as long if another thread is searching."""
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
@@ -59,7 +59,7 @@ class PeerFinder:
         self._search(inodes, BACKGROUND_SEARCH_S)
 
     def searches(self, inodes: Iterable[int]) -> bool:
-        """Return whether a search for one of these sockets has yet to end."""
+        """Return whether a search for one of these sockets has not ended yet."""
         links = list(map(_link, inodes))
         return any(search.searched(link) is None for link in links for search in self._searches)
 
@@ -82,8 +82,8 @@ class PeerFinder:
             self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return cached processes that still have their socket. Costs 3 µs each, and 50 µs in
-        all."""
+        """Return the cached processes that still have their socket. Costs 50 µs, and 3 µs for each
+        process."""
         places: dict[str, dict[int, str]] = {}
         for inode in inodes:
             if (place := self._places.get(_link(inode))) is not None:

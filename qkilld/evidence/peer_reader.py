@@ -1,4 +1,5 @@
-"""Sample one server: a process at the other end of a connection, or behind another server."""
+"""Sample one server: a process at the other end of a guest's connection, or one that such a server
+uses itself."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ PROC: Final = Path("/proc")
 REFRESH_S: Final = 10.0
 """How long a list of a server's open files is valid."""
 KEPT_THREADS: Final = 16
-"""Of this many threads of a server, a file may stay open."""
+"""The number of threads of a server for which a file may stay open."""
 _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
-"""The programs for which leaves_with_client can tell whether they exit with their client."""
+"""The programs that may exit with their client, as `leaves_with_client` decides."""
 
 
 class PeerReader:
@@ -37,19 +38,22 @@ class PeerReader:
         self.pid = pid
         self._proc = proc
         self._process: ProcessReader | None = None
-        """None if its files are closed."""
+        """The reader of the process; None if its files are closed."""
         self._start_time: int | None = None
-        """The start of the process, once read: its id may be reused while the files are closed."""
+        """The start of the process, once it was read. It shows whether the process id was reused
+        while the files were closed."""
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
         self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """The inodes of the other ends of its connections and socket pairs to servers it uses."""
+        """The other ends (inodes) of the server's own connections and socket pairs. They belong to
+        servers that it uses."""
         self.upstream_unknown = True
-        """Whether there may be others: its sockets or their other ends are unreadable."""
+        """Whether `upstream` may be incomplete, because sockets or their other ends are
+        unreadable."""
         self.mounts: tuple[Mount, ...] = ()
-        """The file systems without a block device under its files."""
+        """The file systems without a block device under the server's files."""
         self._sockets = SocketReader(pid, proc)
         self._exports = ExportReader(pid, budget, proc)
 
@@ -63,8 +67,8 @@ class PeerReader:
         """Sample the server; None if it is gone.
 
         `ours`: the export that the guest requested over each of its connections, by the inode of
-        the server's end. It is None for the server of a FUSE file system: nothing shows who else
-        uses that. `names`: the names of the guest's images in the file system.
+        the server's end. None for the server of a FUSE file system: nothing shows who else uses the
+        file system. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
         self._read_process(values)
@@ -120,7 +124,7 @@ class PeerReader:
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
         if not ours.keys() >= set(self._sockets.accepted):
             return True
-        # A hidden socket may belong to another client, so the answer is unknown.
+        # If the server has a hidden socket, that may connect it to another client.
         try:
             return None if self._sockets.hidden(table) - ours.keys() else False
         except Unreadable as error:
@@ -128,8 +132,8 @@ class PeerReader:
             return None
 
     def _place(self, exports: set[str | None]) -> tuple[str, ...]:
-        """Return the storage of the guest's image; () unless the server has only one image, or its
-        command line shows which one it is."""
+        """Return the storage of the guest's image. Return () if the server has several images and
+        its command line does not show which of them is the guest's."""
         images = self._storage.writable_places
         if len(set(images.values())) > 1:
             known_exports = [export for export in exports if export is not None]
@@ -140,10 +144,10 @@ class PeerReader:
         return _only_place(images.values())
 
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
-        """Return the storage of the server's files that are named like the guest's images. If it
-        has none, because it changes names, return the storage of its only files. But if it has
-        connections, return (): the images may be behind them, and the files may be its log or
-        cache."""
+        """Return the storage of those files of the server that have the names of the guest's
+        images. Some servers change names. If no file matches, return the storage of all its files,
+        but only if it has no connections: otherwise, the images may be behind a connection, and the
+        files may be a log or cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if file_name(path) in names}:
             images = named
@@ -153,7 +157,8 @@ class PeerReader:
 
     @property
     def names(self) -> dict[str, frozenset[str]]:
-        """The names of the server's own images on each file system without a block device."""
+        """The names of the server's files open for writing, for each file system without a block
+        device."""
         return names_by_mount(self._storage.writable_places)
 
     @property
@@ -162,7 +167,7 @@ class PeerReader:
         return 0 if self._process is None else self._process.open_files
 
     def close_files(self) -> None:
-        """Close files, and the directory of the process; the next read opens them again."""
+        """Close the files and the directory of the process. The next read opens them again."""
         if self._process is not None:
             count_kept(-(self._process.directory >= 0))
             self._process.close()
@@ -183,7 +188,7 @@ def _unseen_requests(rings: int | None, direct: bool | None) -> bool | None:
 
 def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]:
     """Return the names of the files on each file system without a block device, by its MAJOR:MINOR.
-    `places` has the storage of each file, by its path."""
+    `places`: the storage of each file, by its path."""
     names: dict[str, set[str]] = {}
     for path, place in places.items():
         if place.mount:
@@ -196,7 +201,7 @@ def file_name(path: str) -> str:
 
 
 def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
-    """Return the storage that all files have; () if they have none, or not the same."""
+    """Return the storage that all files have in common; () if there is none."""
     distinct = set(places)
     if len(distinct) != 1:
         return ()

@@ -1,8 +1,9 @@
-"""Sample the processes at the other end of a guest's local connections, and FUSE servers.
+"""Sample the servers of a guest: the processes at the other end of its local connections, and FUSE
+servers.
 
 nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd and iSCSI targets on this host do the guest's I/O,
-so their system calls and disks show its progress. The same is true of the servers of FUSE file
-systems under its images. Needs the ptrace right for other users' processes.
+so their system calls and disks show the guest's progress. The same is true of the servers of FUSE
+file systems that contain its images. Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Mount, Peer
 
 MAX_PEERS: Final = 64
-"""The maximum number of servers of one guest that are sampled."""
+"""At most this many servers of one guest are sampled."""
 MAX_PLACES: Final = 1024
-"""The maximum number of servers behind others in one sample. They are counted again for each
-connection of the guest, because a sample takes time and memory for each."""
+"""The maximum number of servers in one sample that are behind other servers. A server counts once
+for each connection of the guest behind which it is, because the sample has a copy for each."""
 MAX_CHILDREN: Final = 4
-"""The maximum number of processes started by a server that are sampled, the last ones first."""
+"""At most this many processes that a server has started are sampled: the last ones."""
 KEPT_FILES: Final = 64
-"""How many descriptors of the servers of one guest may stay open after each has been read."""
+"""How many descriptors may stay open between reads for all servers of one guest."""
 HOPS: Final = 2
-"""How many levels of servers to follow behind a server, which may only forward requests."""
+"""How many levels of servers behind a server are sampled. A server may only forward requests."""
 
 _NONE: Final = frozenset[int]()
 
@@ -63,18 +64,19 @@ class _Links(NamedTuple):
 
     pids: tuple[int, ...]
     unknown: bool
-    """Whether it may use others."""
+    """Whether it may use other servers, too."""
     mounts: Mapping[int, tuple[str, ...]]
-    """MAJOR:MINOR of the FUSE file systems that a server serves or may serve, by its process id."""
+    """The FUSE file systems (MAJOR:MINOR) that each server serves or may serve, by its process
+    id."""
     uncertain: frozenset[int]
-    """The servers that only may serve them."""
+    """The servers that are not certain to serve these file systems."""
 
 
 class _Match(NamedTuple):
     at: float
-    """time.monotonic()."""
+    """The time of the check, by time.monotonic()."""
     opens: bool
-    """Whether the process has a file open that is named like an image of the guest."""
+    """Whether the process has an open file with the name of one of the guest's images."""
 
 
 class ServerReader:
@@ -89,29 +91,30 @@ class ServerReader:
         self._readers: dict[int, PeerReader] = {}
         self._budget = WaitBudget()
         self._used_pids: list[int] = []
-        """The processes that the last read() used."""
+        """The servers that the last read_all() needed."""
         self.missing_ends: Set[int] = _NONE
-        """The sockets of servers that were not found yet, including servers behind other
+        """The sockets (inodes) whose servers were not found yet, including servers behind other
         servers."""
         self._connections: Mapping[int, float] = {}
         """When each FUSE connection was first seen, time.monotonic()."""
         self._new_missing_ends: Set[int] = _NONE
         self._new_connections: dict[int, float] = {}
-        """What the present read() has found so far. It is kept apart, because search() may run
-        meanwhile."""
+        """The values of `missing_ends` and `_connections` that the present read_all() has found so
+        far. They are kept apart, because search() may run in another thread."""
         self._sampled: dict[int, Peer] = {}
-        """What the present read() has sampled, without the servers behind, by process id."""
+        """The servers that the present read_all() has sampled, by process id. They do not include
+        the servers behind them."""
         self._links: dict[int, _Links] = {}
-        """The servers that these use, by process id."""
+        """The servers that each of these uses itself, by process id."""
         self._open_files = 0
         """How many descriptors of servers are open."""
         self._room = 0
-        """How many more servers behind others this sample may have."""
+        """How many more servers behind other servers fit into this sample."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
-        """The processes that may serve a FUSE mount, by the mount and the names of the images."""
+        """For each FUSE mount and names of images, the processes that may serve the mount."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
-        """Say which servers read() will need, so that search() can find them earlier. `ends`: the
+        """Announce which servers will be read, so that search() can find them earlier. `ends`: the
         inodes of their sockets."""
         self.missing_ends = frozenset(ends)
         self._connections = self._since(_connections_of(mounts).values())
@@ -126,7 +129,7 @@ class ServerReader:
     def read(
         self, ends: Mapping[int, str | None], storage: StorageTable, sockets: SocketTable
     ) -> dict[int, Peer]:
-        """Sample the server of each connection, if found.
+        """Sample the server of each connection, if it was found.
 
         `ends`: the export that the guest requested over each connection, by the inode of the
         server's socket; None if unknown.
@@ -177,8 +180,8 @@ class ServerReader:
         self._readers.clear()
 
     def _read(self, ends: Mapping[int, str | None], tables: _SampleTables) -> dict[int, int]:
-        """Sample the servers at these ends, each once in a sample. Return the process id of each
-        end, if its server was sampled or is the guest's own process."""
+        """Sample the servers at these ends, but each server only once in a sample. Return the
+        process id of each end, if its server was sampled or is the guest's own process."""
         owners = self._finder.find(ends) if ends else {}
         self._new_missing_ends |= ends.keys() - owners.keys()
         own_ends: dict[int, dict[int, str | None]] = {}
@@ -210,8 +213,8 @@ class ServerReader:
         return peer
 
     def _with_behind(self, server: Peer, tables: _SampleTables) -> Peer:
-        """Add the servers that the server uses itself, and those that these use. Each process has
-        only one place in the result, because the number of ways to it may be huge."""
+        """Add the servers that this server uses itself, and the servers that those use (HOPS). Each
+        process is added only once, because there may be a huge number of ways to it."""
         seen = {self._pid, server.pid}
         level, behind, unknown = [server.pid], dict[int, list[int]](), set[int]()
         served = Counter[int]()
@@ -232,7 +235,7 @@ class ServerReader:
             others = []
             for pid in behind.get(peer.pid, ()):
                 other, links = build(self._sampled[pid]), self._links[peer.pid]
-                # A server that several of these processes use serves none of them alone.
+                # If several of these processes use the server, it serves none of them alone.
                 serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
                 others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)
@@ -245,7 +248,8 @@ class ServerReader:
         return bool(reader.upstream or reader.upstream_unknown or _connections_of(reader.mounts))
 
     def _links_of(self, pid: int, tables: _SampleTables) -> _Links:
-        """Find and sample the servers that a server uses itself, once in a sample."""
+        """Find and sample the servers that a server uses itself. In a sample, this is done once for
+        each server."""
         if (links := self._links.get(pid)) is not None:
             return links
         if (reader := self._readers.get(pid)) is None:
@@ -279,8 +283,9 @@ class ServerReader:
         return links
 
     def _children(self, pid: int) -> list[int]:
-        """Return processes that the server has started, unless it works itself: it may wait for
-        them, as nbdkit does for its scripts. Nothing shows whether they work for this guest."""
+        """Return processes that the server has started: it may wait for them, as nbdkit waits for
+        its scripts. Nothing shows whether they work for this guest. Return none if the server has
+        threads that wait for something else."""
         server = self._sampled.get(pid)
         if server is None or server.threads:
             return []
@@ -288,7 +293,8 @@ class ServerReader:
         return started[-MAX_CHILDREN:]
 
     def _placed(self, server: Peer) -> Peer:
-        """Return the server, without those behind it if the sample has no more room for them."""
+        """Return the server, but without the servers behind it if the sample has no room for
+        them."""
         size = _size(server) - 1
         if size > self._room:
             return replace(server, behind=(), behind_unknown=True)
@@ -311,8 +317,8 @@ class ServerReader:
     def _fuse_servers(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
     ) -> dict[str, FuseServers]:
-        """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: processes
-        that cannot be servers."""
+        """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: the
+        processes that use the mounts, so they are not its servers."""
         numbers = _connections_of(mounts)
         if not numbers:
             return {}
@@ -327,9 +333,9 @@ class ServerReader:
             if servers is None or not pids:
                 continue
             if len(pids) > MAX_SERVERS and not servers.certain:
-                # Choose by the names of files only if there are too many processes. A name proves
-                # nothing: gocryptfs changes names, and anybody can have /dev/fuse and a file of
-                # that name open.
+                # There are too many processes to sample all, so choose those that have files with
+                # the names of the images. A name proves nothing: gocryptfs changes names, and
+                # anybody can open /dev/fuse and a file of that name.
                 pids = self._matching(number, pids, names.get(number, frozenset()), end)
             if 0 < len(pids) <= MAX_SERVERS:
                 served[number] = FuseServers(tuple(pids), servers.certain)
@@ -343,11 +349,11 @@ class ServerReader:
     def _matching(
         self, number: str, pids: Sequence[int], names: frozenset[str], end: float
     ) -> list[int]:
-        """Return the processes that have a file with one of these names open; [] until all were
-        looked at.
+        """Return the processes that have an open file with one of these names; [] until all were
+        checked.
 
-        Costs 4 µs for each descriptor, every REFRESH_S. Any user can have many processes, so this
-        stops at `end`, time.monotonic(), and the next sample continues.
+        Every REFRESH_S, this costs 4 µs for each descriptor. Any user can have many processes, so
+        checking stops at `end` (time.monotonic()), and the next sample continues.
         """
         known = self._matches.get((number, names), {})
         matches = {pid: known[pid] for pid in pids if pid in known}
@@ -398,7 +404,7 @@ def _size(server: Peer) -> int:
 
 
 def _opens(pid: int, names: frozenset[str], proc: Path) -> bool:
-    """Return whether the process has a file with one of these names open."""
+    """Return whether the process has an open file with one of these names."""
     descriptors = read_descriptors(pid, proc)
     files = () if descriptors is None else descriptors.files
     return any(file_name(path) in names for _, path in files)

@@ -1,17 +1,18 @@
-"""Read the process itself: /proc/PID/stat, status and io, and with detail its threads and rings.
+"""Read the process itself: /proc/PID/stat, status and io; with detail, also its threads and rings.
 
 Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
 stat and status need none; io needs the ptrace right and, for another user's process,
 CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
-them ran since the last read. The target's memory lock may be held as long as its storage hangs.
-Only rings.py takes it, in a separate thread. A target that executes a program can block most other
-reads (adapters/blockable.py), so samples are taken in threads that may be left behind (workers.py).
+them has run since the last read. If the process's storage hangs, its memory lock may be held all
+the time. Only rings.py takes this lock, in a separate thread. A process that executes a program can
+block most other reads (adapters/blockable.py), so samples are taken in threads that may stay
+blocked (workers.py).
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
-ran. If it has not advanced, no thread has run, so everything that only the threads can change is
-unchanged and is not read again. What others can change (a pending signal, a debugger, requests on
-rings) is read each time. The clock may not yet include a thread that is running now, so a change
-may be noticed one sample later.
+ran. If the clock has not advanced, no thread has run. Values that only the threads can change are
+then not read again. Values that others can change (a pending signal, a debugger, requests on rings)
+are read each time. The clock may not yet include the present run of a thread, so a change may be
+noticed one sample later.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _TERM: Final = 1 << (signal.SIGTERM - 1)
 _IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
 _PROC: Final = Path("/proc")
 _COARSE: Final = 1_000_000
-"""1 ms in ns. A time that is a multiple of it counts as unknown, because it may come from a coarse
-clock, which misses short runs."""
+"""1 ms in ns. A processor time that is a multiple of 1 ms counts as unknown, because it may come
+from a coarse clock, which misses short runs."""
 
 
 class ProcessReader:
@@ -55,24 +56,24 @@ class ProcessReader:
         guard: FaultGuard | None = None,
         most_kept: int = MAX_KEPT,
     ) -> None:
-        """Open the process that has this pid now; never read another one.
+        """Open the process that has this pid now, and never read one that reuses the pid.
 
-        Open a pidfd of the process before this call, and check afterwards that this pidfd's process
-        still exists. Otherwise another process may have been opened here. Raises nothing: if the
-        process is gone, all fields are unknown. `clock` returns seconds, monotonic. Without a
-        guard, exceptions of a read are raised. `most_kept`: the number of threads of which a file
-        may stay open.
+        Open a pidfd of the process before this call, and check after it that the process still
+        exists. Otherwise, this may have opened another process. Raises no exception: if the process
+        is gone, all fields are unknown. `clock` returns seconds, monotonic. Without a guard,
+        exceptions of a read are raised. `most_kept`: the number of threads for which a file may
+        stay open.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
         """MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), linux/posix-timers.h."""
         self._cpu_time: int | None = None
         self._text: int | None = None
-        """The hash of /proc/PID/status at the last read. The texts of thousands of processes would
-        take megabytes."""
+        """The hash of /proc/PID/status at the last read. Not the text: the texts of thousands of
+        processes would take megabytes."""
         self._last_values: tuple[Any, ...] | None = None
-        """The results of the last read, in the order of _WHOLE, if it was complete and all threads
-        slept."""
+        """The results of the last read, in the order of _WHOLE, if that read was complete and all
+        threads slept; else None."""
         self.start_time: int | None = None
         """The start of the process in clock ticks since boot; None before it was read."""
         try:
@@ -89,20 +90,20 @@ class ProcessReader:
 
     @property
     def directory(self) -> int:
-        """The descriptor of /proc/PID, which `close` closes; -1 if there is none."""
+        """A descriptor of /proc/PID, which `close` closes; -1 if there is none."""
         return self._directory
 
     @property
     def open_files(self) -> int:
-        """The number of descriptors that are open between reads, including the directory's."""
+        """The number of descriptors that are open between reads, including that of /proc/PID."""
         if self._directory < 0:
             return 0
         files = sum(file.is_open for file in (self._stat, self._status, self._io))
         return 1 + files + self._threads.open_files
 
     def has_run(self) -> bool:
-        """Return whether everything must be read again: a thread may have run since the last call,
-        or the last read was incomplete."""
+        """Return whether everything must be read again, because a thread may have run since the
+        last call, or the last read was incomplete."""
         before, self._cpu_time = self._cpu_time, self._time_run()
         return self._last_values is None or self._cpu_time is None or self._cpu_time != before
 
@@ -114,11 +115,11 @@ class ProcessReader:
         opened: int | None = None,
         has_run: bool | None = None,
     ) -> None:
-        """Put fields of model.sample.Sample into `into`.
+        """Put values of fields of model.sample.Sample into `into`.
 
         These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
-        threads, running, exiting, rings, timers and direct. Unreadable fields are None, except that
-        `timers` is 0 and `state` is unchanged. Whatever the process does, this raises no exception.
+        threads, running, exiting, rings, timers and direct. Unreadable values are None, except that
+        `timers` is 0 and `state` is not set. Whatever the process does, this raises no exception.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """
@@ -150,7 +151,7 @@ class ProcessReader:
         return None if self._directory < 0 else self._rings.read_completions()
 
     def close(self) -> None:
-        """May be called again."""
+        """May be called twice."""
         if self._directory < 0:
             return
         self.close_files()
@@ -167,7 +168,7 @@ class ProcessReader:
         self._threads.close_files()
 
     def _read_stat(self, into: dict[str, Any]) -> tuple[int | None, bool]:
-        """Read stat; return the number of threads, and whether the first one is exiting."""
+        """Read stat. Return the number of threads, and whether the first thread is exiting."""
         try:
             stat = parse_stat(self._stat.read())
         except OSError as error:
@@ -188,7 +189,8 @@ class ProcessReader:
         into["running"] = self._threads.running
         into["exiting"] = exiting and self._threads.alive
         if exiting and (living := self._threads.living()) is not None:
-            # The first thread has exited, but others go on, so report the state of one of these.
+            # The first thread has exited, but other threads still run. Report the state of one of
+            # these.
             into["state"], into["exiting"] = living.state, False
 
     def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:
@@ -197,7 +199,7 @@ class ProcessReader:
             into["rings"], into["timers"] = requests.in_flight, requests.timers
 
     def _time_run(self) -> int | None:
-        """Return the ns that all threads have run; None if unknown or too inaccurate."""
+        """Return how long all threads together have run (ns); None if unknown or too inaccurate."""
         if self._clock_id is None:
             return None
         try:
@@ -208,7 +210,7 @@ class ProcessReader:
         return ran if ran % _COARSE else None
 
     def _is_status(self, text: int | None) -> bool:
-        """Return whether status still has this hash."""
+        """Return whether the text of status still has this hash."""
         now = self._status.read_or_none()
         return now is not None and hash(now) == text
 

@@ -1,25 +1,26 @@
-"""Read requests of io_uring and Linux AIO, for which no thread waits in a call.
+"""Read requests of io_uring and Linux AIO. No thread waits in a system call for these.
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
-completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also waits for events with an
-io_uring. Its requests to poll descriptors are listed separately and do not count. One more request
-may be a timer, and nothing distinguishes it from a request to a disk. QEMU 11 uses one ring for
-events and disks, and in each case that was measured (NBD, iSCSI), a hanging QEMU 11 had such a
-timer on its ring.
+completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also uses an io_uring to wait
+for events. The requests on it that poll descriptors are listed separately and not counted. One more
+request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11 uses one
+ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11 had such
+a timer on its ring.
 
-The kernel does not show Linux AIO requests in flight. There can be some only if the process has an
-AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT, io_submit(2) is
-synchronous. The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests
-in flight. It is read only in samples with detail (sampler.py), because reading it takes the
-target's memory lock.
+The kernel does not show Linux AIO requests in flight. A process can have such requests only if it
+has an AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT,
+io_submit(2) is synchronous. The tail of the ring in the mapping (kernel fs/aio.c) counts
+completions, not requests in flight. It is read only in samples with detail (sampler.py), because
+reading it takes the process's memory lock.
 
-Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
+Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
 REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.
 This costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
 the mappings. The mappings are read only if a file is open with O_DIRECT and any process on the host
-has an AIO context. Reading them takes the target's memory lock, which may block as long as its
-storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S the result is unknown.
+has an AIO context. Reading them takes the process's memory lock, and may block as long as its
+storage hangs. So a separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S the result is
+unknown.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ MAX_DESCRIPTORS: Final = 1024
 """A process with more descriptors is not examined."""
 MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
-"""The maximum number of bytes of /proc/PID/maps, about 40,000 mappings."""
+"""A longer /proc/PID/maps is not examined. This is enough for about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
-"""A larger number of requests in flight is not believed, because the process can write to the
-memory that has the tails. The kernel allows fewer (IORING_MAX_CQ_ENTRIES, and overflow)."""
+"""A larger number of requests in flight counts as unknown, because the process can write to the
+memory that contains the tails. The kernel allows fewer requests (IORING_MAX_CQ_ENTRIES, and
+overflow)."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""
@@ -59,8 +61,8 @@ _POLL_ADD: Final = b"  op=6,"
 class RingRequests:
     in_flight: int
     timers: int = 0
-    """How many of these requests may be timers: one for each ring with which the process waits for
-    events."""
+    """How many of the requests in flight may be timers: one for each ring that the process uses to
+    wait for events."""
 
     def __add__(self, other: RingRequests) -> RingRequests:
         return RingRequests(self.in_flight + other.in_flight, self.timers + other.timers)
@@ -90,14 +92,14 @@ class RingReader:
 
     def read_completions(self) -> int | None:
         """Return the sum of the tails of all AIO rings; None if there is no ring, or if one is
-        unreadable. A tail counts completions modulo the ring's size. Takes the target's memory
-        lock."""
+        unreadable. A tail counts completions modulo the ring's size. This takes the process's
+        memory lock."""
         return self._mappings.tails()
 
     def read(self, opened: int | None = None) -> tuple[RingRequests | None, bool | None]:
         """Return the requests in flight on all rings, and whether AIO requests may be in flight.
 
-        `opened`: st_size of /proc/PID/fd, if the caller has just read it: the number of
+        `opened`: st_size of /proc/PID/fd, if the caller has just read it. This is the number of
         descriptors, or 0 before Linux 6.2.
         """
         if self._descriptors_changed(self._opened() if opened is None else opened):
@@ -159,7 +161,8 @@ class RingReader:
         self._direct = direct
 
     def _links(self) -> list[tuple[str, str]] | None:
-        """Return (number, link) of each descriptor; None if there are too many. Raises OSError."""
+        """Return the number and link of each descriptor; None if there are too many. Raises
+        OSError."""
         directory = open_directory("fd", self._directory)
         try:
             return read_links(directory, MAX_DESCRIPTORS)
@@ -183,7 +186,7 @@ class RingReader:
         return False
 
     def _may_have_context(self) -> bool:
-        """Return True if a process of the host has an AIO context, or if that is unknown."""
+        """Return True if any process of the host has an AIO context, or if this is unknown."""
         try:
             return int(read_once(self._proc / "sys/fs/aio-nr")) != 0
         except (OSError, ValueError) as error:
@@ -194,7 +197,8 @@ class RingReader:
 def requests_in_flight(text: bytes) -> RingRequests | None:
     """Return the requests in flight on one ring, from its fdinfo; None if not shown.
 
-    Older kernels do not show the ring, and newer ones do not while another thread holds its lock.
+    Older kernels do not show the ring. Newer kernels do not show it while another thread holds its
+    lock.
     """
     sq_tail = number_after(text, b"\nSqTail:\t")
     answered = number_after(text, b"\nCqTail:\t")
@@ -203,8 +207,8 @@ def requests_in_flight(text: bytes) -> RingRequests | None:
         return None
     polls, _, overflowed = polls.partition(b"CqOverflowList:\n")
     polling = sum(line.startswith(_POLL_ADD) for line in polls.splitlines())
-    # Requests whose completion had no room on the ring are not in flight, but the tail does not
-    # count them.
+    # Subtract requests whose completion had no room on the ring: they are not in flight, but the
+    # tail does not include them.
     waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
     in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
     if in_flight > _MAX_IN_FLIGHT:
@@ -214,7 +218,7 @@ def requests_in_flight(text: bytes) -> RingRequests | None:
 
 
 class _Mappings:
-    """Finds AIO contexts among the mappings, and reads them, without blocking for long."""
+    """Finds AIO contexts among the mappings, and reads their tails, without blocking for long."""
 
     __slots__ = ("_addresses", "_directory", "_tails", "_thread")
 
@@ -236,8 +240,9 @@ class _Mappings:
         return self._tails
 
     def _run(self, work: Callable[[int], None]) -> None:
-        """Run `work` in a thread, unless the last one still blocks. Return at the latest after
-        MAPPINGS_TIMEOUT_S. The thread may outlive this reader, so it has its own descriptor."""
+        """Run `work` in a thread, unless the last thread still blocks. Return after
+        MAPPINGS_TIMEOUT_S at the latest. The thread may outlive this reader, so it has its own
+        descriptor."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
             self._thread = threading.Thread(

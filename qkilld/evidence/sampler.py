@@ -35,14 +35,15 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Process
 
 REFRESH_S: Final = 30.0
-"""How long a list of open files and sockets is valid if the number of descriptors does not
-change."""
+"""How long a list of open files and sockets is valid while the number of descriptors stays the
+same."""
 RECONNECT_S: Final = 2.0
-"""After a connection was lost, the sockets are listed again at this interval."""
+"""While a connection is lost, the sockets are listed again at this interval."""
 TABLES_AGE_S: Final = 0.05
-"""How long all readers share a reading of the whole host."""
+"""How long all readers share one reading of the host's sockets and disks."""
 MEMORY_AGE_S: Final = 5.0
-"""How long a reading of the host's page cache is shared if no thread waits for storage."""
+"""How long all readers share one reading of the host's page cache, if no thread waits for
+storage."""
 
 
 class HostTables:
@@ -59,7 +60,8 @@ class HostTables:
         self.groups = SharedGroups()
 
     def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
-        """Return tables that are not too old. `waits`: whether a thread may wait for storage."""
+        """Return tables that are not too old. `waits`: a thread of the process may wait for
+        storage."""
         now = time.monotonic()
         if now - self._at > TABLES_AGE_S:
             self._at = now
@@ -88,7 +90,7 @@ class Reader:
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
         self._servers: ServerReader | None = None
-        """Made for the first connection or file system without a block device. Most guests have
+        """Created with the first connection or file system without a block device. Most guests have
         neither."""
         self._tables = tables
         self._refresh_time = -REFRESH_S
@@ -98,9 +100,9 @@ class Reader:
         self._fd_directory = f"{PROC}/{pid}/fd"
 
     def read(self, *, detail: bool = False) -> Sample:
-        """Take a sample now. Raises nothing that the process could cause; may block.
+        """Take a sample now. May block. The process cannot make this raise an exception.
 
-        `detail`: include the servers of its connections, and its AIO rings, which cost more to
+        `detail`: include the servers of its connections and its AIO rings, which are expensive to
         read.
         """
         about(self._pid)
@@ -121,7 +123,7 @@ class Reader:
             self._servers = ServerReader(self._pid, self._tables.peers, self._tables.fuse)
             if not detail:
                 # Announce the servers now: the next sample needs them, and on a busy host the
-                # search takes long.
+                # search for them takes long.
                 known = connections or ()
                 ends = call("looking for servers", self._sockets.peers, known, sockets)
                 self._servers.expect((ends or {}).values(), mounts or ())
@@ -182,7 +184,7 @@ class Reader:
             self._servers.close()
 
     def _searches(self) -> bool:
-        """Return whether a search for a server of the process goes on."""
+        """Return whether a search for a server of the process is in progress."""
         servers = self._servers
         return servers is not None and self._tables.peers.searches(servers.missing_ends)
 
@@ -204,7 +206,7 @@ class Reader:
         call("finding sockets", self._sockets.refresh, descriptors, graph)
 
     def _count(self) -> int:
-        """Return the number of descriptors; 0 before Linux 6.2, -1 if unknown."""
+        """Return the number of the process's descriptors; 0 before Linux 6.2, -1 if unknown."""
         try:
             return os.stat(self._fd_directory).st_size  # noqa: PTH116 - half the cost
         except OSError:
@@ -221,7 +223,7 @@ class Reader:
         sockets: SocketTable,
         storage: StorageTable,
     ) -> tuple[tuple[Socket, ...] | None, tuple[Mount, ...] | None]:
-        """Add the servers of connections and of FUSE mounts."""
+        """Add their servers to connections and FUSE mounts."""
         if self._servers is None or not (connections or mounts):
             return connections, mounts
         exports = requested_exports(nodes or ())
@@ -244,7 +246,7 @@ class Reader:
 
 
 class EvidenceSampler:
-    """Create and use it in a running loop."""
+    """Takes the samples of all processes. Create and use it in a running loop."""
 
     def __init__(self, on_fault: OnFault) -> None:
         """`on_fault` is called in the loop, once for each cause."""
@@ -259,7 +261,7 @@ class EvidenceSampler:
         self._budget = FileBudget()
 
     def count_jobs(self, running: Callable[[], int]) -> None:
-        """Leave descriptors for as many jobs as `running` returns."""
+        """Reserve descriptors for as many jobs as `running` returns."""
         self._budget.jobs = running
 
     def watch(self, process: Process) -> TargetWatch:
@@ -282,8 +284,8 @@ class EvidenceSampler:
 class TargetWatch:
     """Implements engine.ports.Watch.
 
-    A sample that blocks occupies its thread. Another request does not start a second sample, but
-    waits for the first.
+    A sample that blocks occupies its thread. A second request then does not start another sample,
+    but gets the result of the first.
     """
 
     __slots__ = (
@@ -305,7 +307,7 @@ class TargetWatch:
         self._reader: Reader | None = None
         self._budget = budget
         self._keeps = False
-        """Whether files stay open after a sample."""
+        """Whether files may stay open after a sample."""
         self._pid, self._uid, self._tables = pid, uid, tables
         self._workers, self._handover, self._guard = workers, handover, guard
         self._callback: Callable[[Sample], None] | None = None
@@ -324,8 +326,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Do this even if a sample is in progress. It may be complete and wait to be handed over
-        # with the next sample, which then blocked.
+        # Do this even if a sample was requested before. It may be complete already, and wait to be
+        # handed over together with another sample, which has blocked.
         self._handover.expect()
 
     @property

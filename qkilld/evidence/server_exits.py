@@ -1,8 +1,8 @@
-"""Find out which servers ended before their guest did. Implements engine.ports.ServerExits.
+"""Find out which servers ended before their guest. Implements engine.ports.ServerExits.
 
-The kernel puts a pidfd into the ready list of an epoll when its process ends, and epoll_wait(2)
-returns that list in order. So one call after the guest's end shows which servers ended before the
-guest, however late the call is. Sources: pidfd_open(2), ep_poll_callback in fs/eventpoll.c.
+When a process ends, the kernel adds its pidfd to the ready list of an epoll. epoll_wait(2) returns
+this list in order. So one call after the guest's end shows which servers ended before the guest,
+however late the call is. Sources: pidfd_open(2), ep_poll_callback in fs/eventpoll.c.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Process
 
 MAX_SERVERS: Final = 64
-"""The maximum number of servers that are watched for one guest."""
+"""At most this many servers are watched for one guest."""
 
 _SLACK: Final = 20_000
-"""The tolerance (µs) in comparing start times, which are known to 10 ms."""
+"""The tolerance (µs) when start times are compared, because the kernel gives them in steps of 10
+ms."""
 
 
 _SHARE: Final = 4
-"""The part of the descriptors of this program that can be pidfds of servers. If all of these are
-in use, a user whose guests have fewer than those of another user gets one of theirs."""
+"""One in this many descriptors of this program can be the pidfd of a server. If all of these are in
+use, a user takes one from another user whose guests have more."""
 
 
 class GuestServerExits:
     descriptors: ClassVar = 0
-    """The number of descriptors that all objects of this class have open."""
+    """The number of open descriptors of all objects of this class."""
     _servers: ClassVar[Counter[int]] = Counter()
-    """The number of watched servers of each user's guests."""
+    """The number of watched servers for each user's guests."""
     _of_user: ClassVar[dict[int, dict[GuestServerExits, None]]] = {}
     """The objects with watched servers, by the user of the guest."""
 
@@ -51,9 +52,9 @@ class GuestServerExits:
         self._started_at, self._proc = started_at, proc
         self._user = user_of(process.guest.identity.uid)
         self._pidfds: dict[int, int] = {}
-        """By process id."""
+        """The pidfds of the watched servers, by process id."""
         self._gone: set[int] = set()
-        """Servers that had ended before they were watched."""
+        """The servers that had ended before they could be watched."""
         self._unwatched: set[int] = set()
         self._guest = -1
         self._epoll = select.epoll()
@@ -139,8 +140,8 @@ class GuestServerExits:
         self._of_user.setdefault(self._user, {})[self] = None
 
     def _make_room(self) -> bool:
-        """Return whether another server may be watched. If necessary, give up one of a user who has
-        more. Root's are never given up."""
+        """Return whether another server may be watched. If necessary, stop watching a server of a
+        user who has more. Servers of root's guests are never given up."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE
         if self._servers.total() < limit:
             return True

@@ -1,17 +1,16 @@
 """Read all stream sockets of a network namespace at once, by sock_diag(7).
 
-This implements netlink directly. pyroute2 (0.9.7) was measured for comparison: its import keeps 25
-MB resident, more than the rest of the daemon, and it takes 60 µs for each of the thousands of
-sockets of 1,000 guests.
+pyroute2 (0.9.7) is not used: its import takes 25 MB of memory, more than the rest of the daemon,
+and it takes 60 µs for each socket (measured). 1,000 guests have thousands of sockets.
 
-Any user can have 100,000s of sockets. If a family (unix or TCP) has more than MAX_SOCKETS, its
-table is called crowded, and its sockets are queried one by one. To query a TCP socket, its id is
-needed; one scan of the table finds the ids.
+Any user can have hundreds of thousands of sockets. If a family (unix or TCP) has more than
+MAX_SOCKETS, its table is called crowded, and sockets are queried one by one. A query for a TCP
+socket needs its id; one scan of the table finds the ids of all wanted sockets.
 
 Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
-table (the kernel scans 100,000s of slots), and 20 µs for one TCP socket whose id is known. The
-kernel finds one unix socket among 40,000 in 1 ms, among 200,000 in 40 ms. Sources: sock_diag(7),
-netlink(7), linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h.
+table, which has many slots, and 20 µs for one TCP socket whose id is known. The kernel finds one
+unix socket among 40,000 in 1 ms, among 200,000 in 40 ms. Sources: sock_diag(7), netlink(7),
+linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 MAX_SOCKETS: Final = 32_768
-"""The maximum number of sockets of one family that are read at once."""
+"""At most this many sockets of one family are read with one request."""
 CROWDED_S: Final = 30.0
-"""How long a table counts as crowded after it had too many sockets."""
+"""How long a table counts as crowded after it was found to have too many sockets."""
 SINGLE_S: Final = 2.0
-"""The longest time that a SocketTable spends on single sockets of crowded tables."""
+"""How long a SocketTable may query single sockets of crowded tables in total."""
 _CHEAPER: Final = 32
-"""Up to this many queries for single TCP sockets are cheaper than reading all."""
+"""Up to this many queries for single TCP sockets are cheaper than reading the whole table."""
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -87,16 +86,16 @@ _Place = tuple[bytes, int, int]
 
 
 namespace_of = "self"
-"""The process, by its name under /proc, whose network namespace is read."""
+"""The name under /proc of the process whose network namespace is read."""
 _netlink: socket.socket | None = None
 _netlink_lock: Final = threading.Lock()
 
 
 def ask_through(fd: int) -> None:
     """Query the network namespace of the process that opened this netlink socket, because our own
-    may be empty (PrivateNetwork= in qkilld.service). Becomes the owner of the descriptor.
+    may be empty (PrivateNetwork= in qkilld.service). Takes ownership of the descriptor.
 
-    Raises ValueError, and closes the descriptor, if it is not such a socket.
+    If the descriptor is not such a socket, closes it and raises ValueError.
     """
     global _netlink, namespace_of
     kernel = socket.socket(fileno=fd)
@@ -112,11 +111,11 @@ class Unreadable(Exception):
 
 
 class _TooMany(ValueError):
-    """The table has more sockets than are read at once."""
+    """The table has more than MAX_SOCKETS, or reading it takes too long."""
 
 
 class CrowdedTables:
-    """The tables that were found crowded recently, by any SocketTable. Thread-safe."""
+    """The tables that any SocketTable has recently found crowded. Thread-safe."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}
@@ -130,18 +129,18 @@ class CrowdedTables:
 
 
 class UnixSocket(NamedTuple):
-    """A connected unix socket. Queue sizes are in bytes, as unix_diag reports them (the send queue
-    includes the kernel's overhead)."""
+    """A connected unix socket. Queue sizes are in bytes as unix_diag reports them: the send queue
+    includes the kernel's overhead."""
 
     name: bytes
-    """The path that the socket is bound to, with a zero byte first if abstract; b"" for none. An
-    accepted socket has the path of the listening one."""
+    """The path that the socket is bound to; b"" for none. An abstract one begins with a zero byte.
+    An accepted socket has the path of the listening socket."""
     peer: int
-    """The inode of the other end; 0 if the connection was not accepted yet, or it is closed."""
+    """The inode of the other end; 0 if that has not accepted the connection yet, or is closed."""
     shut: bool
-    """Nothing can be received, so the process does not wait for a reply. The other end is closed,
-    or this one is shut down for reading, as systemd does with a service's output to the journal
-    (src/core/execute.c, connect_logger_as)."""
+    """Nothing can be received, so the process does not wait for a reply. Either the other end is
+    closed, or this end is shut down for reading, such as a service's output to the journal
+    (systemd: src/core/execute.c, connect_logger_as)."""
     send_queue: int
     receive_queue: int
 
@@ -152,8 +151,8 @@ class TcpSocket(NamedTuple):
     id: bytes
     """The kernel's id, for SocketTable.tcp and tcp_peer: family, then struct inet_diag_sockid."""
     listened: bool
-    """A process listens on its local port, so this connection was accepted. A query by id looks for
-    listeners only if the table is crowded; otherwise this is False."""
+    """A process listens on the local port, so this connection was accepted. Always False in queries
+    by id, unless the table is crowded."""
     send_queue: int
     """Bytes not yet acknowledged, whether sent or not."""
     receive_queue: int
@@ -165,9 +164,9 @@ class TcpSocket(NamedTuple):
 class SocketTable:
     """The connected stream sockets of our network namespace, as of the first query.
 
-    Make one for each round of samples and share it between readers in any threads. No descriptor
+    Create one for each round of samples, and share it between readers in any threads. No descriptor
     stays open. All methods raise Unreadable if the kernel fails, or takes too long because there
-    are too many sockets. Failures are not retried, except for single sockets of crowded tables.
+    are too many sockets. After a failure, only single sockets of crowded tables are queried again.
     """
 
     def __init__(self, crowded: CrowdedTables | None = None) -> None:
@@ -175,7 +174,7 @@ class SocketTable:
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
-        """Seconds spent on single sockets, at most SINGLE_S: further sockets are unreadable."""
+        """The time (s) spent on single sockets. After SINGLE_S, all others count as unreadable."""
         self._expected: set[int] = set()
         self._tcp_infos: dict[int, bytes] = {}
         self._searched_inodes: set[int] = set()
@@ -196,14 +195,13 @@ class SocketTable:
             return None if place is None else _unix(*place)
 
     def listens_at(self, inode: int) -> bytes:
-        """Return the name of a listening unix socket; b"" if it is not one."""
+        """Return the name of a listening unix socket; b"" if the socket does not listen."""
         place = self._listener(inode)
         with _checked():
             return b"" if place is None else _unix(*place).name
 
     def has_unix(self, inode: int) -> bool:
-        """Return whether a unix stream socket of our network namespace has this inode, and listens
-        or is connected."""
+        """Return whether a listening or connected unix socket of our namespace has this inode."""
         return self.unix(inode) is not None or self._listener(inode) is not None
 
     def is_listening(self, inode: int) -> bool:
@@ -227,8 +225,8 @@ class SocketTable:
             return _listens_on(port)
 
     def expect_tcp(self, inodes: Iterable[int]) -> None:
-        """Announce the inodes for which tcp() will be called without an id, so that one search
-        finds them all."""
+        """Announce the inodes for which tcp() will be called without an id: one scan finds all
+        ids."""
         self._expected.update(inodes)
 
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
@@ -252,7 +250,7 @@ class SocketTable:
             return None if place is None else _tcp(*place, listeners)
 
     def tcp_peer(self, id: bytes) -> int | None:
-        """Return the inode of the other end, if it is in this network namespace too."""
+        """Return the inode of the other end, if it is in our network namespace, too."""
         if (tables := self._reads_tcp()) is None:
             with self._single():
                 return _ask_peer(id)
@@ -347,8 +345,8 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
     """Return the inodes of listening unix sockets, by the files that they are bound to; None if
     unknown.
 
-    The key is (device, inode) of the file as in the kernel. On btrfs and overlays, the device is
-    the one in mountinfo, not `st_dev`. Only the lower 32 bits of the inode are reported.
+    The key is the device and the inode of the file. On btrfs and overlays, the device is the one in
+    mountinfo, not `st_dev`. Only the lower 32 bits of the inode are reported.
     """
     request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 1 << _LISTEN, 0, _UNIX_SHOW_VFS, 0, 0)
     inodes = {}
@@ -366,13 +364,13 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
 
 
 def closed_first(id: bytes) -> bool | None:
-    """Return whether this end of a former TCP connection (TcpSocket.id) was the first to close it;
-    None if unknown. The kernel keeps the connection at that end for a minute (TIME_WAIT)."""
+    """Return whether this end of a former TCP connection (TcpSocket.id) was closed first; None if
+    unknown. The kernel keeps the end that was closed first for a minute (TIME_WAIT)."""
     socket_id = id[1:41] + struct.pack("=II", _NO_COOKIE, _NO_COOKIE)
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
         for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
-            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, it is a listener.
+            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, it is a listening socket.
                 return buffer[start + 1] in _CLOSED_FIRST or None
     except FileNotFoundError:
         return False
@@ -388,7 +386,8 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return the ports and addresses, IPv4 mapped to IPv6, because a server may listen for both."""
+    """Return the ports and addresses, with IPv4 mapped to IPv6, because only one end may use
+    IPv6."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
         source, target = (_MAPPED + address[:4] for address in (source, target))
@@ -396,13 +395,13 @@ def _address(buffer: bytes, start: int) -> bytes:
 
 
 def _mirrored(id: bytes) -> bytes:
-    """Return ports and addresses of a TcpSocket.id as the other end sees them."""
+    """Return the ports and addresses of a TcpSocket.id as the other end has them."""
     here = _address(id[:1] + bytes(3) + id[1:], 0)
     return here[2:4] + here[:2] + here[20:36] + here[4:20]
 
 
 def _dump_unix() -> tuple[dict[int, _Place], dict[int, _Place]]:
-    """Return the connected sockets and the listening ones."""
+    """Return the connected sockets and the listening sockets."""
     states = 1 << _ESTABLISHED | 1 << _LISTEN
     request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, states, 0, _UNIX_SHOW, 0, 0)
     connected: dict[int, _Place] = {}
@@ -437,11 +436,11 @@ def _ask_unix(inode: int) -> _Place | None:
     try:
         return next(_request(request, _ONE), None)
     except FileNotFoundError:
-        return None  # Closed, or in another network namespace.
+        return None  # The socket is closed, or in another network namespace.
 
 
 def _find_tcp(inodes: set[int]) -> dict[int, bytes]:
-    """Return the ids of these established sockets. Scans the whole table, and keeps only these."""
+    """Return the ids of these established sockets. Scans the whole table."""
     sockets = {}
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 1 << _ESTABLISHED, bytes(48))
@@ -455,7 +454,7 @@ def _find_tcp(inodes: set[int]) -> dict[int, bytes]:
 def _listens_on(port: int) -> bool:
     id = _PORT.pack(port) + bytes(46)
     for family in (socket.AF_INET, socket.AF_INET6):
-        # The kernel compares the ports itself (net/ipv4/inet_diag.c), so any answer is a match.
+        # The kernel returns only sockets with this port (net/ipv4/inet_diag.c).
         request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 1 << _LISTEN, id)
         if any(True for _ in _request(request, _DUMP, seconds=SINGLE_S)):
             return True
@@ -474,7 +473,7 @@ def _ask_peer(id: bytes) -> int | None:
     request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, socket_id)
     try:
         for buffer, start, _ in _request(request, _ONE):
-            # Check the answer: if there is no such connection, the kernel returns a listener.
+            # If there is no such connection, the kernel returns a listening socket instead.
             if buffer[start + 1] == _ESTABLISHED and _address(buffer, start) == address:
                 return int(_U32.unpack_from(buffer, start + 68)[0])
     except FileNotFoundError:
@@ -483,15 +482,15 @@ def _ask_peer(id: bytes) -> int | None:
 
 
 def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
-    """Ask about one socket. The id includes the kernel's cookie, so it matches no other.
+    """Query one socket. The id includes the kernel's cookie, so it matches no other socket.
 
-    With `alone`, also ask whether something listens on its port.
+    With `alone`, also query whether a socket listens on its port.
     """
     request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, _TCP_SHOW, 0, id[1:])
     try:
         places = list(_request(request, _ONE))
     except FileNotFoundError:
-        return None  # Closed.
+        return None  # The socket is closed.
     for buffer, start, end in places:
         same = _U32.unpack_from(buffer, start + 68)[0] == inode
         if same and buffer[start + 1] == _ESTABLISHED:
@@ -503,11 +502,11 @@ def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
 def _request(
     request: bytes, flags: int, seconds: float | None = None, *, lock_s: float = -1
 ) -> Iterator[_Place]:
-    """Yield the kernel's answers: for at most `seconds`, or at most MAX_SOCKETS if that is None.
-    `lock_s`: the longest wait for other threads.
+    """Yield the kernel's replies: for at most `seconds` or, if that is None, at most MAX_SOCKETS
+    replies. `lock_s`: how long to wait for other threads.
 
-    Raises _TooMany above that limit, OSError (ENOENT: there is no such socket, or this kernel lacks
-    the family), ValueError and struct.error.
+    Raises _TooMany above these limits, OSError (ENOENT if there is no such socket, or if the kernel
+    lacks the family), ValueError and struct.error.
     """
     with _kernel(lock_s) as kernel:
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
@@ -529,7 +528,8 @@ def _kernel(lock_s: float) -> Iterator[socket.socket]:
     try:
         yield _netlink
     finally:
-        # The kernel starts the next answer, perhaps for the event loop, only after this one's end.
+        # Read the rest of this reply. Otherwise, the next query, perhaps of the event loop, must
+        # wait.
         with contextlib.suppress(OSError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass
@@ -563,7 +563,7 @@ def _answers(kernel: socket.socket, flags: int, seconds: float | None = None) ->
 
 
 def _attributes(buffer: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (type, start, end) of each attribute. Raises ValueError and struct.error."""
+    """Yield the type, start and end of each attribute. Raises ValueError and struct.error."""
     while start + _ATTRIBUTE.size <= end:
         length, kind = _ATTRIBUTE.unpack_from(buffer, start)
         if length < _ATTRIBUTE.size or start + length > end:

@@ -1,8 +1,8 @@
-"""Read the connections of a process: which of its sockets are connected, and their queues.
+"""Read the connections of a process: its connected sockets, and their queues.
 
 The links of its descriptors show the inodes of its sockets (files.py). The sockets of our network
-namespace are read once for all processes, through sock_diag (sockdiag.py). If a process has another
-network namespace, its sockets are read from /proc/PID/net, which shows less.
+namespace are read once for all processes, through sock_diag (sockdiag.py). If a process is in
+another network namespace, its sockets are read from /proc/PID/net, which shows less.
 
 Needs the ptrace right for another user's process. Sources: sock_diag(7), proc_pid_net(5), unix(7).
 """
@@ -33,10 +33,9 @@ __all__ = ["SocketReader", "SocketTable"]
 
 PROC: Final = Path("/proc")
 MAX_BYTES: Final = 4 << 20
-"""The maximum number of bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files are
-unreadable."""
+"""A longer file in /proc/PID/net counts as unreadable. This is enough for about 28,000 sockets."""
 
-# The names in /proc/net/protocols. Unix stream sockets have a separate name since Linux 5.15.
+# The names in /proc/net/protocols. Since Linux 5.15, unix stream sockets have a name of their own.
 _UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
 _TCP: Final = frozenset({"TCP", "TCPv6"})
 _UNSEEN: Final = frozenset({"MPTCP", "MPTCPv6", "SCTP", "SCTPv6", "SMC", "SMC6", "AF_VSOCK"})
@@ -63,21 +62,21 @@ _SERVICES: Final = re.compile(
     rb"(/var)?/run/(dbus|systemd|nscd|nslcd|avahi-daemon|user/[0-9]+/(bus$|systemd))"
     rb"|/var/lib/sss/pipes/|\0?/tmp/(dbus-|\.X11-unix/)"
 )
-"""How the names of sockets begin that belong to services of the system. These store no data of
+"""The beginnings of the names of sockets of system services. These services store no data of
 guests. Anybody can give a socket such a name, but QEMU connects to it only if the guest's owner
 wants that."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
-"""With more sockets than this, reading the kernel's table is cheaper than checking each
-descriptor's link, so read() does not return an earlier result."""
+"""If a process has more sockets than this, read() does not return an earlier result, because
+reading the kernel's table is cheaper than checking the link of each descriptor."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
-"""Standard input, output and error are storage only if the command line says so. A program that
-starts with closed ones may get these numbers for a disk."""
+"""Connections with these descriptors are storage only if the command line says so. A program that
+is started without standard streams may get these numbers for its disks."""
 
 
 class SocketReader:
-    """The connected stream sockets of one process. For one thread at a time; keeps nothing open."""
+    """Reads the connected stream sockets of one process. Not thread-safe. Keeps no files open."""
 
     def __init__(self, pid: int, proc: Path = PROC) -> None:
         self._pid, self._proc = pid, proc
@@ -87,8 +86,8 @@ class SocketReader:
         self._graph: BlockGraph | None = None
         self._ends: _Ends | None = None
         self._given_names: dict[bytes | None, _Use] | None = None
-        """The uses of the listening sockets that were passed to QEMU as descriptors, by the
-        sockets' names; None until needed."""
+        """The purposes of the listening sockets that were passed to QEMU as descriptors, by the
+        names of the sockets; None until needed."""
         self._numbers: dict[int, int] = {}
         self._own_names: set[bytes] | None = None
         """The names of the unix sockets that the process listens on; None until needed."""
@@ -98,23 +97,23 @@ class SocketReader:
         self.accepted: list[int] = []
         """The inodes of the connections that the process accepted from clients."""
         self.has_unknown_peers = False
-        """Whether the last peers() lacks other ends on this host, because they were unreadable or
-        have not accepted the connection yet."""
+        """Whether the last result of peers() is incomplete, because other ends on this host were
+        unreadable or had not accepted the connection yet."""
         self._lost = False
         self._in_its_namespace: Set[int] = _NONE
         """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
         """A result that read() may return again while the process has the same sockets; None if the
-        kernel must be asked."""
+        kernel must be queried."""
 
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
     ) -> None:
         """List the sockets of the process again. Never raises.
 
-        `graph`: from its command line; without it, the purpose of every connection is unknown.
-        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs, and 3 µs for each new
-        socket. Without `descriptors`, it costs 4 µs more for each descriptor.
+        Without `graph`, from the command line, the purpose of every connection is unknown.
+        `descriptors`: from files.read_descriptors, if the caller has just called it. Costs 20 µs,
+        and 3 µs for each new socket. Without `descriptors`, it costs 4 µs more for each descriptor.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
@@ -134,7 +133,7 @@ class SocketReader:
         self._foreign, self._graph = ours != its, graph
         self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
         self._protocols = {inode: protocol for inode, protocol in protocols.items() if protocol}
-        # Keep only sockets that were connected. The others are asked again, because they may be
+        # Forget sockets that were not connected, so that they are queried again: they may be
         # connected now.
         self._connections = {
             inode: connection
@@ -143,20 +142,20 @@ class SocketReader:
         }
 
     def read(self, table: SocketTable, has_run: bool = True) -> tuple[Socket, ...] | None:
-        """Read the queues of all connections, in order of inode. These are established TCP sockets
-        and connected unix sockets, unless the other end has closed them.
+        """Read the queues of all connections, in order of inode. Connections are established TCP
+        sockets, and connected unix sockets whose other end is not closed.
 
-        None if they are unknown: refresh() failed, the kernel does not report them, or one is of an
-        unsupported kind (vsock, MPTCP, SCTP, SMC). In another network namespace, the other ends of
-        unix sockets may also be ambiguous.
+        Return None if they are unknown: refresh() failed, the kernel does not report them, or a
+        socket is of an unsupported kind (vsock, MPTCP, SCTP, SMC). If the process is in another
+        network namespace, the other ends of unix sockets may also be ambiguous.
 
-        A unix socket is a client if it has no name, and its other end has one or is invisible. A
-        TCP socket is a client if nobody listened on its local port when it was first seen. Costs 5
-        µs a socket in addition to the table, and 20 µs for a TCP socket.
+        A unix socket is a client if it has no name, and its other end has a name or is invisible. A
+        TCP socket is a client if no socket listened on its local port when it was first seen. In
+        addition to the table, this costs 5 µs for each unix socket and 20 µs for each TCP socket.
 
-        If the process has only unix sockets that listen or are known not to be storage, the same
-        result is returned until refresh(), or until a descriptor changes. `has_run`: whether the
-        process may have run since the last call; if not, its descriptors are not checked.
+        If all sockets are unix sockets that listen or are known not to be storage, the same result
+        is returned until refresh(), or until a descriptor changes. `has_run`: the process may have
+        run since the last call. If it has not, its descriptors are not checked.
         """
         if self._settled is not None and not (has_run and self._changed()):
             return self._settled
@@ -194,8 +193,8 @@ class SocketReader:
     def _settles(
         self, sockets: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
     ) -> bool:
-        """Return whether none of the process's sockets is, or could become, a connection to
-        storage. Raises Unreadable."""
+        """Return whether no socket of the process is a connection to storage, or could become one.
+        Raises Unreadable."""
         if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
             return False
         rest = protocols.keys() - {socket.inode for socket in sockets}
@@ -215,9 +214,9 @@ class SocketReader:
             return True
 
     def hidden(self, table: SocketTable) -> set[int]:
-        """Return the process's unix sockets that are neither in our network namespace nor in its
-        own. They may be connected to a client in a third one, which cannot be read. Raises
-        Unreadable."""
+        """Return the process's unix sockets that are listed neither in our network namespace nor in
+        that of the process. They may be connected to a client in a third namespace, which is not
+        read. Raises Unreadable."""
         return {
             inode
             for inode, protocol in (self._protocols or {}).items()
@@ -228,9 +227,9 @@ class SocketReader:
 
     @property
     def lost(self) -> bool:
-        """Return whether a connection was lost and no new one was seen since, or a TCP socket was
-        not connected. Then refresh() is needed soon: QEMU may connect again with the same
-        descriptor number, so the number of descriptors need not change."""
+        """Return whether refresh() is needed soon: a connection was lost and no new one was seen
+        since then, or a TCP socket was not connected. QEMU may connect again with the same
+        descriptor, so a new connection need not change the number of descriptors."""
         return self._lost or any(connection is None for connection in self._connections.values())
 
     def served(
@@ -240,8 +239,8 @@ class SocketReader:
         table: SocketTable,
         elsewhere: OtherNamespaces,
     ) -> tuple[Node, ...]:
-        """Return the nodes, with Node.served for those without a connection: whether something
-        listens at their address, if that is on this host."""
+        """Return the nodes. For nodes without a connection and with an address on this host, set
+        Node.served: whether a socket listens at this address."""
         if self._graph is None or self._foreign:
             return tuple(nodes)
         lonely = {node.name for node in nodes} - {socket.node for socket in sockets}
@@ -257,7 +256,7 @@ class SocketReader:
                 if end.path:
                     path = root + end.path if end.path.startswith("/") else end.path
                     matches = partial(_listens_at, path)
-                    # A path that listens elsewhere may be that of another server.
+                    # A socket of another namespace with this path may be that of another server.
                     listens = table.listens(matches) or (
                         False if elsewhere.listens(matches) is False else None
                     )
@@ -272,22 +271,21 @@ class SocketReader:
         return tuple(replace(node, served=_any(served.get(node.name))) for node in nodes)
 
     def _root(self) -> str:
-        """Return the directory that -chroot has made QEMU's root; "" if there is none, or if
-        something is mounted in it. When QEMU connects again, it finds the paths of its command line
-        below this directory."""
+        """Return the directory that -chroot has made QEMU's root; "" if there is none, or if a file
+        system is mounted in it. QEMU looks up paths in this directory when it connects again."""
         directory = f"{self._proc}/{self._pid}"
         try:
             root = os.readlink(f"{directory}/root")  # noqa: PTH115 - half the cost
         except OSError as error:
             note_once("reading the root directory", error)
             return ""
-        # mountinfo has only the mounts below the root.
+        # mountinfo of the process lists only the mounts in its root directory.
         mounted = root == "/" or read_bounded(f"{directory}/mountinfo", MAX_BYTES) != b""
         return "" if mounted else root
 
     def peers(self, sockets: tuple[Socket, ...], table: SocketTable) -> dict[int, int]:
-        """Return the inode of the other end of each local connection that may be storage, by the
-        inode of the process's end."""
+        """Return the other end (inode) of each local connection that may be storage, by the inode
+        of the process's end."""
         peer_ends = {}
         self.has_unknown_peers = False
         for socket in sockets:
@@ -300,7 +298,7 @@ class SocketReader:
                 try:
                     peer = table.tcp_peer(connection.id)
                 except Unreadable:
-                    is_local = True  # It may be.
+                    is_local = True  # It may be local.
             if peer:
                 peer_ends[socket.inode] = peer
             elif is_local:
@@ -313,9 +311,9 @@ class SocketReader:
         self._settled = None
 
     def _protocol(self, descriptor: str) -> str:
-        """Return the protocol of a socket; "" if it is irrelevant or was closed meanwhile.
+        """Return the protocol of a socket; "" if it is irrelevant or the socket was closed.
 
-        Queries the open socket, which is in memory. Raises OSError.
+        The kernel answers from memory. Raises OSError.
         """
         try:
             path = f"{self._proc}/{self._pid}/fd/{descriptor}"
@@ -323,7 +321,7 @@ class SocketReader:
                 os.getxattr(path, "system.sockprotoname").rstrip(b"\0").decode("ascii", "replace")
             )
         except OSError as error:
-            # The socket was closed meanwhile, or the descriptor was reused.
+            # The socket was closed, or the descriptor was reused.
             if error.errno in (errno.ENOENT, errno.ENODATA, errno.EOPNOTSUPP):
                 return ""
             raise
@@ -365,9 +363,8 @@ class SocketReader:
         unix = table.unix(inode)
         if unix is None or unix.shut:
             return None
-        # The other end is invisible if a hung server has not accepted the connection yet, or if
-        # that server is in another network namespace. In both cases, this socket is not half of a
-        # socketpair(2).
+        # The other end is invisible if a hanging server has not accepted the connection yet, or if
+        # the server is in another network namespace. In both cases, this is not a socketpair(2).
         peer = table.unix(unix.peer)
         self._peers[inode] = unix.peer
         if unix.name:
@@ -410,23 +407,24 @@ class SocketReader:
         return unnamed if use is _UNKNOWN else use
 
     def _tcp_use(self, inode: int, port: int) -> _Use:
-        """Return the purpose of a TCP connection. `port`: that of the listening end."""
+        """Return the purpose of a TCP connection. `port`: the port of the listening end."""
         ends, number = self._ends, self._numbers.get(inode)
         unnamed = _OTHER if number in _STANDARD else _UNKNOWN
         if ends is None:
             return unnamed
         uses = [use for use in (ends.ports.get(port), ends.descriptors.get(number)) if use]
-        # Prefer storage: the same port number may be storage on one host and something else on
-        # another.
+        # Prefer storage: the same port may be that of storage on one host, and of something else on
+        # another host.
         return max(uses, key=lambda use: use.role == "storage", default=unnamed)
 
     def _read_foreign(
         self, protocols: Mapping[int, str], table: SocketTable
     ) -> tuple[Socket, ...] | None:
-        """Read /proc/PID/net, which shows neither the other end of a unix socket nor the bytes sent
-        over TCP. These come from the other end, if it is in our network namespace.
+        """Read the sockets of a process in another network namespace from /proc/PID/net. These
+        files show neither the other end of a unix socket nor the bytes sent over TCP.
 
-        None if a file that may list one of its sockets is unreadable or longer than MAX_BYTES.
+        Return None if a file that may list one of its sockets is unreadable or longer than
+        MAX_BYTES.
         """
         net = f"{self._proc}/{self._pid}/net"
         unix = read_bounded(f"{net}/unix", MAX_BYTES)
@@ -444,7 +442,7 @@ class SocketReader:
         self._peers, self._given_names = {}, None
         self.accepted = []
         try:
-            # Both ends of a unix connection belong to the network namespace of its client. So
+            # Both ends of a unix connection belong to the network namespace of the client. So
             # connections from clients in our namespace are in our table.
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
             elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))
@@ -465,9 +463,9 @@ class SocketReader:
         """Return the unix sockets of another network namespace.
 
         The rows do not show which two sockets are connected with each other, and only an accepted
-        socket has a path. So the use of a connection that the process made comes from the path of
-        an accepted socket of another process in that namespace. Raises Unreadable if the numbers of
-        both do not match, or if a socket has two rows.
+        socket has a path. So each connection that the process has made gets the purpose that the
+        path of an accepted socket of another process has. Raises Unreadable if the numbers of these
+        connections and sockets differ, or if a socket has two rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]
         if len(own) > len(set(own)):
@@ -542,8 +540,8 @@ def _use_of(node: Node | None) -> _Use:
 
 
 class _Ends:
-    """The uses of the endpoints on a command line, for quick look-up: a process may have thousands
-    of connections, and its command line thousands of endpoints."""
+    """The purposes of the endpoints on a command line, for quick look-up: there may be thousands of
+    connections, and thousands of endpoints."""
 
     def __init__(self, graph: BlockGraph) -> None:
         self.descriptors: dict[int | None, _Use] = {}
@@ -565,7 +563,7 @@ class _Ends:
                     self._relative.setdefault(base, use)
 
     def at_path(self, kernels: str) -> _Use:
-        """Return the use of the connection with this path, compared as by `_listens_at`."""
+        """Return the purpose of the connection with this path, compared as in `_listens_at`."""
         if not (kernels := without_link(kernels)):
             return _UNKNOWN
         if kernels in self._paths:
@@ -582,14 +580,14 @@ def _ends_of(graph: BlockGraph) -> _Ends:
 
 
 def _any(answers: Set[bool | None] | None) -> bool | None:
-    """Return whether one of these is True; None if that is unknown, or if there is no answer."""
+    """Return whether one of these is True; None if this is unknown, or if there are none."""
     if not answers or (None in answers and True not in answers):
         return None
     return True in answers
 
 
 def _listens_at(given: str, kernels: bytes) -> bool:
-    """Compare two paths as text: one from a command line, one passed to bind(2) by a server."""
+    """Compare a path from a command line with one that a server passed to bind(2)."""
     bound, given = without_link(os.fsdecode(kernels)), without_link(given)
     if bound.startswith("/") and given.startswith("/"):
         return bound == given

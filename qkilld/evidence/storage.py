@@ -3,10 +3,10 @@
     descriptors (files) → mounts (mountinfo) → block devices (devices) and network mounts (mounts)
 
 An image may lie on a partition, a logical volume, a loop device, or a file system in a file on
-another file system. All layers are returned with their depth, because each shows something else. An
-upper layer has fewer users: one guest may use a logical volume, and all guests the disk below it. A
-lower layer may be at work while the counters of an upper one stand still, such as those of a loop
-device during a flush.
+another file system. All layers are returned, with their depth, because each layer shows something
+different. An upper layer has fewer users: a logical volume may be used by one guest, and the disk
+below it by all. A lower layer may be active while the counters of an upper layer do not change: a
+loop device does not count a flush, but its disk does.
 
 Costs were measured on two cores of a 2020s Xeon; see each method.
 """
@@ -33,11 +33,11 @@ from qkilld.model.text import printable
 PROC: Final = Path("/proc")
 SYS: Final = Path("/sys")
 MAX_DEVICES: Final = 256
-"""Greatest number of devices under one process's images; with more the answer is unknown."""
+"""If there are more devices under a process's images, its storage counts as unknown."""
 MAX_DEPTH: Final = 16
 _NONE: Final[Set[int]] = frozenset()
 _STANDARD_ERROR: Final = 2
-"""Files with descriptors up to this one may be logs."""
+"""A file with this descriptor or a lower one may be a log."""
 
 # File systems without storage, or without storage that a guest waits for.
 # fmt: off
@@ -56,7 +56,8 @@ class _Disk:
     own: bool
     writable: bool
     above: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices with depth 0 that lie on this one, as in model.sample.Device."""
+    """MAJOR:MINOR of the devices with depth 0 that lie on this device, as in
+    model.sample.Device."""
     accounting: bool | None = None
     """As in model.sample.Device."""
 
@@ -67,14 +68,13 @@ class FilePlace(NamedTuple):
     disks: tuple[str, ...]
     """MAJOR:MINOR of each block device, in every layer."""
     mount: str
-    """MAJOR:MINOR of a file system without a block device, "" for none."""
+    """MAJOR:MINOR of the file system, if it has no block device; else ""."""
 
 
 class StorageTable:
-    """The counters of disks and mounts at one moment, each read once.
+    """The counters of disks and mounts in one round of samples. Each is read only once.
 
-    Create one for each round of samples and pass it to all readers, in any thread, because many
-    guests share few disks.
+    Many guests share few disks, so pass one table to all readers, in any thread.
     """
 
     def __init__(self, proc: Path = PROC, sys: Path = SYS) -> None:
@@ -96,10 +96,10 @@ class StorageTable:
 
 
 class StorageReader:
-    """Reads the storage under one process's images. For one thread at a time; keeps nothing open.
+    """Reads the storage under one process's images. Not thread-safe. Keeps no descriptors open.
 
-    A device that was once seen is kept, because close(2) removes an image from /proc/PID/fd and may
-    then still wait for its storage.
+    A device that was once seen is kept: close(2) removes an image from /proc/PID/fd, and may still
+    wait for its storage after that.
     """
 
     __slots__ = (
@@ -114,8 +114,8 @@ class StorageReader:
         self._places: dict[int, FilePlace] = {}
         self._images: dict[int, files.Image] = {}
         self._outputs: Set[int] = _NONE
-        """The descriptors of files that are no images, but for which threads have waited, such as
-        that of a dump of the guest's memory."""
+        """The descriptors of files that are not images but for which threads have waited, for
+        example a dump of the guest's memory."""
         self.names: Container[str] | None = None
         """The file names of the images, according to the command line; None if unknown."""
         self._known = False
@@ -126,14 +126,16 @@ class StorageReader:
     ) -> None:
         """List the open files again. Never raises. May wait briefly (backing.TIMEOUT_S).
 
-        `waited_for`: the descriptor of a file for which a thread waits, even if it is no image.
-        `descriptors`: from files.read_descriptors, if just read. Costs 0.2 ms for a small QEMU, 3
-        ms for one with 100 descriptors and 16 block devices.
+        `waited_for`: the descriptor of a file for which a thread waits, even if the file is not an
+        image. `descriptors`: the result of files.read_descriptors, if the caller has just called
+        it. Costs 0.2 ms for a small QEMU, 3 ms for one with 100 descriptors and 16 block devices.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
         if descriptors is None or not descriptors.count:
-            return  # It is exiting, and may still wait for files that were open, so keep the list.
+            # The process is exiting. Keep the list, because the process may still wait for these
+            # files.
+            return
         if descriptors.too_many:
             self._known = False
             return
@@ -151,7 +153,8 @@ class StorageReader:
         self._known = True
 
     def place_of(self, descriptor: int) -> FilePlace | None:
-        """Return the storage of the file that has or last had this descriptor; None if unknown."""
+        """Return the storage of the file that has this descriptor, or had it last; None if
+        unknown."""
         return self._places.get(descriptor)
 
     @property
@@ -179,8 +182,8 @@ class StorageReader:
         }
 
     def _may_write(self, number: int) -> bool:
-        """Return whether the file is open for writing, and no log. A QEMU that was started without
-        standard streams has other files instead."""
+        """Return whether the file is open for writing and is not a log. If QEMU was started without
+        standard streams, the descriptors of these may be those of images."""
         image = self._images[number]
         if number > _STANDARD_ERROR or self.names is None:
             return image.writable
@@ -190,11 +193,11 @@ class StorageReader:
     def read(
         self, table: StorageTable | None = None
     ) -> tuple[tuple[Device, ...] | None, tuple[Mount, ...] | None]:
-        """Read the counters; (None, None) before a successful refresh(), or with too many devices.
-        The order is constant; new devices come last.
+        """Read the counters. Return (None, None) before a successful refresh(), or if there are too
+        many devices. The order does not change; new devices come last.
 
-        Costs 15 to 25 µs for each device, 2 µs if `table` has it already, plus the cost of
-        mounts.py.
+        Costs 15 to 25 µs for each device (2 µs if `table` has its counters already), in addition to
+        the cost of mounts.py.
         """
         table = table or StorageTable(self._proc, self._sys)
         if not self._known or len(self._disks) + len(self._filesystems) > MAX_DEVICES:
@@ -227,11 +230,11 @@ class StorageReader:
         return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
 
     def _keep(self, disks: dict[str, _Disk]) -> None:
-        """Add these devices, and keep those no longer in use unless they were unplugged. Read once
-        for each device whether the kernel counts its requests.
+        """Add these devices. Keep devices that are no longer in use, unless they were unplugged.
+        For each new device, read whether the kernel counts its requests.
 
         A device that was writable stays writable: an exiting QEMU opens its images again for
-        reading, and then flushes.
+        reading, but still flushes them after that.
         """
         for number, disk in list(self._disks.items()):
             if number in disks:
@@ -253,14 +256,14 @@ class StorageReader:
 
 
 def _accounting(disk: _Disk, counters: devices.Counters) -> bool | None:
-    # Some drivers never count anything, not even the reads that found the image.
+    # Some drivers count no requests at all, not even the reads when the image was opened.
     if not (counters.reads or counters.writes or counters.in_flight):
         return False
     return disk.accounting
 
 
 class _Stack:
-    """Walks down from images to disks. Created for each refresh."""
+    """Finds the layers of storage from images down to disks. Created for each refresh."""
 
     def __init__(self, pid: int, proc: Path, sys: Path, finder: BackingFinder) -> None:
         self._proc, self._sys = proc, sys
@@ -287,7 +290,7 @@ class _Stack:
         return FilePlace(self._with_lower(self._edges[""]), self._mount)
 
     def placed_disks(self) -> dict[str, _Disk]:
-        """Return the disks of all images added so far, with what lies above them."""
+        """Return the disks of all images added so far. Set `above` of each."""
         above: dict[str, list[str]] = {}
         for top in sorted(number for number, disk in self.disks.items() if disk.depth == 0):
             for number in self._with_lower({top}):
@@ -300,7 +303,7 @@ class _Stack:
         }
 
     def _with_lower(self, numbers: set[str]) -> tuple[str, ...]:
-        """Return these devices and all below them."""
+        """Return these devices and all devices below them."""
         below, disks = list(numbers), dict.fromkeys(sorted(numbers))
         while below:
             new = self._edges.get(below.pop(), set()) - disks.keys()
@@ -318,14 +321,15 @@ class _Stack:
             for number in numbers:
                 self._device(number, depth, writable)
         elif kind == "overlay" and writable and filesystem.number not in self._overlays:
-            # A file open for writing lies in the upper directory, because the kernel copied it
-            # there. The overlay is not returned as a layer, because it has no counters of its own.
+            # A file that is open for writing lies in the upper directory, because the kernel has
+            # copied it there. The overlay itself is not returned as a layer, because it has no
+            # counters.
             upper = _option(filesystem, b"upperdir") or b""
             self._overlays.add(filesystem.number)
             self._path(Backing(upper, None), kind, depth, writable)
             self._overlays.discard(filesystem.number)
         elif kind in mounts.KINDS:
-            # Prefer the same file system in our own mounts, because these stay readable when the
+            # Prefer the same file system in our own mounts, because those stay readable after the
             # process has exited.
             own = self._table("self").every()
             same = (f for f in own if (f.number, f.kind) == (filesystem.number, kind))
@@ -364,7 +368,7 @@ class _Stack:
                 own or before.own,
                 writable or before.writable,
             )
-        # This also ends cycles: a second visit changes nothing.
+        # `disk == before` also ends cycles, because a second visit changes nothing.
         if disk == before or depth > MAX_DEPTH or len(self.disks) > MAX_DEVICES:
             return
         self.disks[number] = disk

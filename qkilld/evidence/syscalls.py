@@ -1,8 +1,8 @@
 """Interpret the system call of a waiting thread, from /proc/PID/task/TID/syscall (proc(5)).
 
 An idle QEMU sleeps in calls that wait for events or input. These calls are listed here. A thread
-that sleeps in any other call, even an unknown one, counts as waiting for something. Numbers: x86_64
-from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
+that sleeps in any other call, even an unknown one, counts as waiting for something other than
+these. Numbers: x86_64 from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
 include/uapi/asm-generic/unistd.h.
 """
 
@@ -23,10 +23,10 @@ _EVENTS: Final = frozenset(
         *("recvfrom", "recvmsg", "recvmmsg"),
     )
 )
-"""Calls that wait for events, other threads or input, so they do not count as waits here. Other
-readers find requests in flight on a ring or at a server."""
+"""Calls that wait for events, other threads or input, so a thread in one of them does not count as
+waiting. If requests are in flight on a ring or at a server meanwhile, other readers find them."""
 _SUBMITS: Final = frozenset(("io_uring_enter",))
-"""Calls that either wait for events, or execute a request themselves and wait for storage."""
+"""Calls that either wait for events, or execute a request of a ring and wait for storage."""
 _INPUT: Final = frozenset(("read", "readv"))
 """Calls that wait for input, unless the descriptor is a file or disk."""
 _FILES: Final = frozenset(
@@ -95,7 +95,7 @@ _SG_IO: Final = 0x2285
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The system call of a thread."""
+    """The system call that a thread is in."""
 
     name: str
     """The name of the call, "system call N" if it is not in our list, or "" for no call."""
@@ -104,8 +104,8 @@ class Call:
     reads: bool
     """The call waits for input, unless the descriptor is a file or disk."""
     submits: bool
-    """The call waits for events or for storage; only the thread's kernel function (wchan) shows
-    which."""
+    """The call waits for events or for storage. Only the thread's kernel function (wchan) shows for
+    which of them."""
     of_files: bool
     """The call works only on files or disks."""
     descriptor: int | None
@@ -114,10 +114,11 @@ class Call:
 def describe_call(
     number: int, arguments: Sequence[int], machine: str = os.uname().machine
 ) -> Call | None:
-    """Return the call with that number; -1 means no call. None on an unknown architecture.
+    """Return the call with this number; -1 means that the thread is in no call. Return None on an
+    unknown architecture.
 
-    The calls of a 32-bit QEMU on a 64-bit kernel are misread, because their numbers are from
-    another table, and /proc does not show which table applies.
+    On a 64-bit kernel, the calls of a 32-bit QEMU are misread: their numbers are from another
+    table, and /proc does not show which table applies.
     """
     names = _NUMBERS.get(machine)
     if names is None:

@@ -1,6 +1,6 @@
 """Find the file, disk, pipe or socket behind a waiting thread's descriptor.
 
-The link in /proc/PID/fd shows this without access to the file. Cost: 5 µs for each waiting thread.
+The link in /proc/PID/fd shows it without access to the file. Cost: 5 µs for each waiting thread.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qkilld.model.sample import Thread
 def place_threads(
     pid: int, threads: tuple[Thread, ...] | None, storage: StorageReader, proc: Path
 ) -> tuple[Thread, ...] | None:
-    """Add to each thread what its descriptor refers to, and whether it is the process's first
-    thread. Leave out threads that wait for input."""
+    """Add to each thread what its descriptor refers to, and whether the thread is the first one of
+    the process. Leave out threads that wait for input."""
     if not threads:
         return threads
     threads_with_places = (_place_thread(pid, thread, storage, proc) for thread in threads)
@@ -33,7 +33,7 @@ def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) 
     kind = _kind(pid, thread.descriptor, proc)
     if kind not in ("file", ""):
         return dataclasses.replace(thread, target=kind)
-    # A file that is being closed no longer has a link, but `storage` remembers its disks.
+    # A file that is being closed has no link any more, but `storage` still knows its disks.
     place = storage.place_of(thread.descriptor)
     if place is None and kind == "file":
         storage.refresh(waited_for=thread.descriptor)

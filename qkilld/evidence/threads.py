@@ -1,15 +1,15 @@
 """Read the threads of a process: /proc/PID/task/TID/{schedstat,status,syscall,wchan}.
 
 Cost, measured on kernel 6.18: 2 µs for a thread that has not run since the last read, 40 µs for one
-that has. 64 threads cost 3 ms the first time, then 0.14 ms if all slept, and 2.7 ms if all ran.
-Rights: schedstat and status need none; syscall and wchan need the ptrace right (proc(5):
-PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). Nothing here takes the target's memory
-lock, so no read waits for a thread that holds it.
+that has. 64 threads cost 3 ms at the first read; after that, 0.14 ms if all slept, and 2.7 ms if
+all ran. Rights: schedstat and status need none; syscall and wchan need the ptrace right (proc(5):
+PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). No read here takes the process's memory
+lock, so none waits for a thread that holds it.
 
-schedstat (kernel Documentation/scheduler/sched-stats.rst) has the nanoseconds that the thread ran
-and how often it was put on a processor. If a thread slept and its schedstat is the same as before,
-it has not run, so it still sleeps in the same call. Only threads whose schedstat changed are read
-in full.
+schedstat (kernel Documentation/scheduler/sched-stats.rst) shows how long (ns) the thread has run,
+and how often it was put on a processor. If a thread slept at the last read and its schedstat has
+not changed, it has not run and still sleeps in the same call. Only threads whose schedstat has
+changed are read in full.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MAX_THREADS: Final = 512
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
 STOPPED: Final = ("T", "t")
-"""The states of a thread that is stopped, by SIGSTOP with all others, or alone by a debugger."""
+"""The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
 MAX_KEPT: Final = 128
-"""The maximum number of threads whose schedstat stays open; that of other threads is opened for
+"""The maximum number of threads whose schedstat stays open. For other threads, it is opened for
 each read."""
 
 
@@ -61,7 +61,7 @@ class _ThreadEntry:
         self.schedstat = KeptFile(f"task/{tid}/schedstat", directory)
         self.last_schedstat = b""
         self.may_have_run = True
-        """The thread may have run since it was last read completely."""
+        """The thread may have run since it was last read in full."""
         self.switches = 0
         self.alive = True
         """Not a zombie."""
@@ -80,31 +80,32 @@ class ThreadReader:
         self._directory, self._most_kept = directory, most_kept
         self._entries: dict[str, _ThreadEntry] = {}
         self._offset = 0
-        """A number that is added to the switches of the present threads, so that the sum does not
+        """This number is added to the switches of the present threads, so that the sum does not
         fall when a thread ends."""
         self._last_sum = 0
         self._has_ended = False
         """A thread has ended since the last complete read."""
 
     def read(self, count: int) -> tuple[int | None, tuple[Thread, ...] | None]:
-        """Return the sum of the voluntary context switches of all threads, and the threads that
-        wait in a call or in state D, or are stopped.
+        """Return two values: the sum of the voluntary context switches of all threads; and the
+        threads that wait in a call, are in state D, or are stopped.
 
-        If a thread ended between two reads, the switches between them do not count. They may not be
-        work: an idle thread of QEMU's pool ends after 10 s, and its end wakes another one.
+        If a thread has ended since the last read, the switches since then are not counted, because
+        they need not be work: an idle thread of QEMU's pool ends after 10 s, and its end wakes
+        another thread.
 
-        `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, for
-        example with more than MAX_THREADS threads or without a free descriptor. Without the ptrace
-        right, only threads in state D are known; without such a thread, the second result is None.
-        The freezer of cgroup v1 may also put threads into state D.
+        `count`: the number of threads in /proc/PID/stat. A value is None if it is incomplete, for
+        example if there are more than MAX_THREADS threads, or if no descriptor is free. Without the
+        ptrace right, only threads in state D are known; if there are none, the second value is
+        None. The freezer of cgroup v1 may also put threads into state D.
         """
         if count > MAX_THREADS:
             note_once("reading threads", f"there are more than {MAX_THREADS}")
             self.close()
             return None, None
         try:
-            # List the threads again if their number changed, or if one has exited, because another
-            # one may have replaced it.
+            # List the threads again if their number has changed, or if a thread has exited, because
+            # another thread may have replaced it.
             if len(self._entries) != count or not self._read_all():
                 self._list()
                 self._read_all()
@@ -128,12 +129,12 @@ class ThreadReader:
 
     @property
     def alive(self) -> bool:
-        """Return whether a thread may be alive: the last read found one that is no zombie, or read
-        no thread at all."""
+        """Return whether a thread may be alive: the last read found one that is not a zombie, or
+        could not read any thread."""
         return not self._entries or any(entry.alive for entry in self._entries.values())
 
     def living(self) -> Stat | None:
-        """Return the stat of a thread that is not exiting; None if the last read found none."""
+        """Return the stat of a thread that is not exiting; None if there is none."""
         for entry in self._entries.values():
             if entry.alive:
                 try:
@@ -152,7 +153,7 @@ class ThreadReader:
 
     @property
     def all_sleep(self) -> bool:
-        """Return whether no thread ran at the last read, and all calls are known."""
+        """Return whether no thread ran at the last read, and the calls of all threads are known."""
         return all(entry.wait_known and not entry.may_have_run for entry in self._entries.values())
 
     @property
@@ -187,7 +188,7 @@ class ThreadReader:
         self._has_ended = True
 
     def _read_all(self) -> bool:
-        """Return False if a thread has exited. Raises OSError."""
+        """Read all threads. Return False if a thread has exited. Raises OSError."""
         exited = []
         for place, entry in enumerate(self._entries.values()):
             try:
@@ -206,8 +207,8 @@ class ThreadReader:
             schedstat = b""
         if not keep:
             entry.schedstat.close()
-        # All zeros mean that the kernel does not count (sched_info_on()), so the thread may have
-        # run.
+        # If all numbers are zero, the kernel does not count (sched_info_on()), so the thread may
+        # have run.
         if (
             schedstat == entry.last_schedstat
             and not entry.may_have_run
@@ -215,8 +216,8 @@ class ThreadReader:
             and not schedstat.startswith(b"0 0 0")
         ):
             return
-        # schedstat was read before the rest. So if the thread runs in between, the next read finds
-        # another schedstat.
+        # schedstat was read before the other files. So if the thread runs between these reads, the
+        # next read will find another schedstat.
         entry.last_schedstat = schedstat
         status = read_once(f"task/{entry.tid}/status", self._directory)
         switches = number_after(status, b"\nvoluntary_ctxt_switches:\t")
@@ -244,8 +245,8 @@ class ThreadReader:
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
         """Return the thread; None if it waits only for events of a ring, or is an idle kernel
-        worker. Only the wait channel shows the latter: the call of a worker is that of its
-        creator."""
+        worker. Only the wait channel shows an idle worker, because /proc shows a worker to be in
+        the call that its creator was in."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None
@@ -290,6 +291,6 @@ class ThreadReader:
         except OSError as error:
             note_once("reading the wchan of a thread", error)
             return None
-        # "0" for a sleeping thread means that the function is hidden from us, or unknown to the
-        # kernel.
+        # For a sleeping thread, "0" means that the function is hidden from us, or that the kernel
+        # does not know it.
         return None if name == b"0" else printable(name.decode("utf-8", "surrogateescape"))

@@ -1,4 +1,5 @@
-"""Run the threads that take samples: as few as possible, more if one blocks in the kernel."""
+"""Run the threads that take samples. There are as few as possible, and more if all of them block in
+the kernel."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from qkilld.engine.fair_shares import FairShares, user_of
 from qkilld.evidence.faults import FaultGuard
 
 STUCK_S: Final = 0.1
-"""A call that takes longer counts as blocked; later calls do not wait for it."""
+"""A call that takes longer than this counts as blocked. Later calls do not wait for it."""
 MAX_BLOCKED: Final = 128
-"""The maximum number of blocked threads. Dead storage may block each of them."""
+"""The maximum number of threads that calls may block, for example because storage is dead."""
 RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
-"""See FairShares. Many guests on dead storage often belong to one user."""
+"""See FairShares. If storage is dead, many guests on it often belong to one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One thread is always left for what is done instead of calls."""
+"""One more thread is always left, for the calls that are run instead of others."""
 
 Call = Callable[[], None]
 
@@ -39,20 +40,20 @@ class Workers:
         self._lock = threading.Lock()
         self._idle = 0
         self._busy: dict[int, tuple[float, int | None]] = {}
-        """Since when each worker has been busy, and with whose process; None if it has just been
-        started."""
+        """For each busy worker, since when it has been busy, and the uid of the process; the uid is
+        None for a worker that has just been started."""
         self._count = 0
 
     def submit(self, call: Call, *, uid: int, instead: Call, urgent: bool = False) -> None:
-        """Run `call` soon in a worker, urgent calls first; the guard reports exceptions. If the
-        blocked workers leave no room for a process of `uid`, run `instead`."""
+        """Run `call` soon in a worker. Urgent calls come first. The guard reports exceptions. If
+        the blocked workers leave no room for a process of `uid`, run `instead`."""
         (self._urgent if urgent else self._others).append((call, instead, uid))
         self._wakeups.put(True)
         self.grow()
 
     def grow(self) -> None:
-        """Add a worker if calls wait and all workers are blocked. If there can be no worker, run
-        the calls in this thread, in a program that may block."""
+        """Add a worker if calls wait and all workers are blocked. If no worker can be started, and
+        this program may block (qkilld-stop), run the calls in this thread."""
         with self._lock:
             now = time.monotonic()
             stuck = all(now - since > STUCK_S for since, _ in self._busy.values())
@@ -85,7 +86,7 @@ class Workers:
             return user_of(uid) in self._blocking()
 
     def close(self) -> None:
-        """Let workers end when they are idle; blocked ones are abandoned."""
+        """Let workers end when they are idle. Blocked workers are abandoned."""
         with self._lock:
             for _ in range(self._count):
                 self._wakeups.put(False)
@@ -106,7 +107,7 @@ class Workers:
             self._guard.call("working in a thread", call)
 
     def _has_room(self, uid: int) -> bool:
-        """Return whether a call for this user may block another worker."""
+        """Return whether a call for a process of this user may block one more worker."""
         shares = FairShares(MAX_BLOCKED, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
         for user in self._blocking():
             shares.take(user)
