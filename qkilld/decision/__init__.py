@@ -1,1 +1,1 @@
-"""Decisions, from evidence to the next step. Pure: no clock, no I/O, no state."""
+"""Decide the next step of a job from the evidence. Pure: no clock, no I/O, no state."""

@@ -1,9 +1,9 @@
 """Count the bytes that a process has written, to disks and through storage servers. Pure.
 
 The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
-A unix socket has no counter. If its server has no other client, what the server writes counts
-instead. Only some samples read the servers. So each reading of a server adds what the server has
-written since its previous reading.
+A unix socket has no counter. If its server has no other client, the bytes that the server writes
+are counted instead. Only some samples read the servers. So each reading of a server adds the bytes
+that the server has written since its previous reading.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Sample, Socket
 
 RATE_WINDOW: Final = 10 * USEC_PER_SEC
-"""The rate is a mean over at most this time (µs). Disks write back in bursts up to 5 s apart."""
+"""The rate is a mean over at most this time (µs). Disks write data back in bursts that are up to 5
+s apart."""
 _STEP: Final = 2 * USEC_PER_SEC
-"""At most one total per this time (µs) is kept."""
+"""At most one total is kept for each interval of this length (µs)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The bytes written up to a certain time."""
+    """How many bytes were written up to a certain time."""
 
     at: int
     """CLOCK_MONOTONIC, µs."""
@@ -33,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class ServerCount:
-    """The bytes that a server had written at its last reading."""
+    """How many bytes a server had written when it was last read."""
 
     pid: int
     written: int
@@ -41,13 +42,13 @@ class ServerCount:
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """Sizes in bytes."""
+    """The written bytes so far, and their rate. Sizes are in bytes."""
 
     served: int = 0
-    """Bytes written by servers behind unix sockets since their first reading."""
+    """Bytes that servers behind unix sockets have written since they were first read."""
     servers: tuple[ServerCount, ...] = ()
     points: tuple[Point, ...] = ()
-    """Totals of the last RATE_WINDOW, the oldest first."""
+    """The totals at points in the last RATE_WINDOW, the oldest first."""
     rate: int | None = None
     """Bytes per second over RATE_WINDOW; None if unknown."""
 
@@ -56,7 +57,7 @@ NOTHING_COUNTED: Final = Amounts()
 
 
 def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
-    """Return the amounts after one more sample; `first` is the first sample of the process."""
+    """Return the amounts after one more sample. `first`: the first sample of the process."""
     served, servers = before.served, before.servers
     if pairs := _served_bytes(sample):
         earlier = {server.pid: server.written for server in servers}
@@ -88,19 +89,20 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
     before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # The sum may fall, because the bytes of a connection are no longer counted when it is closed.
-    # Then only `served` counts.
+    # `after` may be smaller, because it lacks the bytes of connections that were closed. Then
+    # return only `served`.
     return max(0, after - before) + served
 
 
 def is_storage(socket: Socket) -> bool:
-    """Return whether the connection may be one to a server that stores data."""
+    """Return whether a server that stores data may be at the other end of the connection."""
     return socket.role == "storage" or (socket.role == "unknown" and not socket.accepted)
 
 
 def _own_bytes(sample: Sample) -> int | None:
-    """Return the bytes written to disks plus the bytes acknowledged over TCP; None if the first
-    number is unknown. It comes from the guest's own control group, or else from /proc/PID/io."""
+    """Return the bytes written to disks plus the bytes acknowledged over TCP; None if the bytes
+    written to disks are unknown. These come from the guest's own control group, or else from
+    /proc/PID/io."""
     group = sample.cgroup
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:
@@ -114,7 +116,7 @@ def _own_bytes(sample: Sample) -> int | None:
 
 
 def _served_bytes(sample: Sample) -> list[tuple[int, int]]:
-    """Return (pid, bytes written) of each server that works only for this process."""
+    """Return the pid and the written bytes of each server that works only for this process."""
     if not sample.sockets:
         return []
     peers = {

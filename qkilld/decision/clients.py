@@ -1,9 +1,10 @@
-"""Tell what QEMU does for itself from what it may do for a client, such as a backup. Pure.
+"""Distinguish QEMU's own work from work that it may do for a client, such as a backup program.
+Pure.
 
 While QEMU's main loop waits for a dead disk, an export in an iothread continues to serve its
 client, perhaps forever. A client that only reads causes no writes. A client that writes may also
-cause flushes. But a flush of QEMU's own may take many minutes, so a flush that moves always counts
-as its own. If the cause of a movement is unknown, it is QEMU's own, too.
+cause flushes. But QEMU's own flush may take many minutes, so a flush that moves always counts as
+QEMU's own. If the cause of a movement is unknown, it counts as QEMU's own, too.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
 
 _SYNCS: Final = frozenset(("fsync", "fdatasync", "sync_file_range"))
 _READS_SHARE: Final = 16
-"""A client that only reads gets more than this many bytes for each byte that it sends: an NBD
-request has 28 bytes, its reply at least 528."""
+"""A client that only reads gets more than this many bytes for each byte that it sends: a request to
+read has 28 bytes in NBD, and its reply at least 528."""
 
 
 def has_client(sample: Sample) -> bool:
-    """Return whether a client may use the process as a server."""
+    """Return whether the process may be serving a client."""
     return not sample.exiting and bool(_clients(sample))
 
 
 def is_own(wait: Wait, sample: Sample, previous: Sample) -> bool:
-    """Return whether the movement of a wait since the sample `previous` may be more than what a
-    client has requested."""
+    """Return whether the movement of a wait since the sample `previous` may be QEMU's own work,
+    because requests of a client cannot explain it."""
     if wait.kind is WaitKind.CALL:
         return True
     devices, earlier = sample.devices or (), previous.devices or ()
-    # A client that may write causes all writes but those of a flush.
+    # If a client may write, assume that all writes are for it, except those of a flush.
     writes = any(map(_sends_data, _clients(sample)))
     if wait.threads:
         return _calls_write(wait.threads, devices, earlier, writes=writes)
@@ -60,7 +61,7 @@ def _clients(sample: Sample) -> list[Socket]:
 
 
 def _sends_data(client: Socket) -> bool:
-    """Return whether the client is known to have sent more than requests to read."""
+    """Return whether the client has sent more bytes than requests to read need."""
     received, sent = client.received or 0, client.acked or 0
     return received > max(HANDSHAKE, sent // _READS_SHARE)
 
@@ -72,9 +73,10 @@ def _calls_write(
     *,
     writes: bool,
 ) -> bool:
-    """Return whether one of these calls may write, and the disks under it may have written.
+    """Return whether the threads are in a call that may write, and the disks under it may have
+    written.
 
-    `writes`: whether a client may write, so that only a flush counts.
+    `writes`: a client may write, so only calls that flush count.
     """
     calls = [
         thread
@@ -92,14 +94,16 @@ def _calls_write(
 
 
 def _has_written(devices: Iterable[Device], before: Iterable[Device]) -> bool:
-    """Return whether a device has completed writes meanwhile, or none of them counts its writes."""
+    """Return whether a device has completed writes since `before`, or no device counts its
+    writes."""
     earlier = {device.number: device.writes for device in before}
     counting = [one for one in devices if one.writable and one.accounting is not False]
     return not counting or any(one.writes > earlier.get(one.number, one.writes) for one in counting)
 
 
 def _has_stored(socket: Socket, before: Socket, *, writes: bool) -> bool:
-    """Return whether the server at the other end may have got data, or have written."""
+    """Return whether the server at the other end may have received data to write, or may have
+    written."""
     if socket.peer is not None and before.peer is not None:
         return _is_writing(socket.peer, before.peer, writes=writes)
     if socket.acked is None or socket.received is None:
@@ -108,12 +112,13 @@ def _has_stored(socket: Socket, before: Socket, *, writes: bool) -> bool:
 
 
 def _surplus(socket: Socket) -> int:
-    """Return how many more bytes were sent than received. Requests to read make it smaller."""
+    """Return how many more bytes were sent than received. A request to read makes this number
+    smaller, because its reply is longer."""
     return (socket.acked or 0) - (socket.received or 0)
 
 
 def _is_writing(peer: Peer, before: Peer, *, writes: bool) -> bool:
-    """Return whether the server, or one behind it, has written."""
+    """Return whether the server, or a server behind it, may have written."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if _calls_write(working, peer.devices or (), before.devices or (), writes=writes):
         return True

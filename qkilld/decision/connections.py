@@ -1,9 +1,10 @@
-"""Tell progress on a connection from the same bytes sent again and again. Pure.
+"""Distinguish progress on a connection from requests that are repeated again and again. Pure.
 
-If a connection to a storage server breaks, QEMU connects again and repeats all requests that were
-not answered. So a server that breaks each connection after some requests causes movement forever,
-on its connections, in its calls, and perhaps on its disk. Only a reply proves progress, because a
-request that has its reply is not repeated. TCP counts the bytes of replies; a unix socket does not.
+If a connection to a storage server breaks, QEMU connects again and repeats all requests that have
+no reply yet. So a server that breaks each connection after some requests causes movement forever,
+on its connections, in its calls, and perhaps on its disk. Only a reply proves progress, because
+QEMU does not repeat a request that has a reply. The kernel counts the bytes of replies for TCP, but
+not for unix sockets.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 
 BREAKS: Final = 3
-"""After this many connections of a node have broken without a reply, movement on the next one may
-be a repetition."""
+"""After this many connections of a node have broken without a reply, movement on the next
+connection may be a repetition."""
 LASTS: Final = 6 * USEC_PER_SEC
-"""A connection counts as stable, so that movement on it is no repetition, if it has lasted this
-long (µs), and twice as long as those that broke."""
+"""Movement on a connection is no repetition if the connection has lasted this long (µs), and twice
+as long as any that broke without a reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +29,21 @@ class Connections:
     µs."""
 
     inodes: frozenset[int] = frozenset()
-    """The connections that were seen last."""
+    """The connections in the last sample that had any."""
     since: int = 0
-    """When these were first seen."""
+    """When these connections were first seen."""
     seen_at: int = 0
-    """When these were last seen."""
+    """When these connections were last seen."""
     broken: int = 0
-    """How often the connections were replaced since a reply was last seen."""
+    """How often connections were replaced by new ones since the last reply."""
     longest: int = 0
-    """The longest time (µs) that one of these replacements has lasted."""
+    """The longest time (µs) that such new connections have lasted before they were replaced,
+    too."""
 
     @property
     def repeats(self) -> bool:
-        """Whether movement on these connections may only repeat that on earlier ones."""
+        """Whether movement on these connections may only be a repetition of requests on earlier
+        ones."""
         lasted = self.seen_at - self.since
         return self.broken >= BREAKS and (lasted < LASTS or lasted < 2 * self.longest)
 

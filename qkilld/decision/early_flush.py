@@ -1,15 +1,15 @@
-"""Plan the flush of healthy disks that precedes any question to the file systems. Pure.
+"""Plan to flush healthy disks before QEMU is made to ask the file systems. Pure.
 
-If QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
-systems of all images for their sizes. If a file system does not answer, the main thread and the
-monitor hang, so no disk can be flushed any more. In a measurement with a hanging image on FUSE, a
-local disk lost 201 of 300 records. Only a file system without a block device, such as NFS or FUSE,
-can hang like this. So if an image may lie on one, disks that lie elsewhere are flushed first, by
-the names from query-blockstats, which asks no file system.
+When QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
+systems of all images for the sizes of the images. If a file system does not answer, the main thread
+and the monitor hang, and no disk can be flushed any more. In a measurement with a hanging image on
+FUSE, a local disk lost 201 of 300 records. Only a file system without a block device, such as NFS
+or FUSE, can hang like this. So if an image may lie on one, disks that lie elsewhere are flushed
+first. Their names come from query-blockstats, which asks no file system.
 
-The command line and the open files of the process show which disks lie on such a file system. Both
-may be wrong. So they decide which disks are flushed, and when, but never which disks count as
-flushed.
+The command line and the open files of the process show which disks lie on such a file system, but
+both may be wrong. So they decide only which disks are flushed, and in which order. Only QEMU's
+replies decide which disks count as flushed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The prefix of the keys of waits for calls to storage. The numbers of disks and mounts follow
-it."""
+"""The key of a wait for a call to storage begins like this. The numbers of the disks and mounts
+follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyFlush:
     healthy: tuple[GuestDisk, ...]
-    """The disks to flush first: local ones that certainly lie on block devices."""
+    """The disks to flush first: local disks that certainly lie on block devices."""
     others: tuple[GuestDisk, ...]
-    """The disks to flush after `healthy`, because their flush may hang."""
+    """The disks to flush after the healthy ones, because their flush may hang."""
     hang_reason: str
     """Why a file system may not answer and must not be asked; "" if all may be asked."""
 
@@ -49,7 +49,7 @@ def may_hang(sample: Sample) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
-    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
+    """Return whether requests are in flight. If so, only another reading, OLD µs later, can show
     whether they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 
@@ -57,8 +57,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
 def plan_early_flush(
     first: BlockState, second: BlockState | None, evidence: Assessment
 ) -> EarlyFlush:
-    """Plan the flush. The states contain only statistics. `second` was read OLD µs after `first`;
-    None if nothing was in flight. `evidence` is from samples at the same times."""
+    """Plan the flush. The two states contain only statistics. `second` was read OLD µs after
+    `first`; it is None if no request was in flight. `evidence` is from samples at the same
+    times."""
     state, images = second or first, evidence.last.images
     stuck = stuck_disks(first, second)
     usable = [disk for disk in state.disks if disk not in stuck]
@@ -82,19 +83,18 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block would hang, so this is the last flush. Include the disks on a network, which
-        # are otherwise flushed later.
+        # query-block would hang, so no other flush follows. Include the disks on a network, too.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # Try these disks, too: they may be healthy, and only share a controller's queues with disks
-        # that do not answer.
+        # Try the stuck disks on block devices, too: some may be healthy, and only share a
+        # controller's queues with disks that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 
 
 def _lies(disk: GuestDisk, images: tuple[ImagePlace, ...] | None, *, on_mount: bool) -> bool:
-    """Return whether an image of the disk is known to lie on a file system without a block device,
-    or, with `on_mount` False, on block devices."""
+    """Return whether an image of the disk is known to lie on a file system without a block device.
+    With `on_mount` False, return whether an image is known to lie on a block device."""
     return any(bool(image.mount) == on_mount and _is_of(disk, image) for image in images or ())
 
 
@@ -122,4 +122,4 @@ CACHE_UNSAFE_UNKNOWN: Final = (
     "an image lies on a file system that may not answer, so QEMU was not asked for disks that are"
     " never flushed (cache=unsafe)"
 )
-"""A note for a plan."""
+"""A note in the reply to Plan."""

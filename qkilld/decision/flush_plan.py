@@ -1,14 +1,14 @@
-"""Plan the flush before SIGTERM, and say what it proves. Pure.
+"""Plan the flush before SIGTERM, and decide what it proves. Pure.
 
-A flush before SIGTERM shows errors that QEMU hides afterwards. With the guest's processors stopped,
-it also proves that QEMU holds no data back. But the QMP command `stop` waits for all requests of
-all disks, so it blocks the monitor if one disk does not answer. Therefore `stop` is sent only if no
-request seems older than OLD. If the guest runs, there must also be no vhost-user or network disk
-that hides its requests. Without `stop`, the disks that are expected to answer are flushed one by
-one, so that a later SIGKILL loses none of their data.
+A flush before SIGTERM shows errors that QEMU hides after SIGTERM. If the guest's processors are
+stopped during the flush, it also proves that QEMU holds no data back. But the QMP command `stop`
+waits for all requests of all disks: if one disk does not answer, `stop` blocks the monitor. So
+`stop` is sent only if no request seems older than OLD and, if the guest runs, no vhost-user or
+network disk hides its requests. Without `stop`, the disks that are expected to answer are flushed
+one by one, so that a later SIGKILL loses none of their data.
 
-QEMU reports the requests in flight only for virtio disks. For other local disks (IDE, NVMe),
-evidence from outside shows them: a thread waits, or a ring has requests.
+QEMU reports requests in flight only for virtio disks. For other local disks (IDE, NVMe), evidence
+from outside shows such requests: a thread waits, or a ring has requests.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ from qkilld.model.guest_state import POWERED_OFF, RUNNING
 from qkilld.model.job import Risk
 
 OLD: Final = USEC_PER_SEC
-"""A request that has been outstanding for this long (µs) may be for a disk that does not answer."""
+"""If a request has been in flight for this long (µs), its disk may not answer."""
 INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
-"""Runstates of a migration, in which the disks belong to another host, or soon will."""
+"""Runstates of a migration in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
-"""The prefixes of the keys of waits for requests of local disks (waits.py)."""
+"""The keys (waits.py) of waits for requests of local disks begin with one of these."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlushPlan:
     stop: bool
-    """Stop the processors if they run, then flush over NBD, which reports errors."""
+    """Stop the processors if they run, then flush over NBD, which reports errors. False if the
+    disks are flushed without `stop`."""
     running: bool
-    """The processors run now. If they are stopped for the flush and QEMU is not ended, they must be
-    continued."""
+    """The processors run now. If they are stopped for the flush but no signal follows, they must be
+    started again."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
-    """Why the flush is not complete; "" if it is."""
+    """Why the flush does not include all disks with `stop`; "" if it does."""
     before: tuple[GuestDisk, ...] = ()
-    """The disks to flush before `stop` if the processors run, the local ones first. This flush
-    finds disks that do not answer, and leaves little to flush for `stop`. Only the flush after
+    """The disks to flush before `stop`, if the processors run; local disks come first. This flush
+    finds disks that do not answer, and leaves little data for `stop` to flush. Only the flush after
     `stop` shows errors."""
     stuck: tuple[GuestDisk, ...] = ()
     """The disks that do not answer."""
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return True if the guest runs and QEMU does not report the requests of one of its local
-    disks. Then only evidence from outside can show them."""
+    """Return whether only evidence from outside can show requests in flight: the guest runs, and
+    QEMU does not report the requests of one of its local disks."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight, so that only another reading (`is_second_reading`) can
+    """Return whether requests are in flight. If so, only another reading (`is_second_reading`) can
     show whether they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
@@ -71,8 +72,8 @@ def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
     """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
-    `first`, or if every queue with requests in flight has completed one since `first`: a later
-    reading would show that, too."""
+    `first`. Earlier, it does if every queue that had requests in flight has completed one since
+    `first`, so that none is stuck."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):
@@ -85,8 +86,8 @@ def plan_flush(
 ) -> FlushPlan:
     """Plan the flush.
 
-    `second` is as in `is_second_reading`; None if nothing was in flight. `evidence` is
-    the assessment at the last reading, if there is one.
+    `second`: a reading for which `is_second_reading` is true; None if no request was in flight.
+    `evidence`: the assessment at the last reading, or None.
     """
     state = second or first
     running = state.runstate == RUNNING
@@ -110,20 +111,20 @@ def plan_flush(
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
-    # Local disks come first, because a disk on a network may hang, and then the monitor hangs, too.
+    # Local disks come first: if a disk on a network hangs, the monitor hangs, too.
     healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 
 
 def sorted_by_risk(disks: Sequence[GuestDisk]) -> tuple[GuestDisk, ...]:
-    """Sort disks for a flush that ends at the first disk that hangs. Disks on a network come last.
-    In both groups, disks without a device come last, because their flush waits for all other disks
-    (QEMU 8 and later)."""
+    """Sort disks for a flush that ends at the first disk that hangs. Disks on a network come after
+    local disks. In both groups, disks without a device come last, because flushing them waits for
+    all other disks (QEMU 8 and later)."""
     return tuple(sorted(disks, key=lambda disk: (disk.network, not disk.qdev)))
 
 
 def risks_of_state(state: BlockState) -> tuple[Risk, ...]:
-    """Return the risks that a flush cannot remove."""
+    """Return the risks that remain even if all disks are flushed."""
     risks = []
     for disk in state.disks:
         if disk.failed:
@@ -143,7 +144,7 @@ HUMAN_MONITOR_ALONE: Final = (
     "its only monitor is a human one, so its disks are not flushed before SIGTERM and dead storage"
     " is not cut off; -qmp unix:PATH,server=on,wait=off allows both"
 )
-"""A note for a plan."""
+"""A note in the reply to Plan."""
 
 
 def notes_of_plan(state: BlockState) -> tuple[str, ...]:
@@ -160,8 +161,8 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. A flush that QEMU refused was never tried, so it is no
-    risk, but it also proves nothing (`proves_all`)."""
+    """Return the risks of failed flushes. If QEMU refused to try a flush, this is not a risk, but
+    it proves nothing either (`proves_all`)."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -170,8 +171,8 @@ def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
 
 
 def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult]) -> bool:
-    """Return whether QEMU provably holds no data of the guest: the guest cannot write, all images
-    are flushed, and QEMU reports no risk."""
+    """Return whether it is proven that QEMU holds no data of the guest: the guest cannot write, all
+    images are flushed, and QEMU reports no risk."""
     if not plan.stop or state.foreign or state.unused or risks_of_state(state):
         return False
     flushed_nodes = {one.node for one in results if not one.error}
@@ -180,13 +181,13 @@ def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult
 
 @dataclass(frozen=True, slots=True)
 class JobsProgress:
-    """The progress of backups, mirrors and the migration, from reading to reading."""
+    """The progress of backups, mirrors and a migration, followed from reading to reading."""
 
     progress: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each job, by name. A mirror that is ready is left out: it never ends, so
-    waiting for it is useless."""
+    """The progress of each background job, by its name. A mirror that is ready is left out: it
+    never ends, so waiting for it is useless."""
     moved_at: int = 0
-    """When one of the jobs last moved (µs, CLOCK_MONOTONIC)."""
+    """When a background job last made progress (µs, CLOCK_MONOTONIC)."""
 
     def after(self, jobs: Sequence[BackgroundJob], now: int) -> JobsProgress:
         """Return the progress after one more reading."""
@@ -197,7 +198,8 @@ class JobsProgress:
         return JobsProgress(latest, now if moved else self.moved_at)
 
     def waited_for(self, now: int, stall: int) -> bool:
-        """Return whether to wait for the jobs, because one has moved within `stall` µs."""
+        """Return whether to wait for the background jobs, because one has made progress within the
+        last `stall` µs."""
         return bool(self.progress) and now - self.moved_at < stall
 
 
@@ -207,7 +209,7 @@ def is_powered_off(state: BlockState) -> bool:
 
 
 def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk, ...]:
-    """Return the disks whose requests were not answered between the two readings."""
+    """Return the disks that had requests in flight and completed none between the two readings."""
     if second is None:
         return ()
     stuck = _stuck_devices(first.queues or (), second.queues or ())
@@ -215,8 +217,8 @@ def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk
 
 
 def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]) -> frozenset[str]:
-    """Return the devices of queues that had requests in flight and completed none between the
-    readings."""
+    """Return the devices of the queues that had requests in flight and completed none between the
+    two readings."""
     before = {(queue.device, queue.number): queue for queue in first}
     stuck = set()
     for queue in second:
@@ -229,13 +231,13 @@ def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]
 
 
 def _requests(evidence: Assessment) -> list[OpenWait]:
-    """Return the waits that are, or may be, for a request of a local disk."""
+    """Return the waits that may be for a request of a local disk."""
     return [wait for wait in evidence.waits if wait.key.startswith(_REQUESTS)]
 
 
 def standing_waits(evidence: Assessment) -> list[OpenWait]:
-    """Return the waits for requests of local disks that did not move between two readings."""
-    # Use half of OLD, because two readings need not be exactly OLD apart.
+    """Return the waits for requests of local disks that have not moved for OLD."""
+    # Use half of OLD: the two readings may be a little less than OLD apart.
     since = evidence.last.at - OLD // 2
     return [
         wait
@@ -251,7 +253,7 @@ def _queue_devices(state: BlockState) -> frozenset[str]:
 def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
     """Return whether the disk's device, or its controller, is one of `devices`.
 
-    The disks of a SCSI controller share its queues, so if one disk is stuck, all may be.
+    The disks of a SCSI controller share its queues. So if one of them is stuck, all may be.
     """
     if disk.device is None:
         return False

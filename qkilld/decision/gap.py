@@ -1,10 +1,10 @@
 """Assess a process after a time without samples. Pure.
 
-A daemon that resumes a job continues from this assessment, which errs in favour of the guest's
-data. If the process made progress before the gap, progress is assumed until now. If the process
+A daemon that resumes a job continues from this assessment. It errs in favour of the guest's data:
+if the process made progress before the gap, it is assumed to have made progress until now; if it
 waited for something, it is assumed to wait still. The next `assess` compares counters with those
-from before the gap, but counts the gap as time without samples, so the gap brings SIGKILL no
-nearer.
+from before the gap. It counts the gap as time without samples, so SIGKILL comes no earlier because
+of the gap.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from qkilld.model.sample import Sample
 
 
 def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
-    """Return the assessment at `now`, before the next sample; CLOCK_MONOTONIC, µs.
+    """Return the assessment at `now` (CLOCK_MONOTONIC, µs), before the next sample.
 
-    `began` is the start of the job. `before` is None if no sample was ever taken.
+    `began`: the start of the job. `before` is None if no sample was ever taken.
     """
     if before is None:
         before = unsampled_assessment(began, Verdict.UNKNOWN, now)
     return replace(
         before,
-        # Without a usable sample, time without samples counts from now.
+        # If there was no usable sample, count time without samples from now on.
         sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
         progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
         outstanding_at=now if before.may_be_outstanding else before.outstanding_at,
@@ -34,8 +34,8 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
-    """Make an assessment when only a verdict and a time of progress are known."""
-    # The sample has the time of the job's start, so it is too old to allow SIGKILL.
+    """Make an assessment if only a verdict and the time of the last progress are known."""
+    # Give the empty sample the time of the job's start, so that it is too old to allow SIGKILL.
     empty_sample = Sample(began, "?")
     return Assessment(
         first=empty_sample,

@@ -1,14 +1,14 @@
 """Measure how much a guest works, and recognize more work than before. Pure.
 
 The work that a load does varies with the share of processors and disks that the host gives it. Two
-figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
-requests in flight. When the host's disk became slow, the first fell from 0.7 to 0.15, and the
-second rose from 0.3 to 1.2, so their sum changed little (measured). The other figure is the number
-of requests per second of processor time. It changes if the host becomes more or less busy
-(share_growth).
+figures stay about the same. One is the load's demand: the number of processors that it uses or
+waits for, plus the number of its requests in flight. When the host's disk became slow, the first
+number fell from 0.7 to 0.15, and the second rose from 0.3 to 1.2, so their sum changed little
+(measured). The other figure is the number of requests per second of processor time. It changes only
+if the host becomes more or less busy (share_growth).
 
-The demand of a light load is not constant: on a host that becomes busy, the same work wants the
-processors for longer. But it does not let them run for longer (MORE_TIME).
+The demand of a light load is not constant: if the host becomes busy, the same work wants processors
+for longer. But they do not run for longer (MORE_TIME).
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import GuestObservation
 
 BASELINE: Final = 1 * USEC_PER_SEC
-"""The shortest time (µs) before the press over which work is measured, for comparison."""
+"""For comparison, the work before the guest is asked is measured over at least this time (µs)."""
 IDLE_DISKS: Final = 2 * USEC_PER_SEC
-"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, the
-disks may only be slow: a load looked like an idle guest for 0.8 s (measured)."""
+"""Disks count as idle if they have completed no request for this long (µs). After a shorter time,
+they may only be slow: a guest under load looked idle for 0.8 s (measured)."""
 IDLE_SHARE: Final = 0.05
-"""The virtual processors of an idle guest together use at most this share of one processor."""
+"""All virtual processors of an idle guest together use at most this share of one processor."""
 GROWTH: Final = 3
-"""Work has begun if it is more than this many times the earlier amount."""
+"""New work has begun if the guest does more than this many times as much as before."""
 MORE_TIME: Final = 1.5
-"""The work that has begun also lets the processors run more than this many times as long."""
+"""New work also makes the virtual processors run for more than this many times as long as
+before."""
 LEAST_REQUESTS: Final = 1
-"""Fewer requests per second than this count as none."""
+"""Fewer requests per second than this count as no requests."""
 HALF_BUSY: Final = 0.5
-"""The end of a load is visible if the load is at least this share of one processor."""
+"""A load with at least this demand counts as busy. The end of a smaller load is not visible."""
 CALM: Final = 0.2
 """A guest is asked at once if its disks are idle and its virtual processors wanted at most this
-share of one processor in the last tenth of a second. That time is too short to measure a rate, so
-later work is compared with this share instead."""
+share of one processor in the last tenth of a second. This time is too short to measure a rate, so
+later work is compared with CALM instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of work over some time. A rate of None is unknown, and is not compared."""
+    """Rates of work over some time. A rate that is None is unknown, and is not compared."""
 
     requests: float | None = None
     """Requests per second."""
     vcpus: float | None = None
-    """The number of processors that the virtual processors wanted."""
+    """How many processors the virtual processors wanted: they ran or waited for one."""
     ran: float | None = None
-    """The number of processors that the host provided."""
+    """How many processors the host gave to the virtual processors."""
     in_flight: float = 0.0
     """The average number of requests to disks in flight; 0 if unknown."""
 
     @property
     def demand(self) -> float:
-        """The guest's load, in processors plus requests in flight. It does not depend on how fast
-        the host is."""
+        """The demand of the guest's load: processors plus requests in flight. It hardly depends on
+        how fast the host is."""
         return (self.vcpus or 0.0) + self.in_flight
 
 
@@ -68,8 +69,8 @@ def has_idle_disks(seen: GuestObservation) -> bool:
 
 
 def measure(recent: tuple[GuestObservation, ...]) -> Rates:
-    """Return the highest rates over at least BASELINE. If nothing was observed for that long, idle
-    disks count as no requests, and calm processors as CALM."""
+    """Return the highest rates over times of at least BASELINE. If the observations do not cover so
+    long a time, idle disks count as no requests, and calm processors as CALM."""
     if not recent:
         return Rates()
     last = recent[-1]
@@ -97,7 +98,8 @@ def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
     ran = difference(earlier.vcpu_time, later.vcpu_time)
     vcpus = None if wanted is None else wanted / duration
     if vcpus is not None and later.vcpus is not None:
-        # The kernel counts a wait when it ends. So a short time may contain the end of a long wait.
+        # The kernel counts a wait for a processor when the wait ends. So a short time may include
+        # all of a long wait.
         vcpus = min(vcpus, float(later.vcpus))
     return Rates(
         None if requests is None else requests * USEC_PER_SEC / duration,
@@ -108,9 +110,11 @@ def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
 
 
 def works(before: GuestObservation, after: GuestObservation, baseline: Rates) -> bool:
-    """Return whether there was clearly more work between the two observations than in the baseline.
+    """Return whether the guest did clearly more work between the two observations than in the
+    baseline.
 
-    The requests of a busy guest also grow if it gets more of the host. That growth does not count.
+    A busy guest also makes more requests if the host gives it more processor time. Such growth does
+    not count.
     """
     now = rates_between(before, after)
     if now.requests is not None and baseline.requests is not None:
@@ -123,7 +127,8 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
             return True
     if now.vcpus is None or baseline.vcpus is None:
         return False
-    # If the host gives less, the processors want more, because the same work takes more time.
+    # If the host gives the virtual processors less time, they want more, because the same work
+    # takes longer. So work counts only if they also ran longer.
     if now.ran is not None and baseline.ran is not None and now.ran <= MORE_TIME * baseline.ran:
         return False
     return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
@@ -145,12 +150,13 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
 
 
 def share_growth(now: Rates, baseline: Rates) -> float:
-    """Return how many times more the processors get of the time that they want; at least 1. If they
-    wanted little in the baseline, their share of it is too uncertain, and 1 is returned.
+    """Return by what factor the share of the wanted processor time that the guest gets has grown
+    since the baseline. Return at least 1, and 1 if the guest wanted little in the baseline, because
+    its share is then too uncertain.
 
-    For each second that the processors run, a load may make as many times more requests, because
-    the threads of QEMU through which each request passes wait less, too. With 7 times the share, a
-    guest that wrote as fast as it could made 6 times as many (measured).
+    The number of requests per second of processor time may grow by the same factor, because QEMU's
+    threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as
+    fast as it could made 6 times as many requests (measured).
     """
     if not (now.ran and now.vcpus and baseline.ran and baseline.vcpus):
         return 1.0
@@ -160,8 +166,8 @@ def share_growth(now: Rates, baseline: Rates) -> float:
 
 
 def _requests_of_load(now: Rates, baseline: Rates) -> float:
-    """Return the requests per second that the load of the baseline may make with what the host
-    gives to the guest now."""
+    """Return how many requests per second the load of the baseline may make with the processor time
+    that the host gives to the guest now."""
     requests = (baseline.requests or 0.0) * share_growth(now, baseline)
     more_time = max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
     # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.

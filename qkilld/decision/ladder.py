@@ -1,22 +1,23 @@
 """The ladder: choose the next step of a job. SIGKILL is decided here.
 
-Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
+Pure: the time is an argument, and no state is kept. Times are CLOCK_MONOTONIC in µs.
 
-A job that is held sends nothing and does not give up. These rules hold between SIGTERM and SIGKILL.
-Extend delays SIGKILL. With FIXED, only time counts. Otherwise evidence counts until `max` is over:
+A job that is held sends no signals and does not give up. Extend delays SIGKILL. With FIXED, only
+time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
-- No SIGKILL within `stall` of the last progress, or of the end of the last wait.
-- While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
-  last progress, or of SIGTERM. If evidence is missing, the process counts as waiting.
+- No SIGKILL within `stall` after the last progress, or after the end of the last wait.
+- While the process waits for something that does not move, no SIGKILL within `storage_stall` after
+  the last progress, or after SIGTERM. If evidence is missing, the process counts as waiting.
 - Movement that may not be progress delays SIGKILL, but not forever (DOUBT).
-- Only time with samples counts: a gap without samples does not prove that nothing moved.
-- After `max`, SIGKILL comes in any case. But if SIGTERM was late, because the guest was asked first
-  or the job was held, SIGKILL still waits for the grace after SIGTERM, or for half of `max` if that
-  is less.
-- If SIGKILL is due because storage does not move, that storage is first cut off if possible. Then
-  the waiting times start again, because QEMU may have another disk to finish.
-- A process that is only stopped gets SIGCONT, and the waiting times start again.
+- Only time with samples is counted, because a gap without samples does not prove that nothing
+  moved.
+- After `max`, SIGKILL is sent whatever the evidence shows. But if SIGTERM was late, because the
+  guest was asked first or the job was held, SIGKILL still waits for the grace after SIGTERM, or for
+  half of `max` if that is shorter.
+- If SIGKILL is due because storage does not move, this storage is first cut off if possible. The
+  waiting times then start again, because QEMU may have to finish another disk.
+- A process that SIGSTOP has stopped gets SIGCONT, and the waiting times start again.
 - Right before SIGKILL, a last sample is taken.
 """
 
@@ -35,21 +36,21 @@ from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
 
 FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max=INFINITY)
-"""The times of libvirt's virProcessKillPainfully of 2012: SIGKILL after 10 s with force, 15 s in
-all."""
+"""The times of libvirt's virProcessKillPainfully of 2012: SIGKILL after 10 s if forced, and 15 s in
+total."""
 FRESH: Final = 200_000
-"""SIGKILL needs a sample that is at most this old (µs)."""
+"""SIGKILL is sent only if the last sample is at most this old (µs)."""
 LATE: Final = 1_000_000
-"""The limit instead of FRESH (µs) for a sample that was taken when SIGKILL was already due. On a
-busy host all samples are late, so FRESH alone would never allow SIGKILL."""
+"""This limit (µs) replaces FRESH for a sample that was taken when SIGKILL was already due. On a
+busy host, all samples are late, so FRESH alone would never allow SIGKILL."""
 GRID: Final = 100_000
 """Regular samples are taken at multiples of this (µs). So jobs are sampled at the same time, and
 share readings of the host."""
 PER_JOB: Final = 2_000
-"""With N jobs, each process is sampled at most once in N times this span (µs). This bounds the cost
-of all samples together."""
+"""The interval between samples of a process is at least this time (µs) multiplied by the number of
+jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
-"""Movement that others may have caused delays SIGKILL, but at most until this many times
+"""Movement that other processes may have caused delays SIGKILL, but at most until this many times
 `storage_stall` after the last progress. The limit is needed because a server that works for others
 may be stuck for this guest."""
 MAX_CONTINUES: Final = 3
@@ -79,7 +80,7 @@ class JobFacts:
     flags: Flag
     policy: Policy
     started: int | None = None
-    """When the job began; None if unknown (`term_at` is used instead)."""
+    """When the job began; None if unknown, so that `term_at` is used instead."""
     term_at: int | None = None
     """When SIGTERM was sent."""
     kill_at: int | None = None
@@ -93,10 +94,10 @@ class JobFacts:
     """Whether QEMU may have storage that can be cut off."""
     assessment: Assessment | None = None
     jobs: int = 1
-    """The number of sampled jobs; if there are many, each is sampled more rarely."""
+    """The number of running jobs. The more there are, the more rarely each is sampled."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """The time of SIGKILL according to the last decision. Later decisions never make SIGKILL due
+    """When SIGKILL is due according to the last decision. Later decisions never make it due
     earlier."""
 
     @property
@@ -108,7 +109,7 @@ class JobFacts:
 class Decision:
     action: Action
     deadline: int = INFINITY
-    """When the next rung is due or the job gives up, if nothing changes."""
+    """When the next rung is due, or the job gives up, if nothing changes."""
     wake: int = INFINITY
     """With WAIT: when to decide again; INFINITY if only an event can change the decision."""
     promised: int = 0
@@ -116,7 +117,8 @@ class Decision:
 
 
 def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Policy:
-    """Return the policy of a job: FIXED overrides the configuration, the caller overrides both.
+    """Return the policy of a job. FIXED overrides the configuration, and the caller's spans
+    override both.
 
     `spans` are fields of Policy, in µs.
     """
@@ -124,7 +126,7 @@ def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Pol
 
 
 def lengthen(policy: Policy, spans: Mapping[str, int]) -> Policy:
-    """Return the policy with the requested longer spans; none becomes shorter."""
+    """Return the policy with the requested spans, except those that would become shorter."""
     return replace(
         policy, **{name: max(usec, getattr(policy, name)) for name, usec in spans.items()}
     )
@@ -139,7 +141,7 @@ def decide(facts: JobFacts, now: int) -> Decision:
         due = _add(facts.kill_at, policy.reap)
         if due <= now:
             return Decision(Action.GIVE_UP)
-        # Sample a process that outlives SIGKILL, to see what holds it.
+        # Sample a process that outlives SIGKILL, to find out what it waits for.
         sample_at = next_sample_time(facts, facts.kill_at) if facts.by_evidence else INFINITY
         if sample_at <= now:
             return Decision(Action.SAMPLE, due)
@@ -158,7 +160,8 @@ def decide(facts: JobFacts, now: int) -> Decision:
         return Decision(Action.WAIT, deadline, deadline)
     due = kill_due(facts)
     evidence = facts.assessment
-    # Promise a time (JobFacts.promised) only after a real sample, not from assumptions about a gap.
+    # Promise a time (JobFacts.promised) only if it is based on a real sample, not on assumptions
+    # about a gap.
     promised = 0 if evidence is None or tells_nothing(evidence.seen) else due
     return _by_evidence(facts, _deadline(facts, due), now, promised)
 
@@ -183,16 +186,17 @@ def _last(flags: Flag) -> Action:
 
 
 def _deadline(facts: JobFacts, due: int) -> int:
-    """Return the time of SIGKILL, or of giving up, if evidence allows it from `due` on."""
+    """Return when SIGKILL is sent, or the job gives up, if the evidence allows this from `due`
+    on."""
     due = max(due, facts.control.not_before)
     deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
     return max(deadline, facts.control.held_until) if facts.control.held else deadline
 
 
 def kill_due(facts: JobFacts) -> int:
-    """Return when the evidence so far allows SIGKILL, if nothing changes.
+    """Return from when on the evidence so far allows SIGKILL, if nothing changes.
 
-    Time without samples does not count, and a due time that was promised never becomes earlier.
+    Time without samples is not counted. The result is never earlier than `promised`.
     """
     assert facts.term_at is not None
     policy, evidence = facts.policy, facts.assessment
@@ -224,24 +228,25 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples: that after the first sample, plus the time from `began`
-    to the first sample, less 1 s."""
+    """Return the time (µs) without samples since `began`. Of the time before the first sample, 1 s
+    is not counted."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
 def sample_interval(jobs: int) -> int:
-    """Return the time (µs) between samples of each of this many jobs."""
+    """Return the interval (µs) between samples of a job if there are this many jobs."""
     return max(USEC_PER_SEC, jobs * PER_JOB)
 
 
 def next_sample_time(facts: JobFacts, began: int) -> int:
-    """Return when to take the next sample: soon at first, later once a second, rarer for many jobs.
+    """Return when to take the next sample: soon at first, later once a second, and more rarely if
+    there are many jobs.
 
     `began`: when the process last got a signal, or its storage was cut off.
     """
     sampled_at = _last_sample_at(facts)
     if sampled_at < began:
-        # An idle guest exits within a few ms, so it is never sampled.
+        # An idle guest exits within a few ms, before this first sample.
         return began + 100_000
     interval = 250_000 if sampled_at - began < 2 * USEC_PER_SEC else USEC_PER_SEC
     due = sampled_at + max(interval, facts.jobs * PER_JOB)
@@ -270,8 +275,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether to cut off storage before a SIGKILL that is due. That is so if I/O may be
-    outstanding, `max` is not over, and something may be left to cut off."""
+    """Return whether to cut off storage before SIGKILL, which is due: I/O may be outstanding, `max`
+    is not over, and storage may be left that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)
@@ -283,5 +288,5 @@ def _last_sample_at(facts: JobFacts) -> int:
 
 
 def _add(time: int, span: int) -> int:
-    """Add a span to a time or a span; INFINITY stays INFINITY."""
+    """Add a span to a time or span. The sum is at most INFINITY."""
     return min(time + span, INFINITY)

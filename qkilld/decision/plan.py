@@ -1,4 +1,4 @@
-"""Describe in advance what Terminate would do. Pure."""
+"""Describe in advance the steps of a Terminate call. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PlannedRung:
     action: str
     """The name of a signal, or "ask"."""
     after: int
-    """The earliest time if nothing changes, in µs after the start."""
+    """The earliest time of this step if nothing changes, in µs after the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def make_plan(
             first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
         return Plan(ask if Flag.POWERDOWN in flags else (first,), 0, warnings)
     asking = Flag.POWERDOWN in flags and may_be_asked and bool(ask)
-    # Assume a guest that listens, but does nothing; a guest that is shutting down gets more time.
+    # Assume a guest that listens but does not react. A guest that shuts down gets more time.
     asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
     if Flag.POWERDOWN in flags and request.powerdown_only:
         return Plan(ask if asking else (), asks_for, warnings)

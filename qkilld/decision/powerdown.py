@@ -1,30 +1,32 @@
 """Decide when and how to ask a guest to shut down, and judge what it does. Pure.
 
-Call `start`, then `observe` with each observation, about one a second, and `note_request` after the
-guest was asked. `judge` interprets all of that at any time, based on these facts:
+Call `start`, then `observe` for each observation, about once a second, and `note_request` after the
+guest was asked. `judge` interprets the observations at any time. It relies on these facts:
 
-- QEMU drops a press of the power button if no operating system listens. Most machines show whether
-  one listens, and the button is not pressed before one does. A guest that does not listen may be
-  booting if its processors or disks work. Otherwise it is called deaf.
-- A guest that ignores the button may be busy forever, and a guest that shuts down may be silent for
-  seconds. So neither work nor silence is proof. Work counts as a shutdown only if it exceeds the
-  work before the press and lasts. Short work proves nothing, because an idle guest writes its log
-  every few seconds. A shutdown whose work is too short to count ends within PowerdownSec= anyway.
-- The work of one load varies with how much the host gives it (guest_work.py).
-- If a load ends after the press, the guest may be shutting down. From then on, all work counts as
-  a shutdown that an idle guest does not do.
-- After a sign that only a shutdown gives, all work counts until the sign disappears. (The agent's
-  port, for example, closes in a shutdown, but opens again if the agent was only restarted.) Without
-  such a sign, work that began after the press counts as a shutdown for at most UNCERTAIN_MAX,
-  because it may be an unrelated load.
-- An agent that does not answer is no sign, because it may be starved or hung. Nor is
-  x-query-virtio-status used, which shows whether the guest has reset a device: QEMU aborts, and
-  loses all data that it holds, if it cannot decode the features of that kind of device
+- QEMU drops a press of the power button if no operating system listens to it. Most machines show
+  whether one listens; on these, the button is not pressed before one does. A guest that does not
+  listen may be booting if its processors or disks work. Otherwise, it is called deaf.
+- A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
+  work for seconds. So neither work nor the lack of work is proof. Work counts as a shutdown only if
+  it exceeds the work before the press and lasts. Short work proves nothing, because an idle guest
+  writes its log every few seconds. A shutdown whose work is too short to count ends within
+  PowerdownSec= anyway.
+- The work of a load varies with the processor time and disks that the host gives it
+  (guest_work.py).
+- If a load ends after the press, the guest may be shutting down. From then on, all work that
+  exceeds that of an idle guest counts as a shutdown.
+- After a sign that only a shutdown gives, all work counts as a shutdown until the sign disappears.
+  (For example, the agent's port closes in a shutdown, but opens again if the agent was only
+  restarted.) Without such a sign, work that began after the press counts as a shutdown for at most
+  UNCERTAIN_MAX, because it may be an unrelated load.
+- An agent that does not answer is not a sign, because it may be starved or hang.
+  x-query-virtio-status would show whether the guest has reset a device, but is not used: if QEMU
+  cannot decode the features of that kind of device, it aborts and loses all data that it holds
   (qmp_decode_features in hw/virtio/virtio-qmp.c).
 - A guest that restarts has shut down and booted again. It is asked once more, like a booting guest.
 
-An attempt outlives the daemon (`go_on`): counters from before the gap show what the guest did
-during the gap.
+An attempt continues in the next daemon (`go_on`): compared with counters from before the gap, the
+next counters show what the guest did during the gap.
 """
 
 from __future__ import annotations
@@ -60,35 +62,35 @@ from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservat
 from qkilld.model.sample import Sample
 
 QUIET: Final = 3 * USEC_PER_SEC
-"""A guest that does not listen and has done no work for this long (µs) is deaf. A few requests
-(`BURST`) do not count as work."""
+"""A guest is deaf if it does not listen and has done no work for this long (µs). A few requests
+(BURST) do not count as work."""
 BURST: Final = 600_000
-"""An idle guest writes its log or journals in less than this time (µs) within QUIET. Measured with
-Debian: twice in 1 s, each time 4 requests."""
+"""Within QUIET, an idle guest may spend up to this time (µs) on writing its log or journals.
+Measured with Debian: two bursts of 4 requests, 1 s apart."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
 """How long (µs) to wait for a working guest to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
-"""A monitor that has not answered for this long (µs) cannot be used to ask."""
+"""If the monitor has not answered for this long (µs), the guest cannot be asked."""
 EFFECT: Final = 10 * USEC_PER_SEC
-"""A method that works has an effect within this time (µs); after that, the next one is tried."""
+"""If a way of asking has no effect within this time (µs), the next way is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 """Without a sign that only a shutdown gives, work counts as a shutdown for at most this long (µs)
-after the guest was first asked, or for PowerdownSec= if that is longer. The work may be an
-unrelated build, which may run forever."""
+after the guest was first asked, or for PowerdownSec= if that is longer. The limit is needed because
+the work may be an unrelated load that runs forever."""
 CLOSING: Final = 300_000
-"""The time (µs) from the end of asking to SIGTERM, for an observation and the flush. These take 40
-to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
+"""The time (µs) reserved between the end of asking and SIGTERM, for an observation and the flush.
+These take 40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
 CUT: Final = 20
-"""If a guest does not react, PowerdownSec= is shortened by at most one part in CUT."""
+"""If a guest does not react, PowerdownSec= may be cut by at most one CUTth of itself."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """The time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
 """How long (µs) observations are kept."""
 LASTING: Final = RECENT // 2
-"""Work is lasting if it fills this much (µs) of the kept observations."""
+"""Work lasts if it fills at least this time (µs) within the kept observations."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""For at most this long (µs) after a guest was resumed or woken, its work is not measured, because
-it may be due to that."""
+"""After a guest was resumed or woken, work that this may have caused is not measured, for at most
+this time (µs)."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -107,7 +109,7 @@ class Conclusion(StrEnum):
     PRESSED = "pressed"
     """Somebody else has pressed the power button, for example an earlier ExecStop= line."""
     WAIT_FOR_LISTENER = "wait-for-listener"
-    """The guest does not listen to the button but works, so it may be booting."""
+    """The guest does not listen to the button, but does work, so it may be booting."""
     WATCH = "watch"
     """The guest was asked, and its reaction is not known yet."""
     SHUTTING_DOWN = "shutting-down"
@@ -128,16 +130,16 @@ ENDS: Final = frozenset(
         Conclusion.NOT_RUNNING,
     }
 )
-"""The conclusions after which asking is over."""
+"""The conclusions that end the asking."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     conclusion: Conclusion
     reason: str
-    """In words, for STATUS= and the receipt."""
+    """The reason in words, for STATUS= and the receipt."""
     until: int | None = None
-    """When the conclusion changes if nothing more is observed (µs, CLOCK_MONOTONIC)."""
+    """When the conclusion changes if the guest does nothing (µs, CLOCK_MONOTONIC)."""
     method: AskMethod | None = None
     """With ASK: how to ask."""
 
@@ -148,7 +150,7 @@ class AskRecord:
     at: int
     """µs, CLOCK_MONOTONIC."""
     quiet: bool = False
-    """Whether the guest did nothing at that time, so it had finished booting."""
+    """Whether the guest did no work when it was asked, so it had finished booting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +162,17 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: Rates = Rates()
-    """The work before the guest was first asked; CALM_RATES after the end of that load."""
+    """The work before the guest was first asked. When the load of that time has ended,
+    CALM_RATES."""
     boots: bool = False
-    """Whether the guest was booting: it restarted, or once did not listen before it was asked."""
+    """Whether the guest has booted during this attempt: it has restarted, or did not listen at some
+    time before it was asked."""
     helped_at: int | None = None
     """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs in the last observation, and those of earlier ones that cannot disappear."""
+    """The signs in the last observation, and the lasting signs of earlier observations."""
     old_signs: frozenset[ShutdownSign] = frozenset()
-    """Signs from before a restart, which no longer count."""
+    """Signs from before a restart. They no longer count."""
     agent_was_open: bool | None = None
     """Whether the agent had its port open when the guest was asked; None if unknown."""
     restarts: int = 0
@@ -178,9 +182,9 @@ class Attempt:
     disk_work_at: int | None = None
     """When a request to a disk was last seen."""
     effect_at: int | None = None
-    """When asking was last seen to have an effect, even a brief one."""
+    """When asking last had a visible effect, even a brief one."""
     progress_at: int | None = None
-    """When the shutdown was last seen to make progress."""
+    """When the shutdown last made visible progress."""
 
     @property
     def last(self) -> GuestObservation | None:
@@ -198,9 +202,9 @@ def go_on(attempt: Attempt, at: int) -> Attempt:
 
 
 def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) -> Attempt:
-    """Make an attempt when only the times of asking and the last conclusion are known.
+    """Make an attempt if only the times of asking and the last conclusion are known.
 
-    With `shutting_down`, the guest may have made progress until now.
+    With `shutting_down`, assume that the guest has made progress until now.
     """
     return Attempt(
         started=at, asked=asked, answered_at=at, progress_at=at if shutting_down else None
@@ -208,8 +212,8 @@ def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) 
 
 
 def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
-    """Return whether an attempt that has ended still counts at the time `at`, so that the guest is
-    not asked again. `powerdown` is PowerdownSec= in µs."""
+    """Return whether the requests of an ended attempt may still take effect at the time `at`, so
+    that the guest must not be asked again. `powerdown` is PowerdownSec= in µs."""
     if not attempt.asked:
         return False
     requested_at = attempt.asked[-1].at
@@ -231,21 +235,21 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Record that the guest was resumed or woken. The baseline excludes earlier work."""
+    """Note that the guest was resumed or woken. Earlier work is left out of the baseline."""
     return replace(attempt, started=at, recent=(), helped_at=at)
 
 
 def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
-    """Return the attempt after one more observation, which is newer than all others."""
+    """Return the attempt after one more observation. It must be newer than all others."""
     before = attempt.last
     old_signs = attempt.old_signs & observation.signs
-    # Keep lasting signs, because a monitor that was opened again does not report earlier events.
+    # Keep lasting signs: a monitor that was opened again does not report earlier events.
     signs = (observation.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
         return _begin_again(attempt, observation)
     if _is_unsettled(attempt, before, observation):
         attempt, before = replace(attempt, started=observation.at, recent=()), None
-    # Keep the previous observation even if it is old, for comparison.
+    # Keep the previous observation for comparison, even if it is older than RECENT.
     recent = (one for one in attempt.recent if one is before or one.at > observation.at - RECENT)
     after = replace(
         attempt,
@@ -278,7 +282,7 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
 
 
 def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
-    """Begin again after a restart: the guest is booting."""
+    """Return a new attempt after a restart: the guest is booting."""
     return Attempt(
         started=observation.at,
         recent=(observation,),
@@ -293,7 +297,7 @@ def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent`: whether the guest's agent can still be asked; False after an attempt.
+    `agent`: whether the guest's agent can be asked. False if it was asked before.
     """
     last = attempt.last
     if last is None:
@@ -322,11 +326,11 @@ def obstacle_to_asking(sample: Sample) -> str:
 def judge_exit(
     attempt: Attempt, signs: frozenset[ShutdownSign], *, all_heard: bool
 ) -> GuestAsked | None:
-    """Return the result of asking a guest whose QEMU exited before any signal of ours; None if the
-    guest was not asked.
+    """Return the result of asking a guest whose QEMU exited before qkilld sent a signal; None if
+    the guest was not asked.
 
-    `signs`: the signs up to the exit. `all_heard`: whether all signs were received. If so, an exit
-    without POWERED_OFF is no shutdown: QEMU crashed, or somebody else ended it.
+    `signs`: the signs up to the exit. `all_heard`: whether it is certain that no sign was missed.
+    If so, an exit without POWERED_OFF was not a shutdown: QEMU crashed, or somebody else ended it.
     """
     if not attempt.asked and attempt.restarts == 0:
         return None
@@ -405,9 +409,9 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
 def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
-    If it was asked soon after the start, SIGTERM follows at most PowerdownSec + BASELINE after the
-    start, even if measuring took longer than BASELINE. So the wait ends CLOSING before that time,
-    which may make it shorter than PowerdownSec, but by no more than CUT allows.
+    If the guest was asked soon after the start, SIGTERM must follow within PowerdownSec= + BASELINE
+    after the start, even if measuring took longer than BASELINE. So the wait ends CLOSING before
+    that time. This may cut PowerdownSec=, but by no more than CUT allows.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -416,13 +420,12 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
 
 
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
-    """Return how to ask again if asking had no effect; None if not now.
+    """Return how to ask again because asking has had no effect; None if not to ask again now.
 
-    After the agent, the button is tried. It is pressed once more only if the machine has no
-    register that shows whether the guest took the press. Otherwise it is not, because a second
-    press cancels the shutdown of some systems (illumos). While a guest boots, the button is pressed
-    repeatedly, because its kernel listens seconds before the program that acts on a press has
-    started.
+    The power button is tried after the agent. It is pressed a second time only if the machine has
+    no register that shows whether the guest has noticed the press, because a second press cancels
+    the shutdown of some systems (illumos). While a guest boots, the button is pressed repeatedly:
+    its kernel listens to the button seconds before the program that acts on a press has started.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -458,7 +461,7 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
 def _is_unsettled(
     attempt: Attempt, before: GuestObservation | None, observation: GuestObservation
 ) -> bool:
-    """Return whether a guest that was resumed or woken is still busy because of that (SETTLE)."""
+    """Return whether a guest is still busy because it was resumed or woken (SETTLE)."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
     time = wanted_time(before, observation)
@@ -467,8 +470,8 @@ def _is_unsettled(
 
 
 def _measure_until(attempt: Attempt) -> int:
-    """Return when measuring ends if nothing more is observed. BASELINE suffices if the disks are
-    idle or have completed a request; otherwise measuring takes IDLE_DISKS."""
+    """Return when measuring ends if the guest does nothing. If the disks are idle or have completed
+    a request, it takes BASELINE; otherwise, it takes IDLE_DISKS."""
     first, last = attempt.recent[0], attempt.recent[-1]
     until, baseline = attempt.started + IDLE_DISKS, first.at + BASELINE
     needs_baseline = bool(difference(first.requests, last.requests)) or has_idle_disks(last)
@@ -476,8 +479,8 @@ def _measure_until(attempt: Attempt) -> int:
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is known. For a calm guest (CALM) with idle disks that was not
-    resumed or woken, one observation suffices."""
+    """Return whether the baseline is known. One observation is enough for a calm guest (CALM) with
+    idle disks, unless the guest was resumed or woken."""
     rates = measure(attempt.recent)
     if rates.requests is None:
         return False
@@ -491,17 +494,18 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether work above the baseline has lasted for LASTING since the guest was asked."""
+    """Return whether the guest has worked more than in the baseline for LASTING since it was
+    asked."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
-    """Return whether the guest was busy before it was asked, and has demanded less than half as
-    much for LASTING. The end of a boot does not count.
+    """Return whether the guest was busy before it was asked, and has had less than half of that
+    demand for LASTING. The end of a boot does not count.
 
-    A guest that still makes as many requests has not ended its load: its demand may have fallen
-    because the host's disks have become faster.
+    If the guest still makes as many requests as before, its load has not ended: the demand may have
+    fallen only because the host's disks have become faster.
     """
     baseline = attempt.baseline
     if attempt.boots or baseline.vcpus is None or baseline.demand < HALF_BUSY:
@@ -524,8 +528,9 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 
 
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done nothing for QUIET, apart from requests in at most BURST
-    more. Unknown is not idle. If requests take long, the guest may have waited for its disks."""
+    """Return whether the guest has done no work for QUIET, except requests for up to BURST in
+    addition. Unknown is not idle. If these requests took long, the result is False, because the
+    guest may have waited for its disks."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)
@@ -542,7 +547,7 @@ def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
 
 
 def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done nothing for QUIET. Unknown is not quiet."""
+    """Return whether the guest has done no work at all for QUIET. Unknown is not quiet."""
     for earlier in reversed(recent):
         last = recent[-1]
         duration = last.at - earlier.at

@@ -1,12 +1,13 @@
-"""Judge a recorded trace again: what would have been done, and when. Pure.
+"""Judge a recorded trace again: what would qkilld have done, and when? Pure.
 
-`assess` folds the samples, and `decide` is called at each sample and at each deadline between two
-samples. A deadline requests a sample that the recorded job may not have taken. If the trace has one
-within SAMPLE_DURATION, that is used. Otherwise the previous sample is used again, as if nothing had
-moved. So a replay may send SIGKILL too early; `Step.since_sample` shows how old its sample was.
+`assess` folds the samples into an assessment. `decide` is called at each sample, and at each
+deadline between two samples. A decision at a deadline needs a new sample, which the recorded job
+may not have taken. If the trace has a sample within SAMPLE_DURATION, it is used. Otherwise, the
+previous sample is used again, as if nothing had moved. So a replay may send SIGKILL too early;
+`Step.since_sample` shows how old its sample was.
 
-A replay ends when it reaches a result, and at the latest at the exit of the process, at the SIGKILL
-that it really got, or at the end of the recording.
+A replay ends when it reaches a result. It ends at the latest when the recorded process exited or
+got SIGKILL, or when the recording ends.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""A sample within this time (µs) after a deadline is the one that the deadline requested."""
+"""A sample within this time (µs) after a deadline is taken for the one that the decision at the
+deadline needed."""
 
 _NONE: Final = Flag(0)
 _ENDS: Final = {
@@ -40,7 +42,7 @@ _ENDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """Flags and spans that override the recorded ones."""
+    """Flags and time spans that override the recorded ones."""
 
     add: Flag = _NONE
     remove: Flag = _NONE
@@ -74,9 +76,9 @@ class RealOutcome:
 
     started: int
     until: int
-    """The time of SIGKILL, or else of the end of the job or trace."""
+    """When SIGKILL was sent; if it was not, when the job or the trace ended."""
     ended: int | None
-    """The end of the job; None if it is not in the trace."""
+    """When the job ended; None if its end is not in the trace."""
     result: Result | None
     killed: int | None
     """When SIGKILL was sent."""
@@ -86,21 +88,21 @@ class RealOutcome:
 class Replay:
     recorded: RealOutcome
     flags: Flag
-    """The flags at the end of the replay: a request that joined the job may have added flags."""
+    """The flags at the end of the replay, including those that later requests have added."""
     policy: Policy
     steps: tuple[Step, ...]
-    """One for each sample, and one for each action."""
+    """One step for each sample, and one for each action."""
     result: Result | None
     """`killed` if SIGKILL would have been sent, whatever its effect; None if the recording ends
-    before a decision."""
+    before a result."""
     at: int
-    """When the job would have had this result, or else the end of the recording; CLOCK_MONOTONIC,
-    µs."""
+    """When the job would have had this result; if there is none, the end of the recording.
+    CLOCK_MONOTONIC, µs."""
     data_at_risk: bool
     """Whether the replay's SIGKILL may have lost data."""
     written_later: int | None
-    """Bytes that the process really wrote after the last sample before the replay's SIGKILL; None
-    if there is no such SIGKILL, or if unknown."""
+    """How many bytes the process really wrote after the last sample before the replay's SIGKILL;
+    None if unknown, or if the replay sent no SIGKILL."""
 
 
 def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
@@ -115,8 +117,8 @@ def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
         if walk.result is None:
             walk.take(moment)
     exited = recorded.result is Result.EXITED
-    # If both are in the same µs, an exit comes before a deadline, but a real SIGKILL comes after
-    # it.
+    # If a deadline is in the same µs as the end of the recorded job, an exit counts as earlier than
+    # the deadline, and a SIGKILL as later.
     walk.wait_until(recorded.until + (0 if exited else 1))
     result, at = walk.result, walk.now
     if result is None:
@@ -149,7 +151,7 @@ def recorded_of(trace: Trace) -> RealOutcome:
 
 
 class _Walk:
-    """A simulated job without a process."""
+    """A simulated job. It has no process."""
 
     def __init__(self, trace: Trace, overrides: Overrides) -> None:
         header = trace.header
@@ -164,7 +166,7 @@ class _Walk:
         )
 
     def take(self, moment: _Moment) -> None:
-        """Apply one record. After a sample, decide."""
+        """Apply one record. If it is a sample, decide."""
         self.now = moment.at
         if isinstance(moment, ChangeRecord):
             flags, policy = self._overrides.override(moment.flags, moment.policy)
@@ -209,7 +211,7 @@ class _Walk:
 
 
 def _resampled(facts: JobFacts, now: int) -> JobFacts:
-    """Return the facts after a sample that shows nothing new."""
+    """Return the facts after an assumed sample at `now` that shows no movement."""
     evidence = facts.assessment
     if evidence is None:
         start = facts.term_at or 0

@@ -1,4 +1,4 @@
-"""Say which data the end of a QEMU process puts at risk, from the last evidence. Pure."""
+"""Find out from the last evidence which data the end of a QEMU process puts at risk. Pure."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
 """The signals that ask QEMU to exit."""
 _LOST: Final = 2 * USEC_PER_SEC
-"""A node without a connection for this long (µs) has lost its server. An exiting QEMU also closes
-its connections, but ends sooner."""
+"""A node that has had no connection for this long (µs) has lost its server. A QEMU that exits also
+closes its connections, but ends sooner."""
 
 
 def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
-    """Return the risks of SIGKILL; () if there are provably none.
+    """Return the risks of SIGKILL; () if it is proven that there are none.
 
-    It is proven that nothing is lost if QEMU has handled SIGTERM, waits for nothing, and has only
-    raw images open for writing: for these it holds back no data.
+    It is proven if QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
+    writing: it holds back no data of raw images.
     """
     if evidence is None or tells_nothing(evidence.last):
         return (Risk("unknown", "the process could not be read"),)
@@ -46,14 +46,14 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 def risks_of_death(
     number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
-    """Return the risks if a signal that qkilld did not send ended QEMU. The signal may come from
-    the kernel for lack of memory, from another program, or from a crash. It loses what SIGKILL
-    would have lost.
+    """Return the risks if QEMU was ended by a signal that qkilld did not send. The signal may come
+    from the kernel for lack of memory, from another program, or from a crash. The same data may be
+    lost as with SIGKILL.
 
-    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) can end it only
-    before QEMU has installed its handlers, when no guest has run yet, so it is no risk.
-    `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
-    `flushed`: the monitor reported all disks as flushed.
+    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) can end QEMU only
+    before QEMU has installed its handlers. At that time, no guest has run yet, so there is no risk.
+    `terminated`: qkilld had sent SIGTERM before; otherwise, the guest may have written data until
+    the end. `flushed`: the monitor has reported all disks as flushed.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -75,15 +75,15 @@ def risks_of_exit(
 ) -> tuple[Risk, ...]:
     """Return the risks after QEMU has exited without SIGKILL.
 
-    Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
-    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only a lost server is
-    visible from outside, and only if it is on this host. A missing connection alone proves nothing,
-    because QEMU may have closed the node, so the server must be gone, too. Until `reconnect-delay`
-    has passed, QEMU keeps the data and does not exit. So an exit before that time has lost nothing,
-    even if no sample saw the server return.
+    When QEMU exits, it has normally written its data. But it also exits with 0 if its storage has
+    reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Only a
+    lost server is visible from outside, and only if the server is on this host. A missing
+    connection alone proves nothing, because QEMU may have closed the node. So the server must be
+    gone, too. Until `reconnect-delay` has passed, QEMU keeps the data and does not exit. So if QEMU
+    exits before that time, no data was lost, even if no sample has seen the server return.
 
-    `flushed`: the monitor reported all disks as flushed. `started`, `ended`: when the process
-    started and ended; CLOCK_MONOTONIC, µs.
+    `flushed`: the monitor has reported all disks as flushed. `started`, `ended`: when the process
+    started and ended (CLOCK_MONOTONIC, µs).
     """
     if evidence is None or flushed or evidence.seen.sockets is None:
         return ()
@@ -91,11 +91,12 @@ def risks_of_exit(
     waits = {wait.key: wait for wait in evidence.waits}
     for node in sample.nodes or ():
         wait = waits.get(f"node:{node.name}")
-        # QEMU holds no data of a vhost-user device, so none is lost with its server.
+        # QEMU holds no data of a vhost-user device, so no data is lost with its server.
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # If the node lost its server later, it was connected when the wait was first seen.
+        # If the node has lost its server only after the wait was first seen, it was connected at
+        # that time.
         connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
         delay = (node.reconnect or 0) * USEC_PER_SEC
         if node.reconnect is not None and ended < connected_at + delay:

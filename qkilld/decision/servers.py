@@ -1,21 +1,20 @@
-"""Say whether the servers of a guest's network disks may have been gone before the guest ended.
-Pure.
+"""Find out whether a server of a guest's network disks may have ended before the guest. Pure.
 
 If a server ends before the guest has closed its disk, QEMU's last writes and flushes fail. QEMU
-then exits at once, with code 0, before another sample can be taken. So the servers are found before
-SIGTERM, and after the guest's end it is checked which process ended first.
+then exits at once, with code 0, before another sample can be taken. So the servers are searched for
+before SIGTERM. After the guest's end, qkilld checks which process ended first.
 
-A server that is stopped closes its connections some time before it ends. So if it ends soon after
-the guest (SETTLE), that is a risk, too. With TCP, the kernel may prove that the guest closed the
-connection first. For a server on another host, this is the only evidence.
+A server that is being stopped closes its connections some time before it ends. So if it ends soon
+after the guest (SETTLE), there is a risk, too. For TCP, the kernel may show that the guest closed
+the connection first. If the server is on another host, this is the only evidence.
 
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
 ordinary stop, so its end proves nothing. The same is true of a process that a server has forked for
-the connection. Its parent is watched instead, because that remains.
+the connection. In this case, the parent is watched instead, because it continues to run.
 
 If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
-Each connection is assigned to any of these nodes, so what is found about one node may be true of
-another node of its group.
+Each connection is assigned to any of these nodes. So a risk of one node may really be a risk of
+another node in its group.
 """
 
 from __future__ import annotations
@@ -30,19 +29,18 @@ from qkilld.model.job import Risk
 from qkilld.model.sample import Node, Peer, Sample, Socket
 
 SETTLE: Final = USEC_PER_SEC * 3 // 10
-"""How long (µs) a server must still run after the guest's end, to show that it was not already
-being stopped and closing its connections. An idle QEMU or qemu-nbd exits a few ms after it has
-closed them."""
+"""A server that still runs this long (µs) after the guest's end was not being stopped at that time.
+An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
 _MAX_NAMES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class NodeServer:
-    """The server to which a node was connected."""
+    """The server to which a node was last connected."""
 
     node: Node
     inode: int
-    """The guest's end of the connection."""
+    """The inode of the guest's end of the connection."""
     at: int
     """When the connection was first seen; CLOCK_MONOTONIC, µs."""
     local: bool
@@ -54,24 +52,25 @@ class NodeServer:
 
     @property
     def lasting(self) -> frozenset[int]:
-        """The processes on the way to the storage that go on running if only the guest
+        """The processes between the guest and the storage that continue to run when the guest
         disconnects."""
         return _lasting(_chain([self.peer]))
 
     @property
     def serving(self) -> frozenset[int]:
-        """All processes on the way to the storage."""
+        """All processes between the guest and the storage."""
         return _serving(_chain([self.peer]))
 
     @property
     def is_nbd_over_tcp(self) -> bool:
-        """Whether the kernel can be asked which end closed the connection first."""
+        """Whether this is NBD over TCP. If so, the kernel may know which end closed the connection
+        first."""
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
     def outlived(self, closed_first: bool | None) -> bool:
-        """Return whether the server was certainly there until the guest closed the connection. That
-        is so if the guest closed it first, and no other server lies behind this one. The connection
-        would prove nothing about such a server."""
+        """Return whether the server certainly served the connection until the guest closed it: the
+        guest closed it first, and there is no server behind this one. The connection proves nothing
+        about a server behind it."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 
@@ -87,25 +86,24 @@ class StorageServers:
     """The servers of a guest's network disks, as far as samples have shown them."""
 
     connected: Mapping[str, NodeServer] = field(default_factory=dict)
-    """By the name of the node."""
+    """The server of each connected node, by the node's name."""
     disconnected: tuple[Node, ...] = ()
-    """The nodes that should be connected, but have never been seen connected."""
+    """The nodes that should be connected, but were not connected in any sample."""
     unchecked: tuple[Node, ...] = ()
-    """The nodes that have never been seen connected, and may not need to be. No sample has shown
-    yet whether their servers listen: only samples with detail do."""
+    """The nodes that were not connected in any sample, and may not need to be. No sample has shown
+    yet whether their servers listen, because only samples with detail show this."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
-    """All nodes of a group, by Node.group."""
+    """All nodes of each group, by Node.group."""
 
     @property
     def unfound(self) -> bool:
-        """Whether another sample may show more: a local server was not found, or it is not known
-        yet whether it exits with its client."""
+        """Whether another sample may show more: a local server was not found yet, it is not known
+        yet whether a server exits with its client, or servers behind a server are missing."""
         missing = any(one.local for one in self.connected.values() if one.peer is None)
         return missing or not _are_known(self._chain())
 
     def alike(self, node: Node) -> tuple[Node, ...]:
-        """Return the nodes that cannot be told apart from `node` (Node.group), including `node`
-        itself."""
+        """Return the nodes in the group of `node` (Node.group), including `node` itself."""
         return self.groups.get(node.group, (node,))
 
     @property
@@ -126,10 +124,11 @@ _NO_SERVERS: Final = StorageServers()
 
 
 def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServers | None:
-    """Return the servers after one more sample. None if no sample has shown any connections.
+    """Return the servers after one more sample; None if the connections were unreadable in all
+    samples.
 
-    A node that has lost its connection keeps its server, because an exiting QEMU closes its
-    connections.
+    If a node has lost its connection, its server is kept, because QEMU closes its connections when
+    it exits.
     """
     if sample.nodes is None:
         return before
@@ -163,8 +162,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
 
 
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
-    """Return the groups (Node.group) in which a node may lose data. For a node without a group, the
-    key is the node's name."""
+    """Return the groups (Node.group) in which a node may lose data. A node without a group forms
+    its own, with its name as the key."""
     groups: dict[str, list[Node]] = {}
     for node in nodes:
         groups.setdefault(node.group or node.name, []).append(node)
@@ -180,7 +179,7 @@ def _follow_group(
     users = {known[name].inode: name for name in names if name in known}
     free = [one for one in names if one not in known or known[one].inode not in inodes]
     free.sort(key=lambda one: one in known)
-    free_names = dict.fromkeys(reversed(free))  # The next one to use is the last.
+    free_names = dict.fromkeys(reversed(free))  # In reverse order: the last one is used next.
     for socket in sockets:
         name = users.get(socket.inode, "")
         if not name:
@@ -196,15 +195,16 @@ def _follow_group(
 
 
 def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
-    # This is not known for iSCSI, because the kernel itself may be the server.
+    # For iSCSI, this would not show that the server is a process, because the kernel itself may be
+    # the server.
     is_here = node.protocol == "nbd" and _connects_to_itself(socket.tcp_id)
     local = socket.family == "unix" or is_here
     return NodeServer(node, socket.inode, at, local, socket.peer, socket.tcp_id)
 
 
 def _connects_to_itself(tcp_id: str) -> bool:
-    """Return whether both addresses are the same. `tcp_id`: in hexadecimal, one byte, two ports (4
-    bytes), and two addresses (16 bytes each)."""
+    """Return whether both ends have the same address. `tcp_id`, in hexadecimal: one byte, two ports
+    (4 bytes in total), and two addresses (16 bytes each)."""
     source, target = tcp_id[10:42], tcp_id[42:74]
     return bool(target) and source == target
 
@@ -227,22 +227,22 @@ def _serving(peers: Iterable[Peer]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerEnds:
-    """What the servers did around the end of the guest. Times are CLOCK_MONOTONIC in µs."""
+    """What happened to the servers around the end of the guest. Times are CLOCK_MONOTONIC in µs."""
 
     before: frozenset[int] = frozenset()
-    """The processes that ended before the guest, or may have."""
+    """The processes that ended, or may have ended, before the guest."""
     after: frozenset[int] = frozenset()
-    """The processes that ended within SETTLE after it, or are ending."""
+    """The processes that ended within SETTLE after the guest, or are ending."""
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
-    """By the name of the node: whether the guest closed the connection before the server did.
-    A node is missing if that is unknown, or if the kernel cannot be asked (is_nbd_over_tcp).
+    """For each node, by its name, whether the guest closed the connection before the server did. A
+    node is missing if this is unknown, or if it is not NBD over TCP (is_nbd_over_tcp).
 
-    False proves nothing for a server of this host, because a healthy server may close the
-    connection between QEMU's request to disconnect and QEMU's shutdown(2). It did so in 38 of 120
-    stops, with a load of 3 on two processors. A server beyond a network without latency did so in 1
-    of 60 stops, with a load of 15.
+    For a server on this host, False proves nothing: after QEMU's request to disconnect, a healthy
+    server may close the connection before QEMU calls shutdown(2). This happened in 38 of 120 stops,
+    with a load of 3 on two processors. With a server across a network without latency, it happened
+    in 1 of 60 stops, with a load of 15.
     """
     guest_started: int
     guest_ended: int
@@ -250,7 +250,7 @@ class ServerEnds:
 
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
     """Return whether to wait for SETTLE, because only this can show whether a server was being
-    stopped when the guest ended. `closed_first` as in ServerEnds."""
+    stopped when the guest ended. `closed_first`: see ServerEnds."""
     known = servers.connected if servers is not None else {}
     return any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
@@ -258,9 +258,10 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
 
 
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
-    """Return the risks after QEMU has exited; () if no server is known to have been missing.
+    """Return the risks after QEMU has exited; () if nothing indicates that a server ended first.
 
-    Until the node's reconnect-delay has passed, QEMU keeps the data and does not exit (risk.py).
+    There is no risk before the reconnect-delay of a node has passed, because QEMU keeps the data
+    until then and does not exit (risk.py).
     """
     if servers is None:
         text = "its connections to the servers of its disks could not be read"
@@ -279,8 +280,8 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
 
 
 def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
-    """Say why the server may have closed the connection before the guest did; "" if nothing
-    indicates that."""
+    """Explain why the server may have closed the connection before the guest did; "" if nothing
+    indicates this."""
     if server.outlived(closed_first):
         return ""
     if server.lasting & ends.before:
@@ -301,19 +302,19 @@ def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) ->
 
 
 def _may_lose_data(node: Node) -> bool:
-    """Return whether QEMU may hold data for the node. It holds none of a vhost-user device."""
+    """Return whether QEMU may hold data for the node. It holds no data of a vhost-user device."""
     return not node.read_only and node.protocol != "vhost-user"
 
 
 def _should_be_connected(node: Node, sample: Sample) -> bool:
-    """Return whether a missing connection means that the node has lost its server. Otherwise QEMU
-    may have closed the node, or use a connection that the command line does not name."""
+    """Return whether a missing connection means that the node has lost its server. If not, QEMU may
+    have closed the node, or may use a connection that the command line does not name."""
     return node.served is False or (node.protocol == "nbd" and sample.pluggable is False)
 
 
 def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
-    """Return whether QEMU would still have kept the data (`reconnect-delay`) if it had lost the
-    server of any of these nodes."""
+    """Return whether QEMU would have kept the data until `ended` (`reconnect-delay`), even if it
+    had lost the server of any of these nodes."""
     return all(
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes
@@ -321,9 +322,9 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
 
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
-    """Yield the servers and those behind them, without those that may be somebody else's. Several
-    connections have one server, and servers may share those behind them, so each object is visited
-    only once."""
+    """Yield the servers and the servers behind them, except those that are not certain to work for
+    the guest. Connections may share a server, and servers may share those behind them, so each
+    object is visited only once."""
     waiting = [peer for peer in peers if peer is not None]
     seen: set[int] = set()
     while waiting:
