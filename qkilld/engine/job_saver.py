@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROGRESS_INTERVAL: Final = 3 * USEC_PER_SEC
 """A job that has only made progress is saved at most once in this time (µs)."""
 PER_JOB: Final = 20_000
-"""With many jobs, that time is this time (µs) multiplied by their number."""
+"""With many jobs, PROGRESS_INTERVAL grows to this time (µs) multiplied by their number."""
 
 TIMEOUT_S: Final = 0.05
 """How long saving may delay SIGKILL. Saving usually takes 0.1 ms, but /run may be full or
