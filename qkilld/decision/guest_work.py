@@ -135,10 +135,16 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
 
 
 def works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
-    time = wanted_time(before, after) or 0
-    return bool(difference(before.requests, after.requests)) or (
-        time > IDLE_SHARE * (after.at - before.at)
-    )
+    """Return whether the guest did anything between the two observations.
+
+    The processors of an idle guest wait on a busy host, but run as little as on any other.
+    """
+    if difference(before.requests, after.requests):
+        return True
+    duration = after.at - before.at
+    ran = difference(before.vcpu_time, after.vcpu_time) or 0
+    wanted = wanted_time(before, after) or 0
+    return ran > IDLE_SHARE * duration or wanted > HALF_BUSY * duration * (after.vcpus or 1)
 
 
 def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from qkilld.decision.powerdown import Conclusion
+from qkilld.model.guest_state import ShutdownSign
 from tests.pure.test_powerdown import Course, Moment
 
 
@@ -178,6 +180,30 @@ def test_an_idle_guest_that_ignores_it_on_a_host_that_becomes_busy() -> None:
     # Its disks had just worked, so it was measured before it was asked.
     course = Course(changing(idle, STARVED_IDLE, 0, 20), idle_disks=False).run(400)
     assert course.end == (course.ignored_at, Conclusion.IGNORED)
+
+
+def signing(earlier: Moment, later: Sequence[Moment]) -> Callable[[float, float | None], Moment]:
+    """Return a guest that stops its agent when it is asked, and never powers off."""
+
+    def closes(now: float, since: float | None) -> Moment:
+        if not since:
+            return earlier
+        signs = frozenset({ShutdownSign.AGENT_CLOSED})
+        return replace(later[int(now) % len(later)], signs=signs)
+
+    return closes
+
+
+def test_a_shutdown_that_hangs_on_a_busy_host() -> None:
+    """The processors of the idle guest wait for the host's, which is no progress."""
+    course = Course(signing(Moment(), STARVED_IDLE)).run(400)
+    assert course.end == (61, Conclusion.IGNORED)
+
+
+@pytest.mark.parametrize("later", [STARVED_LOAD, STARVED_WRITER, FREE_STOP_JOB])
+def test_a_shutdown_that_works_on_a_busy_host(later: Sequence[Moment]) -> None:
+    course = Course(signing(Moment(), later)).run(400)
+    assert course.end[1] is Conclusion.SHUTTING_DOWN
 
 
 @pytest.mark.parametrize("start", range(len(STARVED_LOAD)))
