@@ -225,7 +225,9 @@ class ServerWatch:
         if not self.until:
             return  # The sample is late.
         is_found = self._servers is not None and not self._servers.unfound
-        is_over = self._samples >= MAX_SAMPLES and not sample.searching
+        # An empty sample, which replaces a late one, does not show that the search has ended.
+        searches = sample.searching or sample.state == "?"
+        is_over = self._samples >= MAX_SAMPLES and not searches
         is_late = self._clock.now() >= self.until
         if is_found or is_over or is_late or self._has_failed:
             self._end_search()

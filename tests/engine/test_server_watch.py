@@ -180,6 +180,20 @@ def test_a_search_that_takes_two_seconds() -> None:
     assert end(world, process, job) == ()
 
 
+def test_a_late_sample_does_not_end_the_search() -> None:
+    unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
+    world, process = ServedWorld(lambda now: unfound), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.5)
+    world.sampler.shows = lambda now: None
+    world.clock.advance(1.4)
+    assert process.sent == []
+    world.sampler.shows = lambda now: CONNECTED
+    world.clock.advance(1)
+    assert process.sent == [SIGTERM]
+    assert end(world, process, job) == ()
+
+
 def test_a_search_that_does_not_end() -> None:
     unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
     world, process = ServedWorld(lambda now: unfound), client()
