@@ -16,7 +16,7 @@ from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.guest_asker import AskOutcome, GuestAsker
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.standstill_check import StandstillCheck
+from qkilld.engine.standstill_check import StandstillCallback, StandstillCheck
 from qkilld.model.block_state import BackgroundJob
 from qkilld.model.constants import (
     INFINITY,
@@ -37,8 +37,8 @@ BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 
 class PowerdownPhase:
     __slots__ = (
-        "_asker", "_clock", "_end", "_job", "_journal", "_link", "_parts", "_past_attempt",
-        "_process", "_standstill",
+        "_asker", "_clock", "_end", "_is_rechecked", "_job", "_journal", "_link", "_parts",
+        "_past_attempt", "_process", "_standstill",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +52,7 @@ class PowerdownPhase:
         self._journal, self._link = parts.journal, link
         self._parts = parts
         self._standstill: StandstillCheck | None = None
+        self._is_rechecked = False
         self._asker: GuestAsker | None = None
         self._past_attempt: Attempt | None = None
         self._end: AskOutcome | None = None
@@ -97,7 +98,7 @@ class PowerdownPhase:
             on_order=self._was_asked,
             on_pressed=self._was_pressed,
             on_judgement=self._judged,
-            on_end=self._ended,
+            on_end=self._asker_ended,
             on_fault=lambda error: self._journal.write(
                 events.internal_error(f"asking {job.guest.title}", error)
             ),
@@ -109,11 +110,13 @@ class PowerdownPhase:
         if self._asker.attempt.asked:
             self._asker.start()
         else:
-            may_continue = GuestOrder.RESUME in job.request.help
-            self._standstill = StandstillCheck(job, self._process, self._parts)
-            self._standstill.begin(
-                self._checked, may_continue=may_continue, ask_until=self._ask_until
-            )
+            self._check_standstill(self._checked)
+
+    def _check_standstill(self, callback: StandstillCallback) -> None:
+        if self._standstill is None:
+            self._standstill = StandstillCheck(self._job, self._process, self._parts)
+        may_continue = GuestOrder.RESUME in self._job.request.help
+        self._standstill.begin(callback, may_continue=may_continue, ask_until=self._ask_until)
 
     def _checked(self, obstacle: str, continued: bool) -> None:
         """Ask the guest, or end the asking if its process cannot run (`obstacle`)."""
@@ -245,6 +248,22 @@ class PowerdownPhase:
         job.wait_until(min(judgement.until or INFINITY, self._ask_until), self._ask_until)
         # Enter the same phase again, so that the state of asking is saved for the next daemon.
         job.enter(job.phase)
+
+    def _asker_ended(self, end: AskOutcome) -> None:
+        """A monitor may be unreachable because the process was stopped meanwhile, or before if its
+        samples came late. Check once more."""
+        if end.outcome is not GuestAsked.UNREACHABLE or self._is_rechecked:
+            self._ended(end)
+            return
+        self._is_rechecked, self._job.guest_asked = True, end.outcome
+
+        def checked(obstacle: str, continued: bool) -> None:
+            if obstacle or continued:
+                self._checked(obstacle, continued)
+            else:
+                self._ended(end)
+
+        self._check_standstill(checked)
 
     def _ended(self, end: AskOutcome) -> None:
         self._end, self._job.guest_asked = end, end.outcome

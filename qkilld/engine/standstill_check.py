@@ -32,7 +32,7 @@ MAX_SAMPLES: Final = 5
 """How many samples to request if they are not taken within sampling.TIMEOUT. On a busy host, the
 first samples may be late."""
 
-Callback = Callable[[str, bool], None]
+StandstillCallback = Callable[[str, bool], None]
 """Its arguments: the reason why the guest cannot be asked, or ""; and whether its process was
 continued."""
 
@@ -45,7 +45,7 @@ class StandstillCheck:
         self._sampler = JobSampler(process, parts.sampler, parts.clock)
         self._timer: Timer | None = None
 
-    def begin(self, callback: Callback, *, may_continue: bool, ask_until: int) -> None:
+    def begin(self, callback: StandstillCallback, *, may_continue: bool, ask_until: int) -> None:
         """Take a sample, and call back. With `may_continue`, send SIGCONT first if only SIGSTOP
         stops the process; if the job is held, wait until it is released. If no sample comes in
         time, even after MAX_SAMPLES requests or a third of the time until `ask_until`, call back
@@ -87,7 +87,7 @@ class StandstillCheck:
             self._timer.cancel()
             self._timer = None
 
-    def _continue(self, reason: str, callback: Callback) -> None:
+    def _continue(self, reason: str, callback: StandstillCallback) -> None:
         job = self._job
         try:
             check_process(self._process, job.guest.identity, self._parts.executables)
