@@ -58,7 +58,14 @@ from qkilld.decision.guest_work import (
 from qkilld.decision.verdict import can_be_continued, standstill
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked
 from qkilld.model.dataclass import dataclass
-from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
+from qkilld.model.guest_state import (
+    PAUSED,
+    POWERED_OFF,
+    RUNNING,
+    Button,
+    GuestObservation,
+    ShutdownSign,
+)
 from qkilld.model.sample import Sample
 
 QUIET: Final = 3 * USEC_PER_SEC
@@ -309,7 +316,7 @@ def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     if last.runstate is None:
         return _judge_silence(attempt, last, powerdown)
     if last.runstate != RUNNING:
-        return Judgement(Conclusion.NOT_RUNNING, f"the guest is not running: {last.runstate}")
+        return _judge_pause(attempt, last, powerdown)
     if not attempt.asked:
         return _judge_before(attempt, last, powerdown, agent)
     return _judge_after(attempt, last, powerdown)
@@ -382,7 +389,7 @@ def _judge_deafness(attempt: Attempt, last: GuestObservation, powerdown: int) ->
 
 def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
     last_ask = attempt.asked[-1]
-    until = max(last_ask.at, attempt.progress_at or 0) + powerdown
+    until = _progress_until(attempt, powerdown)
     if not attempt.signs and attempt.progress_at is None:
         until = _unanswered_until(attempt, powerdown)
     if not attempt.signs:
@@ -443,6 +450,25 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     return AskMethod.BUTTON if silent else None
 
 
+def _judge_pause(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
+    """A guest that was asked may go on with its shutdown after a pause."""
+    reason = f"the guest is not running: {last.runstate}"
+    until = _progress_until(attempt, powerdown)
+    if not attempt.asked or last.runstate not in PAUSED or last.at >= until:
+        return Judgement(Conclusion.NOT_RUNNING, reason)
+    return Judgement(_reaction(attempt), reason, until)
+
+
+def _progress_until(attempt: Attempt, powerdown: int) -> int:
+    asked_at = attempt.asked[-1].at if attempt.asked else 0
+    return max(asked_at, attempt.progress_at or 0) + powerdown
+
+
+def _reaction(attempt: Attempt) -> Conclusion:
+    reacted = attempt.signs or attempt.progress_at is not None
+    return Conclusion.SHUTTING_DOWN if reacted else Conclusion.WATCH
+
+
 def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
     answered = attempt.answered_at or attempt.started
     if not attempt.asked:
@@ -450,12 +476,10 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
             end = Conclusion.UNREACHABLE if attempt.restarts == 0 else Conclusion.IGNORED
             return Judgement(end, "its monitor does not answer")
         return Judgement(Conclusion.MEASURE, "its monitor does not answer", answered + SILENT)
-    until = max(attempt.asked[-1].at, attempt.progress_at or 0, answered) + powerdown
+    until = max(_progress_until(attempt, powerdown), answered + powerdown)
     if last.at >= until:
         return Judgement(Conclusion.IGNORED, "its monitor no longer answers")
-    reacted = attempt.signs or attempt.progress_at is not None
-    conclusion = Conclusion.SHUTTING_DOWN if reacted else Conclusion.WATCH
-    return Judgement(conclusion, "its monitor does not answer", until)
+    return Judgement(_reaction(attempt), "its monitor does not answer", until)
 
 
 def _is_unsettled(

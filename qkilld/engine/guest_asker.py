@@ -188,7 +188,7 @@ class GuestAsker:
         monitor = self._link.monitor
         agent = monitor is not None and monitor.has_agent and not self._agent_tried
         judgement = powerdown.judge(self._attempt, powerdown=self._span, agent=agent)
-        if judgement.conclusion is Conclusion.NOT_RUNNING and self._try_to_help(observation):
+        if self._try_to_help(observation):
             return
         asks = judgement.method is not None and self._may_ask()
         if asks and self._stall is not None and not self._attempt.asked and monitor is not None:

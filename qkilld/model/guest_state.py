@@ -17,6 +17,9 @@ RUNNING: Final = "running"
 POWERED_OFF: Final = "shutdown"
 """The runstate after the guest has powered off, if QEMU has -no-shutdown or -action
 shutdown=pause."""
+PAUSED: Final = frozenset({"paused", "io-error", "save-vm", "restore-vm", "finish-migrate"})
+"""The runstates in which a guest may run again soon: QEMU or somebody else has paused it, for
+example for a snapshot, or because a disk was full."""
 
 
 class Button(StrEnum):

@@ -205,6 +205,15 @@ def test_an_agent_that_refuses_is_no_reason_not_to_press() -> None:
     assert [rung.action for rung in job.rungs] == ["button"]
 
 
+def test_a_guest_that_is_paused_while_it_shuts_down_is_resumed_if_that_is_allowed() -> None:
+    world, process = asked_world(UP), FakeProcess()
+    world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))
+    world.clock.advance(2)
+    world.monitors.shows = lambda now: replace(UP, runstate="paused")
+    world.clock.advance(2)
+    assert world.monitors.orders == [GuestOrder.BUTTON, GuestOrder.RESUME]
+
+
 @pytest.mark.parametrize(
     ("runstate", "order"), [("paused", GuestOrder.RESUME), ("suspended", GuestOrder.WAKE)]
 )

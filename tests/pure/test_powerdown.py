@@ -149,6 +149,31 @@ def test_only_a_running_guest_is_asked(runstate: str) -> None:
     assert course.last is not None and runstate in course.last.reason
 
 
+@pytest.mark.parametrize(
+    ("runstate", "seconds", "end"),
+    [
+        ("paused", 20, (30, Conclusion.SHUT_DOWN)),
+        ("io-error", 20, (30, Conclusion.SHUT_DOWN)),
+        ("finish-migrate", 20, (30, Conclusion.SHUT_DOWN)),
+        ("paused", 100, (60, Conclusion.NOT_RUNNING)),
+        ("postmigrate", 20, (5, Conclusion.NOT_RUNNING)),
+        ("guest-panicked", 20, (5, Conclusion.NOT_RUNNING)),
+    ],
+)
+def test_a_guest_that_is_paused_while_it_shuts_down(
+    runstate: str, seconds: float, end: tuple[float, Conclusion]
+) -> None:
+    """For example for a snapshot, or because its disk was full for a moment."""
+
+    def goes_down(now: float, since: float | None) -> Moment:
+        if since is not None and 5 <= since < 5 + seconds:
+            return Moment(runstate=runstate)
+        return Moment(runstate="shutdown" if since is not None and since >= 30 else "running")
+
+    course = Course(goes_down).run(200)
+    assert (course.end, len(course.asked)) == (end, 1)
+
+
 def test_a_guest_that_has_powered_off() -> None:
     assert Course(constantly(Moment(runstate="shutdown"))).run(9).end == (0, Conclusion.SHUT_DOWN)
 
