@@ -91,6 +91,8 @@ class GuestAsker:
         self._on_pressed = on_pressed
         self._on_fault = on_fault
         self._helped: set[GuestOrder] = set()
+        self._failed = False
+        """Whether pressing the power button has failed."""
         self._unanswered: AskMethod | None = None
         self._timer: Timer | None = None
         self._closed = False
@@ -259,9 +261,10 @@ class GuestAsker:
                 self._attempt = powerdown.note_request(self._attempt, method, self._clock.now())
                 self._on_order(_ORDERS[method])
                 self._observe_later()
-            elif method is AskMethod.AGENT or self._attempt.asked:
-                # Continue: qkilld can still try the power button, or the guest may react to an
-                # earlier request.
+            elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
+                # Continue: qkilld can still try the power button, or try it again because the
+                # monitor was lost, or the guest may react to an earlier request.
+                self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)

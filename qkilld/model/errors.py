@@ -21,6 +21,7 @@ contains an internal name, or anything about a process that the caller may not k
     │   ├── MonitorUnreachable   there is no monitor, or it is not the guest's own
     │   ├── MonitorBusy          it serves another client, or is silent
     │   ├── MonitorTimeout       a command was not answered in time
+    │   │   └── CommandUnsent    it was not even sent
     │   ├── MonitorClosed        the other end closed the connection
     │   ├── MonitorProtocolError the other end broke the protocol, or sent too much
     │   └── CommandRefused       the other end answered with an error
@@ -130,6 +131,10 @@ class MonitorBusy(MonitorError):
 
 
 class MonitorTimeout(MonitorError):
+    pass
+
+
+class CommandUnsent(MonitorTimeout):
     pass
 
 

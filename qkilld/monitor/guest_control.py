@@ -19,6 +19,7 @@ from qkilld.adapters import procfs
 from qkilld.debug_log import ignore
 from qkilld.model.block_state import YankInstance
 from qkilld.model.errors import (
+    CommandUnsent,
     MonitorBusy,
     MonitorClosed,
     MonitorError,
@@ -391,9 +392,14 @@ class GuestControl:
     # ---- asking the guest ----
 
     async def press(self) -> None:
-        """Press the power button. Raises MonitorError."""
+        """Press the power button. Raises MonitorError, but not if QEMU is late: it then presses the
+        button when it takes the command."""
         await self.begin_watch()
-        await self._order("system_powerdown")
+        try:
+            await self._order("system_powerdown", ORDER_S)
+        except MonitorTimeout as error:
+            if isinstance(error, CommandUnsent):
+                raise
 
     async def ask_agent(self) -> None:
         """Ask the agent to shut the guest down.

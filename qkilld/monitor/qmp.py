@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import (
     CommandRefused,
+    CommandUnsent,
     MonitorBusy,
     MonitorError,
     MonitorProtocolError,
@@ -110,8 +111,9 @@ class QmpClient(Channel):
     ) -> Any:
         """Run a command; return its result. Waits for our previous command first.
 
-        QEMU gets a copy of the descriptor `pass_fd`, for getfd. Raises MonitorTimeout,
-        CommandRefused, MonitorError. After a timeout the command may still be executed.
+        QEMU gets a copy of the descriptor `pass_fd`, for getfd. Raises CommandUnsent,
+        MonitorTimeout, CommandRefused, MonitorError. After a timeout the command may still be
+        executed, unless it was not sent.
         """
         until = self._loop.time() + timeout_s
         try:
@@ -119,7 +121,7 @@ class QmpClient(Channel):
                 while self._in_band and not self.closed:
                     await self._idle.wait()
         except TimeoutError:
-            raise MonitorTimeout(
+            raise CommandUnsent(
                 f"{command} was not sent: the monitor has not answered the previous command"
             ) from None
         number = self._in_band = self._last_id + 1

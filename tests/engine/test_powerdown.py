@@ -205,6 +205,22 @@ def test_an_agent_that_refuses_is_no_reason_not_to_press() -> None:
     assert [rung.action for rung in job.rungs] == ["button"]
 
 
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_button_that_could_not_be_pressed_is_tried_once_more(lasts: bool) -> None:
+    """For example because the monitor was lost at that moment."""
+    world, process = asked_world(UP), FakeProcess()
+    world.monitors.refuses = {GuestOrder.BUTTON}
+    job = world.stop(process, POWERDOWN)
+    world.clock.advance(0.1)
+    assert (world.monitors.orders, process.sent) == ([GuestOrder.BUTTON], [])
+    if not lasts:
+        world.monitors.refuses = set()
+    world.clock.advance(5)
+    assert world.monitors.orders == [GuestOrder.BUTTON] * 2
+    outcome = GuestAsked.UNREACHABLE if lasts else GuestAsked.ASKED
+    assert (job.guest_asked, process.sent) == (outcome, [SIGTERM] if lasts else [])
+
+
 def test_a_guest_that_is_paused_while_it_shuts_down_is_resumed_if_that_is_allowed() -> None:
     world, process = asked_world(UP), FakeProcess()
     world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.model.errors import MonitorBusy
+from qkilld.model.errors import MonitorBusy, MonitorTimeout
+from qkilld.model.guest_state import EventKind, GuestEvent
+from qkilld.monitor import guest_control
 from qkilld.monitor.qmp import OPEN_S, QmpClient
 from qkilld.monitor.starvation import Starvation
 from tests.lab.process import end, spawn
 from tests.monitor.connecting import run
+from tests.monitor.test_guest_control import Start, controlled, stop
 
 BUSY = ["/bin/sh", "-c", "while :; do :; done"]
 
@@ -73,3 +77,28 @@ def test_a_late_greeting(starved: bool) -> None:
 
     with contextlib.nullcontext() if starved else pytest.raises(MonitorBusy):
         run(open_monitor())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_press_that_qemu_takes_late(
+    qemu: Start, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest was asked, and must not be asked again, unless the command was not even sent
+    because QEMU was busy with another one."""
+    monkeypatch.setattr(guest_control, "ORDER_S", 0.2)
+    guest, events = qemu(), list[GuestEvent]()
+
+    async def press() -> None:
+        async with controlled(guest, events.append) as control:
+            stop(guest)
+            if busy:
+                assert control.qmp is not None
+                with pytest.raises(MonitorTimeout):
+                    await control.qmp.execute("query-status", timeout_s=0.1)
+            with pytest.raises(MonitorTimeout) if busy else contextlib.nullcontext():
+                await control.press()
+            os.kill(guest.pid, signal.SIGCONT)
+            await control.runstate()
+
+    run(press())
+    assert (EventKind.POWERDOWN in [event.kind for event in events]) is not busy
