@@ -45,7 +45,7 @@ from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
 from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_process
 from qkilld.monitor.starvation import Starvation
-from qkilld.monitor.vcpu_threads import VcpuThreads
+from qkilld.monitor.vcpu_threads import VcpuThreads, own_threads
 
 if TYPE_CHECKING:
     from qkilld.engine.ports import Process
@@ -255,6 +255,7 @@ class GuestControl:
         control._on_event = on_event
         control.adopted = True
         control.qmp = await QmpClient.adopt(connection, control._take_event)
+        control.qmp.is_starved = Starvation(control._tasks).is_starved
         try:
             await control.query_yank()
         except BaseException:
@@ -357,20 +358,21 @@ class GuestControl:
     async def observe(self) -> GuestObservation:
         """Observe the guest. Never raises MonitorError: a value that cannot be read is unknown."""
         at = time.monotonic_ns() // 1000
-        runstate = totals = None
+        runstate = totals = vcpus = ran = waited = None
         button, pending = Button.UNKNOWN, None
         self.last_port = None
         with contextlib.suppress(MonitorError):
             runstate = await self.runstate()
             button, pending = await self.read_button()
-            totals = await self.block_totals()
             self.last_port = await self.agent_port(max_age_s=CACHE_AGE_S)
             if self._expects_shutdown:
                 self._note_agent(self.last_port)
             if self._vcpus is None:
                 self._vcpus = await self._find_vcpus()
-        vcpus = self._vcpus
-        ran, waited = vcpus.times() if vcpus is not None else (None, None)
+            totals = await self.block_totals()
+            # The counters belong to this time. On a busy host, the other replies took seconds.
+            at, vcpus = time.monotonic_ns() // 1000, self._vcpus
+            ran, waited = vcpus.times() if vcpus is not None else (None, None)
         signs = self.signs
         self._signs.discard(ShutdownSign.RESTARTED)
         return GuestObservation(
@@ -488,17 +490,9 @@ class GuestControl:
         """Find the threads of the virtual processors; None if unknown. Raises MonitorError."""
         if self.qmp is not None:
             vcpus = await self.qmp.execute("query-cpus-fast", timeout_s=QUERY_S)
-            return self._own_threads(answers.read_vcpu_threads(vcpus))
-        return self._own_threads(answers.read_vcpu_threads_text(await self.hmp("info cpus")))
-
-    def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
-        """Return the threads; None if these are not ids of the process's threads here. A QEMU in
-        another PID namespace reports the ids that its threads have there."""
-        try:
-            known = all((self._tasks / str(thread)).exists() for thread in threads)
-        except OSError:
-            return None
-        return VcpuThreads(self._tasks, threads) if known else None
+            return own_threads(self._tasks, answers.read_vcpu_threads(vcpus))
+        text = await self.hmp("info cpus")
+        return own_threads(self._tasks, answers.read_vcpu_threads_text(text))
 
     async def _order(self, command: str, timeout_s: float = ORDER_S) -> None:
         if self.qmp is not None:

@@ -51,6 +51,16 @@ class VcpuThreads:
         return load / FULL_LOAD
 
 
+def own_threads(tasks: Path, threads: tuple[int, ...]) -> VcpuThreads | None:
+    """Return the threads; None if these are not ids of the process's threads here. A QEMU in
+    another PID namespace reports the ids that its threads have there."""
+    try:
+        known = all((tasks / str(thread)).exists() for thread in threads)
+    except OSError:
+        return None
+    return VcpuThreads(tasks, threads) if known else None
+
+
 def parse_load(text: str) -> int | None:
     """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if the thread has
     no such average.

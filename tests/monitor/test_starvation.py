@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from qkilld.adapters.process import open_process
+from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import MonitorBusy, MonitorTimeout
-from qkilld.model.guest_state import EventKind, GuestEvent
+from qkilld.model.guest_state import Button, EventKind, GuestEvent
 from qkilld.monitor import guest_control
+from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.qmp import OPEN_S, QmpClient
 from qkilld.monitor.starvation import Starvation
 from tests.lab.process import end, spawn
@@ -102,3 +105,49 @@ def test_a_press_that_qemu_takes_late(
 
     run(press())
     assert (EventKind.POWERDOWN in [event.kind for event in events]) is not busy
+
+
+def test_a_kept_connection_on_which_qemu_answers_late(
+    qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After SIGTERM, it is the only one that QEMU answers."""
+    monkeypatch.setattr(guest_control, "QUERY_S", 0.2)
+    monkeypatch.setattr(Starvation, "is_starved", lambda self: True)
+    guest = qemu()
+
+    async def adopt() -> None:
+        process = open_process(guest.pid)
+        try:
+            async with controlled(guest) as control:
+                assert control.qmp is not None
+                kept = socket.socket(fileno=os.dup(control.qmp.fileno()))
+            stop(guest)
+            asyncio.get_running_loop().call_later(0.6, os.kill, guest.pid, signal.SIGCONT)
+            adopted = await GuestControl.adopt(process, kept, frozenset(), listening_unix)
+            adopted.close()
+        finally:
+            process.close()
+
+    run(adopt())
+
+
+def test_an_observation_has_the_time_of_its_counters(
+    qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host, the replies before them may take seconds. The rates of the guest's work would
+    then be wrong."""
+    read_button = GuestControl.read_button
+
+    async def read_late(control: GuestControl) -> tuple[Button, bool | None]:
+        await asyncio.sleep(0.3)
+        return await read_button(control)
+
+    monkeypatch.setattr(GuestControl, "read_button", read_late)
+
+    async def observe() -> None:
+        async with controlled(qemu()) as control:
+            began = time.monotonic_ns() // 1000
+            seen = await control.observe()
+            assert seen.requests == 0 and seen.at >= began + 300_000
+
+    run(observe())
