@@ -78,10 +78,11 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def _compare(specs: Sequence[Spec], jobs: int) -> int:
-    """Print a table that shows how the same runs end under each way to stop."""
+    """Print a table that shows how the same runs end with each way to stop."""
     ends: dict[str, dict[str, RunResult]] = {spec.name: {} for spec in specs}
     for way in WAYS:
-        # The other ways run in the lab's process, which is not paused with the host.
+        # Leave out runs that pause the host: the other ways run in the lab's process, which is not
+        # paused.
         todo = [spec for spec in specs if way in (OURS, "fixed") or not _pauses(spec)]
         for one in run_all(todo, jobs, lambda text, way=way: progress.show(f"{way}: {text}"), way):  # type: ignore[misc]
             ends[one.spec.name][way] = one
@@ -100,7 +101,7 @@ def _pauses(spec: Spec) -> bool:
 
 
 def _before(log: Path) -> dict[str, RunResult]:
-    """Return the runs that were judged, by name; the others must be repeated."""
+    """Return the earlier runs that were judged, by name. The other runs must be repeated."""
     found: dict[str, RunResult] = {}
     for text in log.read_text().splitlines() if log.exists() else ():
         # The last line may be cut off.

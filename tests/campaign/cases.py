@@ -1,7 +1,7 @@
-"""Runs written by hand: each was once judged wrongly, or resembles a run that was.
+"""Runs written by hand. Each was once judged wrongly, or resembles such a run.
 
 An earlier qkilld killed some of these processes although they would have finished, and waited
-without end for others that hung for good. Since then, every wait has its own signs of progress.
+forever for others that hung. Since then, every wait has its own signs of progress.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Case:
     spec: Spec
     title: str
     results: frozenset[str]
-    """The correct results; everything else follows from the schedule."""
+    """The correct results. Everything else that is checked follows from the schedule."""
     lost: int = 0
     """The largest number of records that may be lost."""
 

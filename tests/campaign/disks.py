@@ -1,4 +1,4 @@
-"""The disks of a run: real storage, its arguments for QEMU, and its changes."""
+"""The disks of a run: real storage, QEMU's arguments for it, and the changes of the storage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunDisk:
     disk: Disk
     number: int
     image: Path
-    """The image file, which the server opens if there is one."""
+    """The image file. If there is a server, the server opens the file."""
     fuse: FuseStore | None = None
     """The FUSE file system that contains the image file, or the file of the disk below it."""
     loop: SlowDisk | None = None
@@ -48,7 +48,7 @@ class RunDisk:
     front: NbdStore | None = None
     """The proxy that QEMU connects to instead of the server."""
     level: float = 0
-    """How slow the disk is; 0 for not at all."""
+    """How slow the disk is; 0 means not slowed."""
     frozen: bool = False
     node: dict[str, Any] = field(default_factory=dict)
     """The node in the format of blockdev-add."""
@@ -72,7 +72,7 @@ class RunDisk:
         return [pair.fileno()] if pair else []
 
     def close_pair(self) -> None:
-        """Close QEMU's end of the socket pair, once QEMU has it."""
+        """Close QEMU's end of the socket pair in this process. Call this when QEMU has it."""
         if isinstance(self.server, NbdStore) and self.server.pair:
             self.server.pair.close()
 
@@ -140,12 +140,12 @@ class RunDisk:
             guest.flush_later(self.name)
 
     def lost(self) -> int:
-        """Return how many records are missing in the image; nobody may have the image open."""
+        """Return how many records are missing in the image. No process may have the image open."""
         wanted = self.layout.count * self.layout.passes
         return wanted - self.layout.kept(self.image, self.disk.format) if wanted else 0
 
     def bitmap_left(self) -> bool:
-        """Return whether the bitmap was not stored, which loses its content."""
+        """Return whether the bitmap was not stored, so that its content is lost."""
         if not self.disk.bitmap:
             return False
         argv = [str(needs.program("qemu-img", "qemu-utils")), "info", "--output=json"]
@@ -173,7 +173,7 @@ class RunDisk:
                 for call in _CALLS:
                     self.fuse.delay(call, change.value or float("inf"))
             case "dead":
-                # Only the storage below the server hangs.
+                # Make only the storage below the server hang.
                 self._below_freeze()
             case "alive":
                 self._below_thaw()
@@ -205,13 +205,13 @@ class RunDisk:
             self.loop.fast()
 
     def joined(self, pid: int) -> None:
-        """Throttle the process that writes to the disk, because cgroup v2 throttles only
-        members."""
+        """Throttle the process that writes to the disk. (cgroup v2 throttles only members of the
+        group.)"""
         if self.loop is not None:
             self.loop.join(pid)
 
     def _set(self, level: float) -> None:
-        """Set how slow the disk is; 0 for not at all."""
+        """Set how slow the disk is; 0 means not slowed."""
         if self.fuse is not None:
             self.fuse.delay("write", 0.25 * level)
             self.fuse.delay("fsync", 0.25 * level)
@@ -226,8 +226,8 @@ class RunDisk:
             assert not level, f"a disk of kind {self.disk.kind} cannot be slow"
 
     def _freeze(self) -> None:
-        # Freeze the storage below, too. Otherwise writes that a server has passed on would
-        # complete, which is progress.
+        # Freeze the storage below the server, too. Otherwise, writes that the server has passed on
+        # would complete, and that would be progress.
         if self.server is None or self.fuse is not None:
             self._below_freeze()
         if isinstance(self.server, NbdStore) and self.fuse is not None:
@@ -252,7 +252,7 @@ class RunDisk:
 
 
 def make_disk(stack: contextlib.ExitStack, number: int, disk: Disk) -> RunDisk:
-    """Make storage that is fast and has an empty image. Raises needs.Missing."""
+    """Make fast storage with an empty image. Raises needs.Missing."""
     directory = stack.enter_context(scratch("s"))
     below: FuseStore | None = None
     loop: SlowDisk | None = None

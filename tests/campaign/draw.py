@@ -1,8 +1,8 @@
-"""Draw a random run from a seed: the same seed and number give the same run.
+"""Generate a random run from a seed. The same seed and number give the same run.
 
-Each schedule concerns one disk or the process itself. All other storage is fast, so that the time
-of QEMU's last progress is known. A standstill that is not permanent is at least _MARGIN_S shorter
-than the policy allows.
+Each schedule changes one disk or the process itself. All other storage is fast, so that the time of
+QEMU's last progress is known. A temporary standstill is at least _MARGIN_S shorter than the
+policy's limit.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from tests.campaign.truth import RETRY_S
 
 _MARGIN_S: Final = 4
 _MOVES_S: Final = 4.0
-"""Time between two standstills: enough for the slowest storage to answer, even on a busy host."""
+"""Time between two standstills. It is long enough for the slowest storage to answer, even on a busy
+host."""
 _FOR_GOOD: Final = 0.35
-"""The share of schedules that end in a standstill."""
+"""The share of schedules that end in a permanent standstill."""
 _OF_PROCESS: Final = 0.12
 _CALM: Final = 0.05
 """The share of runs in which nothing happens."""
 _OTHERS: Final = {"threads": 0.06, "quota": 0.08, "netns": 0.1}
 _NOISE: Final = dict.fromkeys((name for name in NOISES if name != "export"), 0.15) | _OTHERS
-"""The share of runs that have each noise; `export` is only for cases written by hand."""
+"""The share of runs with each noise. `export` is only for cases written by hand."""
 _MAKES: Final = ("nbdkit", "nbdkit", "qemu-nbd", "qemu-storage-daemon")
 
 Schedule = list[Change]
@@ -123,7 +124,7 @@ def _can_be_slow(disk: Disk) -> bool:
 
 
 def _begin(random: Random) -> float:
-    """Return the start of a schedule: before the stop, with it, or while QEMU exits."""
+    """Return the start of a schedule: before the stop, at the stop, or while QEMU exits."""
     return random.choice((-2.0, 0.0, 0.0, 0.0, round(random.uniform(0.5, 6), 1)))
 
 

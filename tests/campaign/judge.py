@@ -1,4 +1,4 @@
-"""Compare a run with its truth: find what was wrong, and whether the run can be judged at all."""
+"""Compare a run with its truth. Find what was wrong, and whether the run can be judged at all."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tests.campaign.spec import Spec
 from tests.campaign.truth import BOUNDED, RETRY_S, RIGHT, Span, State, Truth, truth
 
 LATE_S: Final = 0.5
-"""Runs with later samples are not judged, because the host was too busy."""
+"""If a sample is later than this, the run is not judged, because the host was too busy."""
 INTERVAL_S: Final = 1.0
 """The longest interval between samples, except with many jobs."""
 COUNTER_STALL_S: Final = 10.0
 DETECTION_S: Final = 1.0
-"""SIGKILL must come within this time after the policy's limit."""
+"""SIGKILL must be sent within this time after the policy's limit."""
 SETTLED_S: Final = 6.0 + 1.1
-"""For this time after a change, the verdict may be the previous one: disks write back in bursts up
-to 5 s apart, and a sample may come a second later."""
+"""For this time after a change, the previous verdict is right, too: disks write back in bursts up
+to 5 s apart, and the next sample may come a second later."""
 _BEFORE: Final = 0.3
-"""SIGKILL may be this much early by the lab's clock, because changes of storage take effect just
-before they are recorded."""
+"""SIGKILL may be this much too early by the lab's clock, because changes of storage take effect
+just before they are recorded."""
 _SLOW_REQUEST: Final = 1.0
-"""The longest time (s) that a request of storage with slowness 1 takes: two writes of 128 KiB,
-each answered after 0.25 s, and a sync before and after. The last movement may be this much before a
-standstill."""
+"""The longest time (s) that a request takes if the storage has slowness 1: two writes of 128 KiB,
+each answered after 0.25 s, and a sync before and after. So the last movement may be this long
+before a standstill."""
 _QUOTA_S: Final = 2.0
-"""A QEMU with a quota of processor time reads the last answers of its storage up to this much
+"""If QEMU has a quota of processor time, it reads the last answers of its storage up to this much
 later."""
 MAX_DEPTH: Final = 9
 _BYTES: Final = 512
-"""The minimum number of bytes that count as a write of QEMU: less is a keepalive."""
+"""The minimum number of bytes that count as a write of QEMU. Fewer bytes are a keepalive."""
 
 
 FALSE_KILL: Final = "false kill"
@@ -48,8 +48,8 @@ WRONG_VERDICT: Final = "wrong verdict"
 UNEXPECTED: Final = "unexpected end"
 """The result of a case written by hand is wrong."""
 UNSEEN: Final = "unseen error"
-"""QEMU dropped records that storage refused, and exited with 0 without a message, so that nothing
-can be seen from outside. Counted, but not wrong."""
+"""QEMU dropped records that the storage refused, and exited with 0 without a message, so qkilld
+cannot know of the loss. Such a run is counted, but is not wrong."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class Finding:
 class Judgement:
     findings: list[Finding]
     late: float
-    """The largest delay of a sample, s."""
+    """The greatest delay of a sample, s."""
     detection: float | None
-    """Seconds between the policy's limit after the last movement and a correct SIGKILL."""
+    """For a correct SIGKILL: how late it was (s) after the policy's limit, which counts from the
+    last movement."""
     ticks: int
     right_ticks: int
-    """The number of verdicts that were checked (ticks), and of those that were right."""
+    """The number of right verdicts. `ticks` is the number of all verdicts that were checked."""
     counter_kill: float
-    """When a policy that only watches wchar would have sent SIGKILL (s)."""
+    """When a policy that only reads wchar would have sent SIGKILL (s)."""
 
     @property
     def right(self) -> bool:
@@ -106,7 +107,8 @@ def judge(spec: Spec, outcome: Outcome) -> Judgement:
 
 
 def truth_of(spec: Spec, outcome: Outcome) -> Truth:
-    """Return the truth of a run. Its times count from the start of the job, as qkilld's do."""
+    """Return the truth of a run. Its times count from the start of the job, as qkilld's times
+    do."""
     return truth(spec, [(at - outcome.delay, change) for at, change in outcome.applied])
 
 
@@ -149,13 +151,13 @@ def _kill(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
 def _wait(
     found: Truth, outcome: Outcome, killed: float | None, end: float, trace: Trace | None
 ) -> Iterator[Finding]:
-    """Find false waits: the job waited for too long after the last movement, or after the time from
-    which nothing kept QEMU from its exit."""
+    """Find false waits: the job waited too long after the last movement, or after the time at which
+    nothing kept QEMU from exiting any more."""
     for span in found.spans:
         since, until = span.since, min(span.until, end)
         allowed = found.spec.longest_stall + DETECTION_S + LATE_S + _starved(found.spec)
         if span.state in (State.BROKEN, State.FAST):
-            # QEMU may first have to find a server that is back.
+            # Allow time for QEMU to find a server that is back.
             allowed += RETRY_S
         elif span.state not in BOUNDED or since >= end or (span.mixed and not span.reconnects):
             continue
@@ -175,7 +177,7 @@ def _starved(spec: Spec) -> float:
 
 
 def _last_moved(trace: Trace | None, since: float, until: float) -> float:
-    """Return when QEMU last wrote or read between these times; `since` if it did not."""
+    """Return when QEMU last wrote or read between these times; `since` if it did neither."""
     moved, before = since, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
@@ -242,7 +244,8 @@ def _verdicts(
 
 
 def _right(spec: Spec, state: State) -> frozenset[Verdict]:
-    """Return the right verdicts. Unreadable storage may be unknown, but never idle."""
+    """Return the right verdicts. If the storage is unreadable, the verdict may be unknown, but
+    never idle."""
     unread = {"threads", "netns"} & set(spec.noises)
     unread |= {disk.syntax for disk in spec.disks} & {"added", "mirror"}
     # If a server has other clients, qkilld may not see for whom it works.
@@ -262,8 +265,8 @@ def verdicts(trace: Trace | None) -> Iterator[tuple[float, Verdict]]:
 
 
 def _counter_kill(trace: Trace | None) -> float:
-    """Return when the policy `wchar` of tests.safety would have sent SIGKILL, assuming that its
-    counter stops with the trace."""
+    """Return when the policy `wchar` of tests.safety would have sent SIGKILL. Assume that its
+    counter does not change after the end of the trace."""
     moved, before = 0.0, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
@@ -284,9 +287,9 @@ def _lateness(trace: Trace | None, found: Truth, end: float) -> float:
 
 
 def _search(trace: Trace, found: Truth) -> float:
-    """Return how long the search for a server took (s), which is long on a busy host.
+    """Return how long the search for a server took (s). On a busy host, it takes long.
 
-    What the server did until then may count as progress, and delay SIGKILL.
+    Everything that the server did before it was found may count as progress, and delay SIGKILL.
     """
     returns = any(change.what == "back" for change in found.spec.changes)
     first: dict[int | str, float] = {}

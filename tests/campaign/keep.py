@@ -14,9 +14,10 @@ KEPT: Final = CACHE / "campaign"
 
 
 def keep(one: RunResult) -> RunResult:
-    """Keep a wrong run under its name, and its trace, which would be removed with the run.
+    """Keep a wrong run and its trace under the name of the run. Otherwise, the trace would be
+    removed with the run.
 
-    If the run was right, remove an earlier one of this name.
+    If the run was right, remove an earlier wrong one of this name.
     """
     spec, trace = KEPT / f"{one.spec.name}.json", KEPT / f"{one.spec.name}.trace.jsonl"
     if one.clean:

@@ -1,4 +1,4 @@
-"""Activity beside the storage of a run, which is neither progress nor a hang.
+"""Activity beside the storage of a run. It is neither progress nor a hang.
 
 Each noise gets the run's Surroundings before QEMU starts, and may add arguments. It returns a
 function that is called with the running QEMU.
@@ -94,7 +94,7 @@ def vnc(around: Surroundings) -> Start:
 
 
 def threads(around: Surroundings) -> Start:
-    """Enough threads that reading them is expensive."""
+    """So many threads that reading them is expensive."""
     for number in range(150):
         around.arguments += ["-object", f"iothread,id=io{number}"]
     return _nothing
@@ -112,7 +112,7 @@ def neighbour(around: Surroundings) -> Start:
 
 
 def group(around: Surroundings) -> Start:
-    """QEMU has its own control group, in which another process writes."""
+    """QEMU has its own control group, and another process in this group writes."""
 
     def start(guest: BareGuest) -> None:
         busy = around.directory / "busy"
@@ -142,19 +142,19 @@ def quota(around: Surroundings) -> Start:
 
 
 def netns(around: Surroundings) -> Start:
-    """QEMU has its own network namespace; only for storage on unix sockets and files."""
+    """QEMU has its own network namespace. Use this only with storage on unix sockets and files."""
     around.before = unshare_network
     return _nothing
 
 
 def unshare_network() -> None:
-    """Enter a new network namespace. For a child before it executes a program."""
+    """Enter a new network namespace. Call this in a child, before it executes a program."""
     if _libc.unshare(_CLONE_NEWNET):
         os._exit(1)
 
 
 def export(around: Surroundings) -> Start:
-    """QEMU exports a disk over NBD, as for a backup, and the client is busy."""
+    """QEMU exports a disk over NBD, as for a backup, and the export's client is busy."""
     around.arguments += ["-object", "iothread,id=exports"]
 
     def start(guest: BareGuest) -> None:
@@ -212,7 +212,7 @@ def _repeat(
 
 
 def _talker(around: Surroundings, path: Path, what: bytes, interval: float) -> None:
-    """Listen at the path, and send the data periodically to whoever connects."""
+    """Listen at the path, and send the data periodically to the peer that connects."""
     listener = around.stack.enter_context(socket.socket(socket.AF_UNIX))
     listener.bind(str(path))
     listener.listen()

@@ -1,4 +1,4 @@
-"""Many concurrent runs, each in its own process, so that a failure affects only one."""
+"""Many concurrent runs. Each has its own process, so that a failure affects only one run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from tests.lab.scratch import scratch
 
 AT_ONCE: Final = 32
 _BEGINNING: Final = 2
-"""Runs that set up concurrently (storage, QEMU, records), which takes processor time."""
+"""How many runs set up their storage, QEMU and records at a time, because this takes processor
+time."""
 _ATTEMPTS: Final = 3
 _CHECK_S: Final = 5.0
 _MOST_S: Final = 900.0
-"""A run that takes longer (s) is ended. The longest run takes half of this."""
+"""A run that takes longer than this (s) is ended. The longest run takes half of it."""
 _MORE_S: Final = 120.0
-"""Seconds in which a run must remove its storage after it was ended."""
+"""The time (s) for a run that was ended to remove its storage."""
 TRIES: Final = 3
-"""Attempts for a run whose samples are late each time."""
+"""How often to try a run whose samples are late each time."""
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -61,7 +62,7 @@ class _Child:
     pidfd: int
     answer: Path
     begun: int
-    """A pipe that the run closes when it has requested the stop."""
+    """A pipe. The run closes its end when it has requested the stop."""
     tries: int
     started: float
     """When the run started (time.monotonic())."""
@@ -75,7 +76,7 @@ def run_all(
     way: str = OURS,
     most: int = TRIES,
 ) -> Iterator[RunResult]:
-    """Run these specs in order; yield each when it is over."""
+    """Run these specs in order. Yield the result of each when it has ended."""
     with contextlib.ExitStack() as stack:
         keeper = stack.enter_context(Keeper())
         directory = stack.enter_context(scratch("c"))
@@ -177,7 +178,7 @@ def _collect(child: _Child) -> RunResult:
 
 
 def _begin(servers: contextlib.ExitStack, traces: Path) -> Server:
-    """Start a daemon; on a busy host that may take more than one attempt."""
+    """Start a daemon. On a busy host, this may take more than one attempt."""
     for _ in range(_ATTEMPTS - 1):
         with contextlib.suppress(AssertionError):
             return servers.enter_context(server(traces))
@@ -192,7 +193,7 @@ def _lives(by: Server) -> bool:
 
 
 def _stop_late(running: list[_Child]) -> None:
-    """End runs that take too long, so that the others continue."""
+    """End runs that take too long, so that the other runs continue."""
     for child in running:
         late = time.monotonic() - child.started - _MOST_S
         number = (signal.SIGTERM, signal.SIGKILL)[min(child.stops, 1)]

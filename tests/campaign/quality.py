@@ -2,7 +2,7 @@
 
 The metrics are those of Chen, Toueg and Aguilera (On the Quality of Service of Failure Detectors,
 IEEE Trans. Computers 51(5), 2002). The failure is a permanent standstill of a run's storage or
-process; the suspicion is SIGKILL, which is final:
+process. The suspicion is SIGKILL, which is final:
 
     detection time             from the permanent standstill to SIGKILL
     mistake                    SIGKILL to a process that would have finished, or before the policy's
@@ -11,9 +11,9 @@ process; the suspicion is SIGKILL, which is final:
     query accuracy             the share of the time up to the failure, or up to the end of the
                                process, in which SIGKILL was not sent yet
 
-The other detectors are not run. Their SIGKILL is computed from qkilld's runs: for the fixed clock
-from its timeout, and for the counter from the trace. If qkilld has killed a process that would have
-finished, the end of the schedule counts as the time when it would have.
+The other detectors are not run. The time of their SIGKILL is computed from qkilld's runs: from the
+timeout for the fixed clock, and from the trace for the counter. If qkilld has killed a process that
+would have finished, the end of the schedule counts as the time at which it would have finished.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def quality(results: Sequence[RunResult], kills: Callable[[RunResult], float]) -
             found.watched += since
             found.trusted += min(since, killed)
             continue
-        # When the process finished, or would have. If qkilld killed it, this is after the end of
-        # the schedule.
+        # The time at which the process finished, or would have finished. If qkilld killed the
+        # process, this is after the end of the schedule.
         finished = one.outcome.seconds - one.outcome.delay
         if one.outcome.result != "exited":
             finished = max([finished, *(change.at for change in one.spec.changes)])

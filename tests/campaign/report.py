@@ -99,7 +99,7 @@ def summary(results: Sequence[RunResult]) -> str:
 
 
 class RunningTable:
-    """A table that gets a row every minute, for a campaign that runs unattended."""
+    """A table to which a row is added every minute, for a campaign that runs unattended."""
 
     _HEAD = (
         *("time", "done", "judged", "right", "false kill", "false wait", "wrong risk"),

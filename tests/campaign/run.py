@@ -1,4 +1,5 @@
-"""Execute one run: storage, QEMU, noise, the stop, the schedule, and the disks afterwards."""
+"""Execute one run: make storage, start QEMU and noise, stop QEMU, follow the schedule, and check
+the disks."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from tests.lab.scratch import scratch
 CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
 _BETTER: Final = frozenset({"fast", "thaw", "alive", "back", "go"})
 _PATIENCE_S: Final = 300
-"""Longer than any run in which storage moves."""
+"""Longer (s) than any run in which storage moves."""
 
 
 @dataclass
@@ -40,12 +41,13 @@ class Outcome:
     at_risk: bool
     records: int
     lost: int
-    """Acknowledged records that no image has."""
+    """The number of acknowledged records that are missing in the images."""
     bitmap_lost: bool = False
     applied: list[tuple[float, Change]] = field(default_factory=list)
     """The changes with their actual times."""
     delay: float = 0.0
-    """Time from the request to the start of the job; qkilld counts from the start of the job."""
+    """Time from the request to the start of the job. (qkilld's times count from the start of the
+    job.)"""
     trace: str = ""
     receipt: dict[str, Any] = field(default_factory=dict)
 
@@ -76,7 +78,7 @@ def server(traces: Path) -> Iterator[Server]:
 def run(
     spec: Spec, by: Server, begun: Callable[[], None] = lambda: None, way: str = OURS
 ) -> Outcome:
-    """Execute a run; `begun` is called once the stop is requested.
+    """Execute a run. `begun` is called when the stop has been requested.
 
     Raises AssertionError and TimeoutError if the lab itself fails, and needs.Missing.
     """
@@ -125,8 +127,8 @@ def run(
                 _pause(change.what, guest.pid, by, made)
             else:
                 made[change.of].apply(change)
-            # A change for the worse counts from when it is complete, a change for the better from
-            # when it begins.
+            # A change for the worse counts from its end, and a change for the better from its
+            # beginning.
             applied.append((before if change.what in _BETTER else time.monotonic(), change))
 
         first = [change for change in schedule if change.at <= 0]
@@ -162,7 +164,8 @@ def run(
         guest.close()
         for disk in made:
             if disk.server is not None:
-                # The servers have written the data of all requests that they have answered.
+                # A server has written the data of all requests that it has answered, so it can be
+                # killed.
                 disk.server.leave()
         number = stop.job.rpartition("/")[2]
         traces = list(by.traces.glob(f"job{number}-pid{guest.pid}-*.jsonl"))
@@ -191,7 +194,7 @@ def _started(trace: Path) -> float:
 
 
 def _patience(spec: Spec) -> float:
-    """Return how many seconds after the request a running job counts as endless."""
+    """Return after how many seconds from the request a running job counts as endless."""
     planned = truth(spec, [(change.at, change) for change in spec.changes])
     last = planned.spans[-1]
     return (

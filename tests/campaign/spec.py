@@ -10,9 +10,9 @@ from typing import Any, Final
 from qkilld.decision.ladder import DOUBT
 
 PROCESS: Final = -1
-"""In place of a disk's number: the QEMU process itself."""
+"""Used instead of a disk's number for the QEMU process itself."""
 HOST: Final = -2
-"""In place of a disk's number: the daemon, QEMU and all servers."""
+"""Used instead of a disk's number for the daemon, QEMU and all servers together."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Disk:
     logs: bool = False
     """For kind vhost: the backend writes to a log, even while frozen."""
     proxy: bool = False
-    """For kind nbd: an nbdkit between QEMU and the server, which stores nothing itself."""
+    """For kind nbd: between QEMU and the server, there is an nbdkit that stores nothing itself."""
     netns: bool = False
     """For kind nbd on a unix socket: the server has its own network namespace."""
     shared: bool = False
-    """For qemu-storage-daemon: the server has another, busy client."""
+    """For qemu-storage-daemon: the server has another client, which is busy."""
     syntax: str = "json"
-    """json (-drive file=json:…), blockdev, or options (-drive with keys). The others are added to
-    the running QEMU, so they are missing on its command line: added, or mirror (the target of a
-    copy of the first disk). The copy begins with the stop, and the first disk is a blockdev."""
+    """json (-drive file=json:…), blockdev, or options (-drive with keys). Two more are added to the
+    running QEMU, so they are not on its command line: added, and mirror (the target of a copy of
+    the first disk). The copy begins at the stop, and the first disk is then a blockdev."""
     records: int = 60
     """The number of records in each of the two passes."""
     fill: int = 0
-    """MiB that are written after the records and stay in a page cache."""
+    """How many MiB are written after the records, and stay in a page cache."""
     in_flight: int = 0
-    """The number of writes that are submitted with the stop, and not waited for."""
+    """The number of writes that are submitted at the stop, without waiting for them."""
     flush: bool = False
-    """Whether a command flushes the disk with the stop. QEMU's main loop waits for it."""
+    """Whether a command flushes the disk at the stop. QEMU's main loop waits for the flush."""
     bitmap: bool = False
     """Whether the image has a persistent bitmap, which QEMU stores when it closes the image."""
 
@@ -61,17 +61,17 @@ class Change:
     """One change of the schedule."""
 
     at: float
-    """Seconds after the request to stop; changes at 0 or earlier happen before it."""
+    """Seconds after the request to stop. Changes at 0 or earlier are made before the request."""
     of: int
     """The number of a disk, PROCESS or HOST."""
     what: str
     """For a disk: fast, slow; freeze, thaw; leave, back; dead, alive (the storage below its
-    server); fail; hang (the close and flush of its file). For the process: stop, frozen, trace,
-    pipe, and go; kill (SIGKILL, as the kernel sends it if memory runs out). For the host: pause,
-    go."""
+    server); fail; hang (close and flush of its file). For the process: stop, frozen, trace, pipe,
+    and go, which ends them; kill (SIGKILL, as from the kernel if memory runs out). For the host:
+    pause, go."""
     value: float = 0
-    """For slow: how slow, from 1 (a little) on. For hang: the seconds that each close and flush of
-    the file takes; 0 for ever."""
+    """For slow: how slow, 1 (a little) or more. For hang: the seconds that each close and flush of
+    the file takes; 0 means forever."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,24 @@ class Spec:
 
     @property
     def longest_stall(self) -> float:
-        """The policy's limit for storage that stands still, in seconds. It is longer (see
-        qkilld.decision.ladder) if the movement of a server may be for its other clients."""
+        """The policy's limit for storage that does not move, in seconds. It is longer (see
+        qkilld.decision.ladder) if a server may work for other clients than the guest."""
         return self.storage_stall * (DOUBT if self.doubtful else 1)
 
     @property
     def doubtful(self) -> bool:
         """Whether the guest may be waiting for a server that has other clients.
 
-        This is so if the schedule changes a disk of this server. It is also so if nothing shows
-        that the guest waits for the changed disk, because the disk has no connection, or because
-        its server has read all requests.
+        It is so in two cases. First, the schedule changes a disk of such a server. Second, nothing
+        shows that the guest waits for the changed disk, because the disk has no connection, or
+        because its server has read all requests.
         """
         changes = [
             (change.what, self.disks[change.of]) for change in self.changes if change.of >= 0
         ]
         if any(disk.shared and (disk.syntax == "added" or disk.netns) for _, disk in changes):
             return True
-        # QEMU gives up the connection to a silent iSCSI target after some 13 s.
+        # QEMU closes the connection to a silent iSCSI target after about 13 s.
         shows_nothing = any(
             what == "leave" or disk.logs or disk.kind == "iscsi" for what, disk in changes
         )

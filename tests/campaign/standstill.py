@@ -1,8 +1,9 @@
-"""Block QEMU itself, not its storage: by a signal, a freezer, a debugger or a full pipe.
+"""Block QEMU itself instead of its storage: by a signal, a freezer, a debugger or a full pipe.
 
     python -m tests.campaign.standstill TID...
 
-stops these threads like a debugger, prints "held", and releases them at the end of its input.
+This command stops the threads like a debugger, prints "held", and releases them at the end of its
+input.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class FullPipe:
-    """A pipe that is full from `fill` to `drain`, and is read at other times."""
+    """A pipe. Between `fill` and `drain`, it is full and not read. At other times, it is read."""
 
     def __init__(self) -> None:
         self._read, self.write = os.pipe()
@@ -58,7 +59,7 @@ class FullPipe:
             pass
 
     def close(self) -> None:
-        """Close the pipe. Call this when the writer has exited or runs again."""
+        """Close the pipe. Call this when the writer has exited or is running again."""
         self.drain()
         os.close(self.write)
         assert self._thread is not None
@@ -67,7 +68,7 @@ class FullPipe:
 
 
 class Standstill:
-    """Blocks one QEMU; `go` and the end of `stack` release it."""
+    """Blocks one QEMU, until `go` or the end of `stack`."""
 
     def __init__(self, guest: BareGuest, pipe: FullPipe | None, stack: contextlib.ExitStack):
         self._guest, self._pipe, self._stack = guest, pipe, stack
@@ -116,7 +117,7 @@ class Standstill:
 
 
 def trace(threads: Iterable[int]) -> subprocess.Popen[bytes]:
-    """Return a process that holds these threads as long as it runs."""
+    """Start and return a process that keeps these threads stopped as long as it runs."""
     argv = [sys.executable, "-m", "tests.campaign.standstill", *map(str, threads)]
     tracer = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOP)
     assert tracer.stdout is not None
@@ -137,4 +138,4 @@ if __name__ == "__main__":
     hold(map(int, sys.argv[1:]))
     print("held", flush=True)
     sys.stdin.read()
-    # The end of a tracer releases its tracees.
+    # When a tracer ends, the kernel releases its tracees.

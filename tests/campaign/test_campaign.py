@@ -48,10 +48,11 @@ def _length(spec: Spec) -> float:
 
 
 def _all_right(specs: Sequence[Spec]) -> None:
-    """Check each run, except those whose samples were late every time.
+    """Check each run, except runs whose samples were late every time.
 
-    A wrong run is repeated once, with fewer other runs at the same time. On a busy host, the page
-    cache is written back late, and no schedule contains this movement of a healthy disk.
+    A wrong run is repeated once, with fewer other runs at the same time. The reason: on a busy
+    host, the page cache is written back late, and the schedule does not contain this movement of a
+    healthy disk.
     """
     wrong = _wrong(specs)
     repeated = _wrong([one.spec for one in wrong])
@@ -62,7 +63,7 @@ def _all_right(specs: Sequence[Spec]) -> None:
 def _wrong(specs: Sequence[Spec]) -> list[RunResult]:
     return [
         one
-        # At most two attempts, so that this does not take too long on a busy host.
+        # Allow only two attempts, so that the test does not take too long on a busy host.
         for one in (run_all(specs, most=2) if specs else ())
         if not one.clean and not (one.judgement and one.judgement.too_late)
     ]

@@ -68,7 +68,8 @@ def test_iscsi_gives_up_its_connection_and_other_disks_may_go_on() -> None:
     assert still == [(0, 13, False), (13, 29, True), (29, 40, False)]
     assert [span.reconnects for span in spans] == [False, True, False, False]
     assert truth(spec, [(0, FREEZE)]).stands_since(spans[2]) == 0
-    # QEMU may then write to another disk, which excuses a late SIGKILL only if the trace shows it.
+    # QEMU may then write to another disk. This write excuses a late SIGKILL only if it is in the
+    # trace.
     disks = Disk("iscsi"), Disk()
     assert kinds(outcome(FREEZE, killed=20.5, at_risk=True), *disks) == []
     assert kinds(outcome(FREEZE, killed=25, at_risk=True), *disks) == [FALSE_WAIT]

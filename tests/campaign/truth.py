@@ -1,4 +1,4 @@
-"""Derive from the schedule of a run its state at each time, and so which result is right.
+"""Derive the state of a run at each time from its schedule, and from the state the right results.
 
 Times are seconds from the request to stop.
 """
@@ -35,17 +35,17 @@ RIGHT: Final = {
     State.GAPS: frozenset({Verdict.FLUSHING, Verdict.STORAGE_WAIT}),
     State.SLOW: frozenset({Verdict.FLUSHING}),
 }
-"""The right verdicts in each state; other states allow any verdict."""
+"""The right verdicts in each state. In other states, any verdict is right."""
 RETRY_S: Final = 17.0
 """QEMU reconnects within this time after a server has come back."""
 GIVES_UP_S: Final = 13.0
-"""A silent iSCSI target loses its connection after this time (three NOPs, 5 s apart), and QEMU may
-write to its other disks before it waits for the next reply."""
+"""QEMU closes the connection to a silent iSCSI target after this time (three NOPs, 5 s apart). Then
+QEMU may write to its other disks before it waits for the next reply."""
 SETTLES_S: Final = 16.0
-"""QEMU drops the connection within this time after GIVES_UP_S. Until then, it may write to another
-disk because of that."""
+"""Within this time after GIVES_UP_S, QEMU closes the connection, and may therefore write to another
+disk."""
 BOUNDED: Final = frozenset({State.STOPPED, State.BLOCKED, State.STILL})
-"""States without movement, in which it is wrong to wait forever."""
+"""States without movement. In these, it is wrong to wait forever."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Span:
     until: float
     state: State
     mixed: bool = False
-    """Whether QEMU may be in another state: another disk moves at the same time, or the server is
-    back and QEMU has not reconnected yet."""
+    """Whether QEMU may also be in another state, because another disk moves at the same time, or
+    because the server is back but QEMU has not reconnected yet."""
     reconnects: bool = False
-    """Whether the reason for `mixed` is that QEMU may drop an iSCSI connection, and then write to
-    another disk."""
+    """Whether `mixed` is true because QEMU may close an iSCSI connection, and then write to another
+    disk."""
 
     def __contains__(self, at: float) -> bool:
         return self.since <= at < self.until
@@ -77,13 +77,13 @@ class Truth:
         return next(span for span in self.spans if when in span)
 
     def looked(self, since: float, until: float) -> float:
-        """Return the seconds between these times, without those in which the host was paused."""
+        """Return the seconds between these times in which the host was not paused."""
         paused = sum(max(0.0, min(until, end) - max(since, begin)) for begin, end in self.pauses)
         return until - since - paused
 
     def stands_since(self, span: Span) -> float:
-        """Return the start of a standstill. It may consist of several spans, which differ only in
-        `mixed`."""
+        """Return the start of the standstill that contains the span. A standstill may consist of
+        several spans that differ only in `mixed`."""
         since = span.since
         for before in reversed([other for other in self.spans if other.until <= span.since]):
             if before.state is not span.state or before.until != since:
@@ -157,8 +157,8 @@ def _add(
 
 
 _PROCESS: Final = {"frozen": State.STOPPED, "trace": State.STOPPED, "pipe": State.BLOCKED}
-"""The state of the process after these changes. `stop` is missing, because qkilld sends SIGCONT at
-once."""
+"""The state of the process after each of these changes. `stop` is missing, because qkilld sends
+SIGCONT at once."""
 
 
 def _disk_state(disk: Disk, change: Change, slow: bool) -> State:

@@ -21,7 +21,7 @@ from tests.lab.bus import Client, plain
 from tests.lab.process import wait_gone
 
 REAP_S: Final = 5.0
-"""A process that is still there this many seconds after SIGKILL has survived."""
+"""A process that still exists this many seconds after SIGKILL counts as survived."""
 TICK_S: Final = 0.5
 STALL_S: Final = 10.0
 
@@ -65,7 +65,7 @@ class Qkilld:
 
 
 class Clock:
-    """SIGTERM, and SIGKILL `seconds` later, or never."""
+    """Send SIGTERM, and `seconds` later SIGKILL. With infinity, send no SIGKILL."""
 
     def __init__(self, seconds: float) -> None:
         self.job = ""
@@ -99,13 +99,13 @@ class Clock:
                 return None
 
     def _look(self, now: float) -> None:
-        """Do nothing. Subclasses may change the time for SIGKILL; called twice a second."""
+        """Do nothing. Subclasses may change the time of SIGKILL here. Called twice a second."""
 
     def close(self) -> None: ...
 
 
 class OneCounter(Clock):
-    """SIGTERM, and SIGKILL once wchar of /proc/PID/io has not moved for 10 s."""
+    """Send SIGTERM, and SIGKILL when wchar of /proc/PID/io has not changed for 10 s."""
 
     def __init__(self) -> None:
         super().__init__(STALL_S)
@@ -135,4 +135,5 @@ WAYS: Final[Mapping[str, tuple[str, Callable[[str], Way]]]] = {
     "patience": ("SIGTERM and patience", lambda address: Clock(float("inf"))),
     OURS: ("qkilld, FORCE", Qkilld),
 }
-"""By name: the title, and a function that makes the way from the address of qkilld's bus."""
+"""For each name: the title, and a function that makes the way to stop. The function gets the
+address of qkilld's bus."""

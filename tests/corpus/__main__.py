@@ -19,12 +19,13 @@ from tests.lab.process import run
 from tests.lab.scratch import remove_run_directory, run_directory
 
 _AT_ONCE: Final = 9
-"""Guests on one host. Two processors boot, adopt and stop this many in half a minute."""
+"""The number of guests on one host. On two processors, booting, adopting and stopping this many
+takes half a minute."""
 _FEW: Final = (
     *("plain.service", "short.service", "sigkill.service", "sigcont.service", "helper.service"),
     *("on-failure.service", "on-nbd.service", "run-plain.scope", "100.scope"),
 )
-"""The units that are also stopped on all other occasions than the chosen ones."""
+"""The units that are stopped on all occasions, not only on the chosen ones."""
 
 
 def main() -> int:

@@ -1,11 +1,12 @@
-"""The guest of the corpus: Linux with records on its disks and others in its memory, up in 2 s.
+"""The guest of the corpus: Linux with records on its disks and records in its memory. It starts in
+2 s.
 
-The guest's first disk has acknowledged RECORDS records, half of which QEMU loses if it is killed.
-The guest holds as many more in its memory, and writes them to its second disk only when it is asked
-to shut down, which takes HALT_S. So the images show how the guest was stopped.
+The guest's first disk has acknowledged RECORDS records. If QEMU is killed, half of them are lost.
+The guest has as many other records in its memory. It writes these to its second disk only when it
+is asked to shut down, which takes HALT_S. So the images show how the guest was stopped.
 
-The guest is booted once, and its state is saved before it has written anything, because each boot
-under TCG takes 4 s of processor time.
+The guest is booted once, and its state is saved before it has written anything. Otherwise, each
+boot under TCG would take 4 s of processor time.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class KeptRecords:
     """How many records a guest has kept after a stop, out of RECORDS of each kind."""
 
     disks: int
-    """Of the records that the first disk had acknowledged."""
+    """How many of the records that the first disk had acknowledged."""
     guest: int
-    """Of the records that the guest held in its memory."""
+    """How many of the records that the guest had in its memory."""
 
     def __str__(self) -> str:
         return f"{self.disks:>3} {self.guest:>3}"
@@ -63,7 +64,7 @@ class CorpusGuest:
         return Log(self.directory / "serial")
 
     def make_disks(self) -> None:
-        """Make empty disks; replace those of an earlier run."""
+        """Make empty disks. Remove those of an earlier run."""
         for disk in self.disks:
             disk.unlink(missing_ok=True)
             make_disk(disk, "4G")
@@ -80,7 +81,7 @@ class CorpusGuest:
         assert said == "DONE", f"{self.name}: {said}"
 
     def kept(self) -> KeptRecords:
-        """Count the records on the disks, which nobody may have open."""
+        """Count the records on the disks. No process may have the disks open."""
         disks, guest = (len(records(disk)) for disk in self.disks)
         return KeptRecords(disks, guest)
 
@@ -90,7 +91,7 @@ class CorpusGuest:
 
 
 def saved_state() -> Path:
-    """Return the saved state; make it if it is missing. Raises needs.Missing."""
+    """Return the path of the saved state. Save it if it is missing. Raises needs.Missing."""
     image = guest_image()
     key = hashlib.sha256(Path(__file__).read_bytes() + image.initramfs.name.encode()).hexdigest()
     home = CACHE if os.access(CACHE, os.W_OK) else Path(tempfile.gettempdir())
@@ -121,10 +122,11 @@ def _save(state: Path) -> None:
             guest.serial.wait_for("^GUEST (WAITING|ERROR.*\n)", _BOOT_S)
             assert "GUEST ERROR" not in guest.serial.text(), guest.serial.text()
             with Qmp(monitor) as qmp:
-                # Do not stop the guest before. Its state would be saved, and continued, as stopped.
+                # Do not stop the guest before: it would be saved as a stopped guest, and be stopped
+                # again when it is continued.
                 qmp.call("migrate-set-parameters", **_AT_ONCE)
                 qmp.call("migrate", uri=f"exec:cat >{directory}/state")
-                # It has further states, such as "device" while QEMU saves its devices.
+                # The migration has further states, such as "device" while QEMU saves its devices.
                 while (status := qmp.call("query-migrate")["status"]) != "completed":
                     assert status not in ("failed", "cancelled"), status
                     time.sleep(0.05)
@@ -134,7 +136,7 @@ def _save(state: Path) -> None:
 
 
 def machine_for_newer() -> str:
-    """Return the machine type of the saved state, by the name that a newer QEMU uses."""
+    """Return the machine type of the saved state, under the name that a newer QEMU uses."""
     listed = run([QEMU, "-M", "help"], check=True).stdout
     found = re.search(rf"^{MACHINE} .*\(alias of (\S+)\)", listed, re.MULTILINE)
     assert found is not None, listed

@@ -1,4 +1,5 @@
-"""Stop the guests of structures, before and after adopting, and count the records kept."""
+"""Stop the guests of structures, before and after adopting their units, and count the records that
+were kept."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class Row:
     verdict: str = ""
     """The verdict of check-unit after adopting."""
     is_written: bool = False
-    """Whether adopt has written a drop-in or started a guard."""
+    """Whether adopt wrote a drop-in or started a guard."""
     kept: dict[tuple[str, bool], KeptRecords] = field(default_factory=dict)
     """The records kept, by occasion and whether the unit was adopted."""
 
@@ -71,9 +72,9 @@ class Row:
 
 
 def newer_debian(*, make: bool) -> Path | None:
-    """Return the root file system of a Debian 13 that has what the units need.
+    """Return the root file system of a Debian 13 with the packages that the units need.
 
-    If it is missing, make it, which takes minutes, or return None without `make`.
+    If it is missing: with `make`, make it, which takes minutes; otherwise return None.
     """
     release = next(each for each in RELEASES if each.name == "trixie")
     if not make and not (DIRECTORY / f"{release.name}{_VARIANT}").is_dir():
@@ -109,7 +110,7 @@ class Host:
     system: Container
     guests: dict[Structure, CorpusGuest]
     machine: str = MACHINE
-    """The machine type of the guests, by the name that the host's QEMU uses."""
+    """The machine type of the guests, under the name that the host's QEMU uses."""
 
     def start(self) -> None:
         """Start all guests, and wait until each has written its records."""
@@ -162,8 +163,9 @@ class Host:
         }
         what = commands.get(occasion, ["stop", *names])
         self.system.run("systemctl", *what, check=False, timeout=STOP_S)
-        # Wait for the guests, because `systemctl kill` does not wait, and KillMode=none leaves
-        # guests running. isolate leaves scopes running: IgnoreOnIsolate= in systemd.unit(5).
+        # Wait for the guests: `systemctl kill` does not wait, and with KillMode=none, guests still
+        # run. Do not wait for scopes after isolate, which does not stop them: IgnoreOnIsolate= in
+        # systemd.unit(5).
         isolated = occasion in ("isolate", "failure")
         for name in (name for name in names if not (isolated and name.endswith(".scope"))):
             units.wait_for(lambda name=name: self._is_gone(name), STOP_S)  # type: ignore[misc]
@@ -185,8 +187,8 @@ def _stop_all(
     rows: Mapping[Structure, Row] | None,
     newer: Path | None,
 ) -> Iterator[tuple[Structure, KeptRecords]]:
-    """Start the guests of these structures on a new host and stop them. With `rows`, adopt the
-    units, and note the results there."""
+    """Start the guests of these structures on a new host, and stop them. With `rows`, adopt the
+    units before, and store the results of adopting in `rows`."""
     with scratch("u") as directory:
         with _host(structures, directory, newer) as host:
             host.start()
@@ -206,9 +208,9 @@ def measure(
     *,
     newer: Path | None = None,
 ) -> list[Row]:
-    """Measure each occasion on a new host, once without and once with adopting.
+    """Measure each occasion twice, each time on a new host: without and with adopting the units.
 
-    `newer`: a root file system to boot instead of this machine's, with a newer QEMU.
+    `newer`: a root file system with a newer QEMU, to boot instead of this machine's.
     """
     rows = {structure: Row(structure) for structure in structures}
     for occasion in occasions:

@@ -34,11 +34,12 @@ class Structure:
     files: Mapping[str, str] = field(default_factory=dict)
     """Other files, by path or unit name."""
     starts: tuple[str, ...] = ()
-    """Units to start before the check; with `runs`, they include the unit itself."""
+    """Units to start before the check. With `runs`, they include the unit itself."""
     runs: bool = False
     """Whether `make bench-units` stops the unit's guest, before and after adopting the unit."""
     stand_in: bool = False
-    """Whether a stand-in with the same unit properties replaces a program that cannot run here."""
+    """Whether a substitute with the same unit properties replaces a program that cannot run
+    here."""
     stops: tuple[str, ...] = ()
     """Units that are stopped in the same transaction."""
 
@@ -95,7 +96,7 @@ STRUCTURES: Final = (
     ),
     service("restart-kill", "RestartKillSignal=SIGKILL", "ExecStart={mute}",
             "RestartKillSignal=SIGKILL", "TimeoutStopSec=infinity"),
-    # ---- with the helper already ----
+    # ---- already with the helper ----
     service("helper", "qkilld-stop(8)", "ExecStart={guest}", "ExecStop=/usr/bin/qkilld-stop",
             "NotifyAccess=exec", "TimeoutStopSec=90s", runs=True),
     service("helper-deaf", "the same without NotifyAccess=", "ExecStart={guest}",

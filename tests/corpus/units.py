@@ -39,7 +39,8 @@ _SCRIPTS: Final = {
 
 
 class Words:
-    """The values of {guest}, {mute}, {monitor}, {served}, {nbd} and {store} for one structure."""
+    """The values of the placeholders {guest}, {mute}, {monitor}, {served}, {nbd} and {store} for
+    one structure."""
 
     def __init__(self, structure: Structure, words: Iterable[str], disk: str = "") -> None:
         """`disk`: the path of the guest's own disk, if it has one."""
@@ -99,7 +100,7 @@ def start(system: Container, structure: Structure, words: Words, units: Iterable
             continue
         properties = [f"--property={line}" for line in structure.text.splitlines()]
         run = ["systemd-run", "--scope", f"--unit={unit}", *properties, *words.guest]
-        # --fork makes the program a child of the system's first process, which reaps it.
+        # With --fork, the program becomes a child of the system's first process, which reaps it.
         script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
         system.run("sh", "-c", script, "sh", *run)
         wait_for(lambda unit=unit: system.property(unit, "ActiveState") == "active")  # type: ignore[misc]

@@ -22,7 +22,7 @@ SECONDS: Final = 900.0
 GROWTH: Final = 5_000_000
 """The largest growth of resident memory, in bytes."""
 P99_S: Final = 0.2
-"""The limit for the 99th percentile of the well-behaved client's calls."""
+"""The limit for the 99th percentile of the latency of the well-behaved client's calls."""
 
 EPILOG: Final = """\
 The same seed gives the same messages and the same input for the parsers. The order of messages on

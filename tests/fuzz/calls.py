@@ -50,7 +50,7 @@ def _whole(kind: str, call: object, **more: Any) -> Call:
 
 
 def _order(rng: random.Random, aims: Aims) -> dict[str, Any]:
-    """Return a call as the interface describes it; its values may be of any size."""
+    """Return a call that conforms to the interface description. Its values may have any size."""
     name = rng.choice(sorted(DESCRIPTION.methods))
     call: dict[str, Any] = {
         "method": f"org.qkilld1.{name}",

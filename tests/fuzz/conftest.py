@@ -1,5 +1,5 @@
-"""The amount of input from Hypothesis: short and fixed, or random with
---hypothesis-profile=fuzz."""
+"""The amount of input from Hypothesis: little and always the same or, with
+--hypothesis-profile=fuzz, much and random."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 
-# No deadline, because a busy host must not fail a parser. pytest's timeout ends an endless loop.
+# Set no deadline, because a test must not fail on a busy host. pytest's timeout ends an endless
+# loop.
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": list(HealthCheck),

@@ -28,16 +28,17 @@ from tests.lab.scratch import scratch
 from tests.lab.varlink import VarlinkClient
 
 GUESTS: Final = 8
-"""The number of guests of the attacker; other users have as many."""
+"""The number of guests of the attacker. Other users have as many."""
 PAUSE_S: Final = 0.02
 """Pause between two rounds of the well-behaved client."""
 SETTLE_S: Final = 2.0
-"""Time after the flood for open calls to be answered, before memory is measured."""
+"""Time after the flood in which open calls are answered. Memory is measured afterwards."""
 PEER: Final = "org.freedesktop.timedate1"
-"""An sd-bus service that does nothing unless it is called."""
+"""A service that uses sd-bus, and does nothing unless it is called."""
 _PEER_PROGRAM: Final = Path("/usr/lib/systemd/systemd-timedated")
 WARM: Final = 0.1
-"""After this share of the flood, the daemon is warm: it has allocated what such a load needs."""
+"""After this share of the flood, the daemon is warm: it has allocated the memory that such a load
+needs."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def flood(seed: int, *, messages: int, seconds: float, connections: int = 8) -> 
             messages=int(messages * WARM),
             seconds=seconds * WARM,
             own=[guest.pid for guest in own],
-            # If the attacker is root, it may stop every guest.
+            # If the attacker is root, no guest is forbidden, because root may stop every guest.
             others=[guest.pid for guest in (*others, wanted)] if uid is not None else [],
             varlink=str(path),
         )
@@ -194,7 +195,8 @@ def flood(seed: int, *, messages: int, seconds: float, connections: int = 8) -> 
 
 
 def _peer_latency(bus: Bus, order: Order, uid: int | None) -> Latency:
-    """Measure Peer.Ping of the sd-bus service under a tenth of the same flood."""
+    """Measure Peer.Ping of the sd-bus service during the same kind of flood, with a tenth of the
+    messages."""
     order = dataclasses.replace(
         order,
         destination=PEER,
@@ -225,7 +227,7 @@ def _peer_latency(bus: Bus, order: Order, uid: int | None) -> Latency:
 def _faults(
     daemon: Daemon, client: Client, job: str, wanted: Guest, others: list[Guest]
 ) -> Iterator[str]:
-    """Yield what is wrong after the flood."""
+    """Yield a text for everything that is wrong after the flood."""
     text = daemon.stderr.text()
     for pattern in (r"Traceback[^\n]*", r"[^\n]*[Ii]nternal error[^\n]*", r"Task exception[^\n]*"):
         yield from re.findall(pattern, text)

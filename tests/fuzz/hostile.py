@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.hostile ORDER
 
-ORDER is JSON, see Order. Ends after the number of messages or the time in ORDER, and prints what it
-did as JSON, see Deeds. The messages depend only on the seed, but their timing does not.
+ORDER is JSON, see Order. The program ends after the number of messages or the time in ORDER, and
+prints what it did as JSON, see Deeds. The content of the messages depends only on the seed; their
+timing does not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from tests.fuzz.calls import CallSource
 from tests.fuzz.messages import BUS_NAME, RETURN, Aims, Message, SendMode, Source
 
 AT_ONCE: Final = 100
-"""Unanswered calls of a connection. A system bus itself refuses more than 128."""
+"""The maximum number of unanswered calls of a connection. A system bus itself refuses more than
+128."""
 STUCK_S: Final = 0.5
 """If a Varlink connection gets no reply for this long, its calls wait for jobs."""
 _READ: Final = 1 << 16
@@ -47,7 +49,8 @@ class Order:
     uid: int | None = None
     """The attacker's user; None for the current one."""
     varlink: str = ""
-    """The daemon's Varlink socket, to which as many connections are made; "" for none."""
+    """The daemon's Varlink socket, to which as many connections are made as to the bus; "" for
+    none."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class _HostileClient:
         self._connect()
 
     def _receive(self) -> bytes:
-        """Return what has arrived; b"" if this is nothing, or if the connection has ended."""
+        """Return the received bytes; b"" if there are none, or if the connection has ended."""
         try:
             chunk = self._socket.recv(_READ)
         except BlockingIOError:
@@ -191,7 +194,7 @@ class Attacker(_HostileClient):
 
 
 class VarlinkAttacker(_HostileClient):
-    """The same on Varlink. Replaces a connection that gets no reply for STUCK_S."""
+    """Does the same on Varlink. If a connection gets no reply for STUCK_S, it is replaced."""
 
     def __init__(self, order: Order, number: int, deeds: Deeds) -> None:
         self._path = order.varlink
@@ -227,7 +230,7 @@ class VarlinkAttacker(_HostileClient):
         return bool(self._outgoing) or self._waiting < AT_ONCE
 
     def send(self) -> int:
-        """Send the rest of a message, or the next; return how many were begun."""
+        """Send the rest of a message, or the next message. Return how many were begun."""
         try:
             if self._outgoing:
                 self._outgoing = self._outgoing[self._socket.send(self._outgoing) :]

@@ -1,7 +1,8 @@
 """Hostile D-Bus messages from a seed. Source: D-Bus specification, "Message Protocol".
 
-The bus forwards valid messages, whatever they mean. It ends the connection that sends an invalid
-one; invalid messages are sent, too, because the daemon sees their sender disappear.
+The bus forwards all valid messages, whatever their content is. If a connection sends an invalid
+message, the bus closes the connection. Invalid messages are sent, too, because their senders then
+disappear from the bus.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ class Source:
         if rng.random() < 0.1:
             message.order = ">"
         name, how = self._names[number], SendMode.WHOLE
-        # Rare, because each of these ends a connection.
+        # Do this rarely, because each such message ends a connection.
         if (luck := rng.random()) < 0.002:
             how = SendMode.FLIPPED if luck < 0.001 else SendMode.CUT
             name = how.value
@@ -444,7 +445,7 @@ def _spoofed_signal(rng: random.Random, aims: Aims) -> Message:
 
 
 def _spoofed_reply(rng: random.Random, aims: Aims) -> Message:
-    """Reply to a call that the daemon may have made just now, to polkit for example."""
+    """Reply to a call that the daemon may just have made, for example to polkit."""
     serial = rng.choice((1, 2, 3, rng.randint(1, 5000), rng.getrandbits(32) or 1))
     kind = rng.choice((RETURN, ERROR))
     fields: list[tuple[int, str, Any]] = [(_REPLY_SERIAL, "u", serial)]
@@ -475,7 +476,7 @@ def _wait(rng: random.Random, aims: Aims) -> Message:
 
 
 def _future_field(rng: random.Random, aims: Aims) -> Message:
-    """Add unknown header fields, which the specification says to ignore."""
+    """Add unknown header fields. By the specification, they must be ignored."""
     message = _valid(rng, aims)
     message.fields = [(rng.randint(10, 255), "v", ("s", "x")), (200, "as", ["a", "b"])]
     return message

@@ -1,7 +1,7 @@
-"""Test every parser of data from a target, a caller or a file with any input.
+"""Test every parser of data from a target, a caller or a file with arbitrary input.
 
-A parser must return, or raise what its docstring says. Data that was written must be read back
-unchanged.
+A parser must return, or raise an exception that its docstring names. Data that was written must be
+read back unchanged.
 """
 
 from __future__ import annotations
@@ -624,6 +624,6 @@ def test_messages_that_a_bus_lets_pass_are_read(seed: int) -> None:
     )
 )
 def test_receipts_in_the_journal(entry: dict[str, Any]) -> None:
-    """Another service can write anything in our name; only the time is journald's own."""
+    """Another service can write anything in our name. Only the time is set by journald."""
     now = datetime.datetime.now(tz=datetime.UTC)
     journal_reader.receipts_of([entry | {"__REALTIME_TIMESTAMP": now}] * 2)
