@@ -2,10 +2,10 @@
 
     python -m tests.chaos.agent DIRECTORY STAND-IN SECONDS PATIENCE
 
-Reads guests as JSON from its input, one on each line, until an empty line. Prints {"ready": true},
-waits for a line, and then requests the stops at their times. Each line of output is an event as
-JSON, see Event. Exits when every job has a result, or PATIENCE seconds after SECONDS, and ends the
-remaining guests.
+The agent reads guests as JSON from its input, one on each line, until an empty line. It prints
+{"ready": true}, waits for a line, and then requests each stop at its time. Each further line of
+output is an event as JSON, see Event. When every job has a result, or PATIENCE seconds after
+SECONDS, the agent ends the remaining guests and exits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QEMU: Final = "/usr/bin/qemu-system-x86_64"
 JOB: Final = "org.qkilld1.Job"
 RETRY_S: Final = 0.2
 LINGER_S: Final = GRACE_S + STALL_S + 1
-"""How long to watch guests after the last job."""
+"""How long to record signals of guests after the last job."""
 _PASSING: Final = frozenset(
     f"org.freedesktop.DBus.Error.{name}"
     for name in (
@@ -46,7 +46,7 @@ _PASSING: Final = frozenset(
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a guest; times in seconds of CLOCK_MONOTONIC."""
+    """An event of a guest. Times are seconds of CLOCK_MONOTONIC."""
 
     guest: int
     what: str
@@ -114,7 +114,7 @@ class JobClient:
                 return
 
     def _look(self, path: str, ended: threading.Event) -> None:
-        """Read the properties of the job again and again, until it has ended."""
+        """Read the properties of the job again and again, until the job has ended."""
         if not self._guest.look_s:
             return
         number = self._guest.number
@@ -132,8 +132,8 @@ class JobClient:
             note(number, "fault", error=f"its properties: {error!r}")
 
     def _call(self, member: str, *arguments: Any, **where: str) -> tuple[Any, ...] | None:
-        """Return the body of the reply; None if the daemon refuses. Repeats the call until it is
-        answered."""
+        """Call a method, again and again until it is answered. Return the body of the reply; None
+        if the daemon refuses."""
         number = self._guest.number
         noted = member.removesuffix("WithOptions")
         while True:
@@ -173,12 +173,12 @@ def _start(guest: Guest, directory: Path, stand_in: str, stack: contextlib.ExitS
 
 
 def _exits(pidfds: dict[int, int], stop: threading.Event) -> None:
-    """Record when each guest, given by its pidfd, exits."""
+    """Record when each guest exits. `pidfds`: a pidfd for each guest."""
     remaining = dict(pidfds)
     while remaining and not stop.is_set():
         for pidfd in select.select(list(remaining), [], [], 0.2)[0]:
             at = time.monotonic()
-            # Do not reap the guest, because its Popen does.
+            # Do not reap the guest, because its Popen reaps it.
             status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
             assert status is not None
             number = remaining.pop(pidfd)
@@ -221,7 +221,7 @@ def main() -> None:
             while thread.is_alive():
                 thread.join(0.1)
                 _take()
-        # A signal that must not be sent would arrive within this time.
+        # If the daemon wrongly sends a signal, it does so within this time.
         linger = time.monotonic() + LINGER_S
         while time.monotonic() < linger:
             time.sleep(0.1)

@@ -1,4 +1,5 @@
-"""Figures of a run in which journald does not read: how late signals, replies and entries are."""
+"""Figures of a run in which journald does not read: how late signals, replies and journal entries
+are."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from qkilld.model.event import MessageId
 from tests.chaos.rules import Lasted, Record
 
 SIGNAL_S: Final = 0.05
-"""The limit for a signal."""
+"""The limit for the delay of a signal."""
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Times:
     sigterm: list[float] = field(default_factory=list)
     """From the start of a job until the daemon sent SIGTERM."""
     sigkill: list[float] = field(default_factory=list)
-    """From the time of SIGKILL that the daemon had announced until SIGKILL was sent."""
+    """From the announced time of SIGKILL until the daemon sent it."""
     noted: list[float] = field(default_factory=list)
     """From a call until the process recorded SIGTERM."""
     ended: list[float] = field(default_factory=list)
@@ -49,14 +50,15 @@ class Figures:
     after: Times
     """Times when journald read again."""
     missing: int
-    """Entries about signals and ends of jobs that the journal lacks."""
+    """The number of entries about signals and ends of jobs that are missing in the journal."""
     dropped: int
-    """Entries that the daemon has counted as dropped."""
+    """The number of entries that the daemon has counted as dropped."""
     entries: int
-    """All entries of the daemon in the journal."""
+    """The number of all entries of the daemon in the journal."""
 
     def broken(self) -> list[str]:
-        """Return a message for each value over its limit, which can happen on a busy host."""
+        """Return a message for each value over its limit. (On a busy host, a value may exceed its
+        limit.)"""
         faults = []
         for times in (self.stopped.sigterm, self.stopped.sigkill):
             late = max(times, default=0.0)
@@ -95,7 +97,7 @@ def _row(times: Sequence[float]) -> str:
 def figures(
     records: Sequence[Record], incident: Lasted, journal: Sequence[Mapping[str, Any]]
 ) -> Figures:
-    """Return the figures of a run in which journald alone failed."""
+    """Return the figures of a run in which only journald failed."""
     _, begin, end = incident
     stopped, after = Times(), Times()
     entries = Counter((entry.get("MESSAGE_ID"), entry.get("OBJECT_PID")) for entry in journal)

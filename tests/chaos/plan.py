@@ -41,17 +41,18 @@ class Kind(StrEnum):
 
 
 JOIN_S: Final = 10.0
-"""In the plans with one fault: the first stops are requested within this time, before the fault."""
+"""In the plans with only one kind of fault: the first stops are requested within this time, before
+the faults begin."""
 KILL_GAP_S: Final = (0.1, 1.0)
-"""The time between two kills. If it were less on average, systemd would refuse to start the daemon
-again."""
+"""The shortest and the longest time between two kills. If the average were less, systemd would
+refuse to start the daemon again."""
 KILL_RETRY_S: Final = 20.0
 READY_S: Final = 1.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
 """No signal is due within this time before or after the end of the incident."""
 COMPARED_S: Final = 18.0
-"""How long to measure signals after the incident, for comparison."""
+"""How long signals are measured after the incident, for comparison."""
 
 _FLAGS: Final = {
     Kind.FLUSHING: FORCE,
@@ -65,7 +66,7 @@ _FLAGS: Final = {
 
 
 _LONG: Final = (Kind.FORCED, Kind.FIXED, Kind.SPARED, Kind.HELD, Kind.EXTENDED)
-"""Kinds whose jobs run as long as their clients allow."""
+"""The kinds of guests whose jobs run as long as their clients allow."""
 _SHORT: Final = (Kind.POLITE, Kind.FLUSHING, Kind.NOWAIT, Kind.CANCELLED)
 
 
@@ -86,7 +87,7 @@ class Guest:
     number: int
     kind: Kind
     start: float
-    """When its stop is requested: seconds after the start of the run."""
+    """When the stop is requested: seconds after the start of the run."""
     flags: int
     milliseconds: int
     """How long the process takes to exit after SIGTERM."""
@@ -94,7 +95,7 @@ class Guest:
     grace_s: float = 0.0
     """The grace that the client requests; 0 for the grace of CONFIG, or FIXED_S."""
     look_s: float = 0.0
-    """Interval in which the client reads the properties of the job; 0 for never."""
+    """How often (s) the client reads the properties of the job; 0 for never."""
 
     @property
     def least_s(self) -> float:
@@ -122,7 +123,7 @@ class Fault(StrEnum):
 
 
 _LASTS: Final = {Fault.STOP: (0.3, 4.0), Fault.JOURNALD: (1.0, 6.0), Fault.FULL: (0.5, 3.0)}
-"""Duration in seconds, for faults that the lab must end."""
+"""The shortest and the longest duration (s) of the faults that the lab must end."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ class Incident:
     shift: int = 0
     """Change of the clock, in seconds."""
     retry_s: float = 0.0
-    """How long to wait for a daemon to kill, if none runs."""
+    """If no daemon runs: how long to wait for one, in order to kill it."""
     ready_s: float | None = None
-    """Kill the daemon this long after it is ready; None for at once, even while it starts."""
+    """Kill the daemon this long after it is ready. None: kill it at once, even while it starts."""
     fills: bool = False
-    """Whether to fill journald's socket, so that every service that logs has to wait."""
+    """Whether to fill journald's socket, so that every service that logs must wait."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,12 @@ class Plan:
     guests: Sequence[Guest]
     incidents: Sequence[Incident]
     seconds: float
-    """When the last incident has ended."""
+    """The end of the last incident, in seconds after the start of the run."""
     patience_s: float = 150.0
-    """How long to wait for jobs after that."""
+    """How long to wait for jobs after `seconds`."""
     realtime: bool = False
-    """Give the daemon a real-time priority, so that other load of the host does not count."""
+    """Whether the daemon gets a real-time priority, so that other load of the host does not affect
+    the figures."""
 
 
 def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 5) -> Plan:
@@ -169,16 +171,16 @@ def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 
 def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = False) -> Plan:
     """Return a plan in which the daemon is killed `count` times, and nothing else fails.
 
-    `jobs` guests that ignore SIGTERM are stopped at the start. Their SIGKILL is due in the second
-    half, so all these jobs run until then. Half as many other guests, and the QEMUs, are stopped at
-    any time.
+    At the start, `jobs` guests are stopped that ignore SIGTERM. Their SIGKILL is due in the second
+    half of the run, so all these jobs run at least that long. Half as many other guests, and the
+    QEMUs, are stopped at random times.
     """
     rng = random.Random(seed)
     at = JOIN_S
     incidents: list[Incident] = []
     for _ in range(count):
-        # If every SIGKILL came while the daemon starts, which takes long on a busy machine, no job
-        # would end.
+        # Kill some daemons only when they are ready. On a busy machine, the start takes long, and
+        # if every daemon were killed while it starts, no job would end.
         ready_s = rng.uniform(0.0, READY_S) if len(incidents) % 2 else None
         at += rng.uniform(*KILL_GAP_S)
         incidents.append(Incident(at, Fault.KILL, retry_s=KILL_RETRY_S, ready_s=ready_s))
@@ -191,7 +193,8 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = Fals
     others = [_SHORT[i % len(_SHORT)] for i in range(jobs // 2)] + [Kind.QEMU] * qemus
     guests += [_guest(rng, jobs + i, kind, at) for i, kind in enumerate(others)]
     guests += [Guest(len(guests) + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(5)]
-    # Be patient: on a busy machine, each SIGKILL waits until the daemon is ready.
+    # Set a long patience, because on a busy machine, each planned SIGKILL may be delayed until the
+    # daemon is ready.
     return Plan(tuple(guests), tuple(incidents), at, patience_s=150.0 + 2 * at, realtime=realtime)
 
 
@@ -199,7 +202,7 @@ def journald(seed: int, *, jobs: int, lasts: float, realtime: bool = False) -> P
     """Return a plan in which journald does not read for `lasts` seconds.
 
     During this time, SIGKILL is due for `jobs` guests that ignore SIGTERM, and half as many other
-    guests are stopped. Afterwards the same happens with half as many guests of both kinds, for
+    guests are stopped. Afterwards, the same is done with half the number of both kinds, for
     comparison.
     """
     rng = random.Random(seed)
@@ -238,7 +241,8 @@ def _guest(rng: random.Random, number: int, kind: Kind, seconds: float) -> Guest
 
 
 def _incidents(rng: random.Random, seconds: float) -> list[Incident]:
-    """Every fault occurs at least once if time allows; no lasting fault overlaps itself."""
+    """Generate incidents. If time allows, every fault occurs at least once. Incidents of the same
+    lasting fault do not overlap."""
     found: list[Incident] = []
     free: dict[Fault, float] = {}
     turns = [fault for fault in Fault for _ in range(3 if fault is Fault.KILL else 1)]

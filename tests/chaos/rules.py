@@ -1,8 +1,8 @@
-"""Check each guest after a run, by the guest's own log and by the events of its client.
+"""Check each guest after a run. Sources are the guest's own log and the events of its client.
 
-All times are seconds of one CLOCK_MONOTONIC. Signals are recorded after they were sent, and calls
-are sent before they take effect. So every span measured here is longer than the daemon's, and one
-that is too short is an error, however busy the host is.
+All times are seconds of the same CLOCK_MONOTONIC. Signals are recorded after they were sent, and
+calls are recorded before they take effect. So every span measured here is longer than the daemon's
+own. If a span is too short, it is an error, however busy the host is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.chaos.plan import (
 )
 
 SAVED_S: Final = 1.0
-"""Jobs are saved within this time after /run has space again."""
+"""When /run has space again, jobs are saved within this time."""
 
 Lasted = tuple[Incident, float, float]
 """An incident with its start and end."""
@@ -35,7 +35,8 @@ class Record:
 
     guest: Guest
     signals: list[tuple[float, int, int]] = field(default_factory=list)
-    """(time, signal number, uid of the sender) of each signal except SIGKILL, by its own log."""
+    """(time, signal number, uid of the sender) of each signal except SIGKILL, according to the
+    guest's own log."""
     writes: list[float] = field(default_factory=list)
     asked: dict[str, list[float]] = field(default_factory=dict)
     """The times of the client's calls, by member."""
@@ -48,14 +49,14 @@ class Record:
     killed: bool = False
     """Whether SIGKILL ended the guest."""
     status: int = 0
-    """Its exit code, or the signal that killed it."""
+    """The guest's exit code, or the signal that killed it."""
     pid: int = 0
     sent: dict[str, float] = field(default_factory=dict)
     """When the daemon first took each action, in seconds after the start of the job."""
     started: float = 0.0
     """The start of the job, as the daemon announced it."""
     due: float = 0.0
-    """When SIGKILL was due, by the daemon's last announcement; 0 for never."""
+    """When SIGKILL was due, according to the daemon's last announcement; 0 for never."""
     looks: list[tuple[float, float]] = field(default_factory=list)
     """(time, duration) of each call for the job's properties."""
     faults: list[str] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Record:
 
 
 def outcome(record: Record, incidents: Sequence[Lasted]) -> str:
-    """Say how the job ended; "" if that is unknown."""
+    """Return how the job ended; "" if this is unknown."""
     if record.guest.kind is Kind.BYSTANDER:
         return "untouched"
     if record.result == "exited" and record.killed and _unsaved(record.gone, incidents):
@@ -88,9 +89,10 @@ def outcome(record: Record, incidents: Sequence[Lasted]) -> str:
 
 
 def _unsaved(at: float | None, incidents: Sequence[Lasted]) -> bool:
-    """Return whether the daemon could not save its state at that time, and reported that.
+    """Return whether, at that time, the daemon could not save its state, and reported so.
 
-    The daemon continues its jobs, but the next daemon knows only what was saved before.
+    In this case, the daemon continues its jobs, but the next daemon has only the state that was
+    saved before.
     """
     return at is not None and any(
         incident.fault is Fault.FULL and begin <= at <= end + SAVED_S
@@ -129,7 +131,7 @@ def _signals(record: Record) -> Iterator[str]:
 
 
 def _fate(record: Record) -> Iterator[str]:
-    """Check that SIGKILL was allowed, and not early."""
+    """Check that SIGKILL was allowed, and not sent too early."""
     guest, at = record.guest, record.gone
     if not record.killed:
         if at is not None and record.status != 0:

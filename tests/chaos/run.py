@@ -30,7 +30,7 @@ CLOCK: Final = f"{HOME}/clock"
 RUN_BYTES: Final = "64M"
 _FILL: Final = "/run/filled"
 END_S: Final = 150.0
-"""Time for the agent to exit after it has waited for the last job."""
+"""How long the agent may take to exit after it has waited for the last job."""
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Report:
     incidents: Sequence[rules.Lasted]
     seconds: float
     restarts: int
-    """Restarts of the daemon by systemd."""
+    """How often systemd restarted the daemon."""
     events: Sequence[Event]
     kills: int
     """How often the daemon got SIGKILL. A planned SIGKILL may find no daemon."""
     ends: Sequence[str]
-    """How the daemon ended each time, in the words of systemd."""
+    """How each daemon ended, according to systemd."""
     journal: Sequence[dict[str, Any]]
     """The daemon's journal entries, if the plan delays journald."""
 
@@ -53,7 +53,8 @@ class Report:
         return Counter(rules.outcome(one, self.incidents) or "MISSING" for one in self.records)
 
     def late(self) -> late.Figures | None:
-        """Return the figures of a run in which only journald failed, and only once."""
+        """Return the figures of a run in which only journald failed, and only once; None for other
+        runs."""
         incidents = [one for one in self.incidents if one[0].fills]
         return late.figures(self.records, incidents[0], self.journal) if incidents else None
 
@@ -79,7 +80,7 @@ class Report:
 
 
 def run(system: Container, plan: Plan) -> Report:
-    """Run a plan in a system with the daemon installed. The system cannot be used again.
+    """Run a plan in a system in which the daemon is installed. The system cannot be used again.
 
     Raises needs.Missing.
     """
@@ -149,7 +150,7 @@ def _prepare(system: Container, plan: Plan) -> None:
     system.write("/etc/qkilld/qkilld.conf", CONFIG)
     lines = ["[Service]"]
     if any(incident.fault is Fault.CLOCK for incident in plan.incidents):
-        # The library makes the daemon slow, so load it only for a plan that changes the clock.
+        # Load the library only for a plan that changes the clock, because it makes the daemon slow.
         system.write(CLOCK, "+0\n")
         lines += [
             f"Environment=LD_PRELOAD={_faketime()} FAKETIME_TIMESTAMP_FILE={CLOCK}",
@@ -201,8 +202,8 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rule
                 happened = _begin(system, incidents[number])
                 kills += happened and incidents[number].fault is Fault.KILL
                 if incidents[number].retry_s:
-                    # If this SIGKILL was late, delay the later incidents, too: systemd allows only
-                    # so many starts of the daemon in a minute.
+                    # If this SIGKILL was late, delay the later incidents, too, because systemd
+                    # limits how often the daemon may start in a minute.
                     planned = incidents[number].at + (incidents[number].ready_s or 0.0)
                     began = max(began, time.monotonic() - planned)
                 ends.append((incidents[number].at + incidents[number].lasts, number))
@@ -279,7 +280,7 @@ def _log(home: Path, guest: Guest) -> str:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[Container]:
-    """Boot a system with the daemon installed. Raises needs.Missing."""
+    """Boot a system in which the daemon is installed. Raises needs.Missing."""
     from tests.lab import container
 
     with container.boot() as system:

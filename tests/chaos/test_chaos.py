@@ -1,4 +1,4 @@
-"""A short run with a fixed seed; `make chaos` is the long one."""
+"""A short run with a fixed seed. `make chaos` is the long run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEED = 20121
 
 
 def test_stops_while_everything_fails() -> None:
-    """Uses its own system, because the failures would affect other tests."""
+    """The test has its own system, because the failures would affect other tests."""
     with prepared() as system:
         report = run(system, plan.make(SEED, jobs=12, seconds=10, qemus=2))
     print(table(report))

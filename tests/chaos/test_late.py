@@ -67,7 +67,7 @@ def test_delays_while_journald_does_not_read_are_separate_from_later_ones() -> N
     assert measured.stopped.sigterm == [pytest.approx(0.03)]
     assert measured.stopped.noted == [pytest.approx(0.05)]
     assert measured.stopped.looks == [0.3, 0.3]
-    # Late, but journald did read then.
+    # This SIGKILL was late, but journald was reading then, so it counts as after the incident.
     assert measured.after.sigkill == [pytest.approx(5.0)]
     assert "60.0 s" in measured.table()
 

@@ -107,7 +107,8 @@ def test_kills_come_while_all_jobs_run() -> None:
     waiting = [guest for guest in made.guests if guest.grace_s]
     assert len(waiting) == 50
     assert max(guest.start for guest in waiting) < kills[0]
-    # All jobs run during the first half. In the second half, one SIGKILL after the other is due.
+    # All jobs run during the first half. Their SIGKILLs are due one after another in the second
+    # half.
     assert min(guest.grace_s for guest in waiting) >= made.seconds / 2
     assert sum(at < made.seconds / 2 for at in kills) > 50
     # systemd allows 100 starts in 60 s.
