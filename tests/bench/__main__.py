@@ -41,7 +41,7 @@ class Rounds:
     libvirt_reaped_late: int
     units: int
     guests: int
-    """The number of guests of each kind that run beside the measured one."""
+    """The number of guests of each kind that run beside the measured guest."""
     rest_s: int
     jobs: int
     samples: int
@@ -49,7 +49,7 @@ class Rounds:
     very_many: int
     starts: int
     asked: int
-    """The number of small guests for each way to stop one; there are a third as many Debian
+    """The number of small guests for each way to stop a guest. There are a third as many Debian
     guests."""
 
 
@@ -119,8 +119,7 @@ def main() -> int:
 
 
 def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
-    """Return the figures, and whether a measurement failed for another reason than a missing
-    program."""
+    """Return the figures, and whether a measurement failed. A missing program is no failure."""
     parts: list[tuple[str, Callable[[], list[Figure]]]] = [
         (
             "Beside libvirt",
@@ -166,8 +165,8 @@ def _about() -> dict[str, Any]:
 def _stalled_s() -> float | None:
     """Return how many seconds since boot a task was ready to run and had no processor.
 
-    If this is much, the machine does other work and the figures are of no use. None if the kernel
-    does not report it. Source: Documentation/accounting/psi.rst.
+    If this is long, the machine does other work, and the figures are of no use. None if the kernel
+    does not report the time. Source: Documentation/accounting/psi.rst.
     """
     try:
         some, *_ = Path("/proc/pressure/cpu").read_text().splitlines()

@@ -1,9 +1,10 @@
-"""From a guest's exit to the answer of Wait at the client, alone and among other jobs.
+"""The time from a guest's exit to the answer of Wait at the client, for a single job and among
+other jobs.
 
 The client is jeepney's connection in this process. It waits in one epoll_wait(2) for the socket of
-the bus and for a pidfd of the guest. The exit counts from when that call returns for the pidfd, or
-from when qkilld saw the exit, if that is earlier (CLOCK_MONOTONIC). The answer counts when jeepney
-has parsed it, so the figure includes the time of jeepney and of the message bus.
+the bus and for a pidfd of the guest. The time of the exit is when this call returns for the pidfd
+or, if that is earlier, when qkilld noticed the exit (CLOCK_MONOTONIC). The time of the answer is
+when jeepney has parsed it. So the figure includes the time that jeepney and the message bus take.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ from tests.lab.guest import Guest, fake_qemu, start_qemu
 MEDIAN_MS: Final = 5
 P99_MS: Final = 20
 ROUND_TRIPS: Final = 2
-"""The median from exit to answer may be this many round trips of Peer.Ping on the same
-connection."""
+"""The median time from exit to answer must not exceed this many round trips of Peer.Ping on the
+same connection."""
 OTHER_JOBS: Final = 50
 _HOUR: Final = 3600 * USEC_PER_SEC
 _TIMEOUT_S: Final = 30
 
 
 def measure(guests: int) -> Figure:
-    """Stop `guests` real QEMUs (-M none) one after the other, then as many while other jobs run."""
+    """Stop `guests` real QEMUs (-M none) one after another, then as many again while other jobs
+    run."""
     figure = Figure(
         "From QEMU's exit to Wait's answer at the client (jeepney, on the same bus); real QEMUs"
     )
@@ -75,11 +77,11 @@ class _AnswerTimes:
     answered: list[float] = field(default_factory=list)
     """ms from the exit to the answer."""
     seen: list[float] = field(default_factory=list)
-    """ms from the exit to the end of the job by qkilld's own clock."""
+    """ms from the exit to the end of the job according to qkilld."""
     pinged: list[float] = field(default_factory=list)
-    """ms for a round trip on the same connection, one before each guest."""
+    """ms for a round trip on the same connection, measured once before each guest."""
     kept_waiting: list[float] = field(default_factory=list)
-    """ms between the request and the answer in which qkilld was ready to run and had no processor,
+    """ms between the request and the answer in which qkilld was ready to run but had no processor,
     because of other work on this machine."""
 
 
@@ -101,7 +103,7 @@ def _stop_many(guests: int, others: int, where: str) -> _AnswerTimes:
                 before = ProcessorUsage.of(running.pid)
                 stop = waiter.stop(guest)
                 spent = ProcessorUsage.of(running.pid) - before
-            # If qkilld was woken before this process, the exit was at least that early.
+            # If qkilld noticed the exit before this process did, use qkilld's time.
             seen = _ended(asking, stop) * 1000
             exited = min(stop.exited, seen)
             times.kept_waiting.append(spent.kept_waiting_ms)
@@ -123,14 +125,14 @@ class _StopTimes:
 
 
 def _ended(client: Client, stop: _StopTimes) -> int:
-    """Return when the job ended by qkilld's clock (CLOCK_MONOTONIC, µs)."""
+    """Return when the job ended according to qkilld (CLOCK_MONOTONIC, µs)."""
     started = client.properties(stop.job, JOB_INTERFACE)["StartedUSec"]
     assert isinstance(started, int)
     return started + stop.elapsed_usec
 
 
 class _Waiter:
-    """A client that also watches the pidfd of its guest."""
+    """A client that also waits for the pidfd of its guest."""
 
     def __init__(self, address: str) -> None:
         self._connection = open_dbus_connection(address, auth_timeout=_TIMEOUT_S)
@@ -168,7 +170,7 @@ class _Waiter:
             return _StopTimes(job, receipt["elapsed-usec"], exited, answered)
 
     def ping(self) -> float:
-        """Return the ms for a round trip through the bus to qkilld's event loop."""
+        """Return the time (ms) of a round trip through the bus to qkilld's event loop."""
         began = time.monotonic_ns()
         interface = "org.freedesktop.DBus.Peer"
         serial = self._send("Ping", MANAGER_PATH, interface, None)

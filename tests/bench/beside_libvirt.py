@@ -1,7 +1,8 @@
-"""From the request to the answer that a guest has gone, compared with libvirt on the same guests.
+"""The time from the request to the answer that a guest is gone, compared with libvirt on the same
+guests.
 
-tests.bench.stops does the stopping, in a throwaway system: this machine's libvirt is not touched,
-and nothing started there outlives it.
+tests.bench.stops stops the guests in a throwaway system. So this machine's libvirt is not used, and
+nothing is left behind.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def measure(rounds: int, late_rounds: int) -> list[Figure]:
     Raises needs.Missing without libvirt, a container or root, AssertionError on failure.
     """
     peer.programs()
-    guest_image()  # Built now, because the checkout is read-only in the container.
+    guest_image()  # Build it now, because the checkout is read-only in the container.
     progress.show("beside libvirt: boots a throwaway system")
     with container.boot() as system:
         samples = _stop_guests(system, rounds, late_rounds)

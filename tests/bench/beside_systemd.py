@@ -1,7 +1,7 @@
-"""What qkilld-stop adds to `systemctl stop`. The same unit is also stopped without a helper, and
-with a helper that starts Python and does nothing (the floor).
+"""The time that qkilld-stop adds to `systemctl stop`. For comparison, the same unit is stopped
+without a helper, and with a helper that starts Python and does nothing (the floor).
 
-tests.bench.unit_stops and tests.bench.many_stops do the stopping, in a throwaway system.
+tests.bench.unit_stops and tests.bench.many_stops stop the units in a throwaway system.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ AT_ONCE: Final = 60
 MANY: Final = 200
 WARM, COLD, AT_ONCE_RATIO = 3, 10, 2.5
 LINEAR: Final = 1.25
-"""Each of MANY units may cost at most this many times as much as each of AT_ONCE."""
+"""Stopping MANY units may cost at most this many times as much for each unit as stopping
+AT_ONCE."""
 
 
 def measure(rounds: int) -> list[Figure]:

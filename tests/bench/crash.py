@@ -1,4 +1,5 @@
-"""Kill a daemon that runs very many jobs, and measure when the next daemon has them again."""
+"""Kill a daemon that runs very many jobs, and measure how long it takes until the next daemon has
+resumed them."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ _GRACE_S: Final = 30
 _IDLE_USEC: Final = 12_000_000
 """A little longer than StallSec=."""
 _DESCRIPTORS: Final = 4
-"""File descriptors to allow for each job. A job has two, and a third one while systemd receives a
+"""The number of file descriptors for each job. A job has two, and a third while systemd receives a
 copy."""
 
 
 def measure(wanted: int) -> Figure:
-    """Run `wanted` jobs, or fewer if this machine does not allow enough descriptors."""
+    """Run `wanted` jobs, or fewer if there are not enough descriptors."""
     with many_descriptors():
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         jobs = min(wanted, limit // _DESCRIPTORS)
@@ -97,13 +98,14 @@ def _wait_written(directory: Path, jobs: int) -> None:
 
 
 def _receipts(client: Client, paths: list[str], grace: int) -> list[dict[str, Any]]:
-    """Wait for all jobs at once, because a receipt is kept for only a minute after the end."""
+    """Wait for all jobs at the same time, because a receipt is kept for only a minute after the end
+    of its job."""
     waits = [client.send("Wait", path=path, interface="org.qkilld1.Job") for path in paths]
     return [dict(client.reply(wait, timeout=grace + 120)[1]) for wait in waits]
 
 
 def _was_idle(receipt: dict[str, Any]) -> bool:
-    """Whether the process was idle for so long that only the grace delayed its SIGKILL."""
+    """Return whether the process was idle for so long that only the grace delayed its SIGKILL."""
     _, verdicts = receipt["verdicts"]
     rungs = receipt["rungs"][1]
     if not verdicts or len(rungs) != 2:

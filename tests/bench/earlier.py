@@ -16,14 +16,15 @@ from tests.lab.process import TOP
 from tests.lab.scratch import scratch
 
 COMMIT: Final = "b662140"
-"""The last commit before waits and witnesses existed; since then, each sample reads more."""
+"""The last commit before waits had their own signs of progress. Since then, each sample reads
+more."""
 OURS: Final = "qkilld"
-"""The name of this tree in dictionaries with both."""
+"""The name of this tree in dictionaries that contain both."""
 
 
 @contextlib.contextmanager
 def trees() -> Iterator[tuple[dict[str, Path], list[str]]]:
-    """Yield the source trees of this commit and of COMMIT by name, and notes on why one is
+    """Yield the source trees of this commit and of COMMIT by name, and notes that say why a tree is
     missing."""
     checkouts, notes = {OURS: TOP}, []
     with scratch("t") as directory:
@@ -62,4 +63,4 @@ def _extract(directory: Path) -> None:
         reason = result.stderr.decode().strip()
         raise needs.Missing(f"this is not a git clone with commit {COMMIT} ({reason})")
     with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:
-        archive.extractall(directory)  # Safe, because it comes from our own repository.
+        archive.extractall(directory)  # Safe: it is from our own repository.

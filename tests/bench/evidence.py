@@ -1,4 +1,4 @@
-"""The cost of evidence: one sample with its verdict, and a thousand jobs that are sampled.
+"""The cost of evidence: of one sample with its verdict, and of sampling a thousand jobs.
 
 An earlier qkilld is measured in the same run, alternately with this one.
 """
@@ -29,7 +29,7 @@ from tests.lab.scratch import scratch
 
 FORCE: Final = 1
 GRACE_S: Final = 60
-"""Long enough to start the jobs and to watch them."""
+"""Long enough to start the jobs and to measure them."""
 WATCHED_S: Final = 20
 LIMIT_NOFILE: Final = 65536
 """LimitNOFILE= of qkilld.service."""
@@ -57,8 +57,8 @@ def measure_jobs(jobs: int) -> Figure:
 
 
 def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> Figure:
-    """Measure the processor time of the sampling thread, for samples in a row and for samples after
-    a pause."""
+    """Measure the processor time of the sampling thread, for consecutive samples and for samples
+    after a pause."""
     figure = Figure(f"One sample and its verdict, beside {COMMIT} (processor time)")
     with contextlib.ExitStack() as stack:
         guests = {
@@ -80,7 +80,7 @@ def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> F
                     in_a_row[name] += [looker.look(pid) for _ in range(_IN_A_ROW)]
             for number in range(rounds):
                 time.sleep(1.5 * TABLES_AGE_S)
-                # Each tree is first in one round and second in the next.
+                # The trees take turns in being first.
                 for name in sorted(lookers, reverse=bool(number % 2)):
                     alone[name].append(lookers[name].look(pid))
             for kind, times in (("in a row", in_a_row), ("alone", alone), ("the first", first)):
@@ -109,7 +109,7 @@ class _Looker:
         self._to, self._from = process.stdin, process.stdout
 
     def look(self, pid: int) -> float:
-        """Return the µs of processor time for a sample of a process and its verdict."""
+        """Return the processor time (µs) of a sample of a process and its verdict."""
         self._to.write(b"%d\n" % pid)
         self._to.flush()
         return float(self._from.readline())
@@ -141,9 +141,10 @@ def _crowd() -> Iterator[int]:
 
 
 def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figure:
-    """Stop stubborn stand-ins for QEMU, each with a job that uses evidence until its SIGKILL.
+    """Stop substitutes for QEMU that ignore SIGTERM. Each has a job that uses evidence until
+    SIGKILL.
 
-    The earlier qkilld has a job for each of them too, and is measured at the same time.
+    The earlier qkilld has a job for each of them, too, and is measured at the same time.
     """
     figure = Figure(f"{jobs} running jobs (stubborn stand-ins named {QEMU}), beside {COMMIT}")
     with contextlib.ExitStack() as stack:
@@ -151,7 +152,7 @@ def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figur
         bytecode = stack.enter_context(scratch("y"))
         for tree in checkouts.values():
             with _daemon(tree, bytecode):
-                pass  # Writes the bytecode, which an installed qkilld has.
+                pass  # Writes the bytecode, because an installed qkilld has it.
         daemons = {
             name: stack.enter_context(_daemon(tree, bytecode)) for name, tree in checkouts.items()
         }
@@ -161,7 +162,7 @@ def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figur
         for number, guest in enumerate(guests):
             progress.show(f"{jobs} jobs: starting {number + 1}")
             for name, (_, client) in daemons.items():
-                # This qkilld kills the guests long before the other one would.
+                # This qkilld kills the guests long before the earlier one would.
                 grace = (GRACE_S if name == OURS else 10 * GRACE_S) * 1_000_000
                 path = client.terminate(guest.pid, FORCE, grace_usec=("t", grace))
                 if name == OURS:
@@ -216,7 +217,7 @@ def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figur
 
 @contextlib.contextmanager
 def many_descriptors() -> Iterator[None]:
-    """Allow as many descriptors as qkilld.service may have, if possible; each job has about ten."""
+    """If possible, allow as many descriptors as qkilld.service may have. Each job has about ten."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         most = max(most, LIMIT_NOFILE)
@@ -244,7 +245,8 @@ def _daemon(tree: Path, bytecode: Path) -> Iterator[tuple[Daemon, Client]]:
 
 
 def _is_watched(receipt: dict[str, Any]) -> bool:
-    """Whether every sample was in time. After a late one, SIGKILL waits as for dead storage."""
+    """Return whether every sample was in time. After a late sample, SIGKILL is delayed as for dead
+    storage."""
     return all(verdict == "idle" for verdict, *_ in receipt["verdicts"])
 
 

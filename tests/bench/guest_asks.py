@@ -1,4 +1,4 @@
-"""The time that qkilld needs to ask a guest, compared with one press of the power button, and the
+"""The time that qkilld needs to ask a guest, compared with one press of the power button; and the
 time to open a monitor."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(small: int, debian: int, opened: int) -> list[Figure]:
 
 
 def _beside_one_press(small: int, debian: int) -> Figure:
-    """Stop guests alternately in both ways, so that other load on the machine affects both."""
+    """Stop guests in both ways in turn, so that other load on the machine affects both."""
     figure = Figure("From the call to the exit of an idle guest, asked by its power button")
     with private_bus() as bus, daemon(bus, config=lab_config()), bus.client() as client:
         for label, boot, rounds in (
@@ -57,7 +57,7 @@ def _beside_one_press(small: int, debian: int) -> Figure:
 @contextlib.contextmanager
 def _small() -> Iterator[Guest]:
     with boot_guest(job="power", append="lab.power=off", qmp=True) as guest:
-        time.sleep(2.5)  # Until its disks have been idle for IDLE_DISKS.
+        time.sleep(2.5)  # Wait until its disks have been idle for IDLE_DISKS.
         yield guest
 
 
@@ -103,7 +103,7 @@ async def _open_times(guest: Guest, rounds: int) -> list[float]:
             times.append((time.perf_counter() - began) * 1000)
             assert control.oob
             control.close()
-            await asyncio.sleep(0.05)  # QEMU accepts a connection once it has closed the last one.
+            await asyncio.sleep(0.05)  # QEMU serves one connection at a time.
     finally:
         process.close()
     return times

@@ -1,4 +1,4 @@
-"""A program that takes samples with the qkilld in PYTHONPATH, which may be an earlier one.
+"""A program that takes samples with the qkilld in PYTHONPATH. This may be an earlier qkilld.
 
 Each line of stdin is a process id. The program samples that process, computes the verdict, and
 prints the µs of processor time.
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def _import_functions() -> tuple[Any, Any]:
-    """Return the functions that make readers and compute verdicts. The earlier tree has them in
+    """Return the functions that make readers and compute verdicts. In the earlier tree, they are in
     other modules."""
     try:
         sampler = import_module("qkilld.evidence.sampler")

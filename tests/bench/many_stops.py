@@ -1,8 +1,9 @@
 """A program, run as `python -m tests.bench.many_stops ROUNDS COUNT...`: stop COUNT idle guests at
-once, each in its own unit, without a helper, with a helper that does nothing, and with qkilld-stop.
+the same time, each in its own unit. This is done without a helper, with a helper that does nothing,
+and with qkilld-stop.
 
-It writes units to /run, so run it only in a throwaway system (tests.lab.container) with qkilld. The
-guests are stand-ins: a busybox under QEMU's name.
+It writes units to /run, so run it only in a throwaway system (tests.lab.container) with qkilld.
+Each guest is a busybox with QEMU's name.
 
 Each line of stdout is JSON: {"progress": TEXT} or {"sample": [WAY, COUNT, wall ms, processor ms]}.
 """
@@ -44,7 +45,7 @@ def main() -> int:
     _systemctl("daemon-reload")
     _systemctl("start", "qkilld.service")
     for way in ManyWay:
-        _stop(way, 2)  # Reads the programs into the page cache.
+        _stop(way, 2)  # Brings the programs into the page cache.
     for number in range(rounds):
         for count in counts:
             ways = list(ManyWay)
@@ -56,7 +57,7 @@ def main() -> int:
 
 
 def _stop(way: ManyWay, count: int) -> tuple[float, float]:
-    """Return the ms of wall time, and of processor time of all processes in the system."""
+    """Return the wall time, and the processor time of all processes in the system, in ms."""
     units = [f"{way.name.lower()}@{number}.service" for number in range(count)]
     _systemctl("start", *units)
     time.sleep(0.5)

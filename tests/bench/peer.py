@@ -24,8 +24,8 @@ URI: Final = "qemu:///system"
 _STATE: Final = Path("/run/libvirt/qemu")
 _SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 _USER: Final = "libvirt-qemu"
-"""libvirt's default user for QEMU, which libvirt-daemon-system creates. Without this user, the QEMU
-driver does not start."""
+"""libvirt's default user for QEMU. libvirt-daemon-system creates this user. Without the user,
+libvirt's QEMU driver does not start."""
 
 _HIDDEN: Final = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt")
 
@@ -59,8 +59,8 @@ class Domain:
     pidfd: int
 
     def wait_forgotten(self, timeout: float = 30) -> None:
-        """Wait until libvirt has noticed the exit, so that its work for this does not overlap the
-        next measurement."""
+        """Wait until libvirt has handled the exit, so that this work does not overlap the next
+        measurement."""
         deadline = time.monotonic() + timeout
         while (_STATE / f"{self.name}.xml").exists():
             assert time.monotonic() < deadline, f"libvirt still has {self.name}"
@@ -71,7 +71,7 @@ class Domain:
 def libvirtd() -> Iterator[None]:
     """Configure and run libvirtd without this machine's guests, networks, storage and hooks.
 
-    Writes to /etc, /run and /var, and refuses to run outside of a throwaway system.
+    This writes to /etc, /run and /var, so it refuses to run outside of a throwaway system.
     """
     if not Path("/run/host/container-manager").exists() or str(TOP) != CHECKOUT:
         raise RuntimeError("this is not the lab's throwaway system: run python -m tests.bench")

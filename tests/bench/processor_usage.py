@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ProcessorUsage:
-    """What all threads of a process have used since they began."""
+    """What all threads of a process have used since their starts."""
 
     switches: int
     """Context switches, voluntary and involuntary."""

@@ -9,6 +9,6 @@ _CLEAR_LINE: Final = "\r\x1b[K"
 
 
 def show(text: str) -> None:
-    """Replace the line that is shown; "" removes it."""
+    """Replace the displayed line. "" removes it."""
     if sys.stderr.isatty():
         print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The daemon at rest: whether anything wakes it, and how much memory it keeps."""
+"""The daemon at rest: whether anything wakes it, and how much memory it uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _SETTLE_S: Final = 1.0
 
 
 def measure(seconds: int, jobs: int) -> list[Figure]:
-    """Watch an idle daemon for `seconds`, and measure its memory then and after `jobs` jobs."""
+    """Record the wake-ups of an idle daemon for `seconds`. Measure its memory then, and again after
+    `jobs` jobs."""
     with private_bus() as bus, daemon(bus) as running:
         watched = _wakeups(running, seconds)
         return [watched, _memory(running, jobs)]
@@ -51,7 +52,7 @@ def _wakeups(running: Daemon, seconds: int) -> Figure:
         spent = ProcessorUsage.of(running.pid) - before
         if trace:
             calls = len(trace.lines()) - traced_before
-            # Make a call that the log must show, to prove that strace works.
+            # To prove that strace works, make a call that must be in the log.
             seen = len(trace.text())
             with running.bus.client() as client:
                 client.properties()
@@ -120,7 +121,7 @@ def _strace(pid: int) -> Iterator[Log]:
             said.wait_for("attached", 10, pidfd=pidfd)
             yield calls
         finally:
-            # At SIGTERM, strace detaches from the process; at SIGKILL, the kernel detaches it.
+            # At SIGTERM, strace detaches from the process. At SIGKILL, the kernel detaches it.
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)

@@ -67,7 +67,7 @@ def measure(rounds: int) -> Figure:
 
 
 def _start(bus: Bus, env: Mapping[str, str]) -> tuple[float, float, float]:
-    """Start a daemon; return ms of wall time, ms of processor time, and MB of memory."""
+    """Start a daemon. Return the wall time (ms), the processor time (ms) and the memory (MB)."""
     began = time.monotonic()
     with daemon(bus, env=env) as running:
         took = (time.monotonic() - began) * 1000
@@ -75,11 +75,12 @@ def _start(bus: Bus, env: Mapping[str, str]) -> tuple[float, float, float]:
 
 
 def _floor() -> tuple[float, float]:
-    """Return ms of processor time and MB of memory of a Python that does nothing."""
+    """Return the processor time (ms) and the memory (MB) of a Python that does nothing."""
     process = spawn([sys.executable, *_FLOOR.split()[1:3], "pass"])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    # ru_maxrss would include the memory of this process, from before execve(2).
+    # Measure the memory of another Python: ru_maxrss includes the memory before execve(2), which is
+    # that of this process.
     waiting = "print(flush=True); input()"
     process = spawn(
         [sys.executable, *_FLOOR.split()[1:3], waiting],

@@ -1,10 +1,10 @@
 """A program, run as `python -m tests.bench.stops ROUNDS LATE_ROUNDS`: in each round, stop a guest
-in every way that is compared.
+in each of the compared ways.
 
 It writes to /etc, /run and /var, so run it only in a throwaway system (tests.lab.container), whose
 first process is systemd. libvirt starts every guest, so that all are alike. In ROUNDS, systemd
-collects the guest's zombie at once. In LATE_ROUNDS, the guest's new parent collects it REAP_LATE_S
-after the exit, as the first process of some containers and virtual machines does.
+reaps the guest at once. In LATE_ROUNDS, another parent reaps the guest REAP_LATE_S after its exit,
+as the first process of some containers and virtual machines does.
 
 Each line of stdout is JSON: {"progress": TEXT}, {"sample": [SERIES, WAY, ms]} or {"missing": TEXT}.
 """
@@ -58,10 +58,10 @@ class Series(StrEnum):
 
 
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-*\n"
-"""Covers the installed QEMU, which libvirt runs."""
+"""This covers the installed QEMU, which libvirt runs."""
 
 Times = dict[Way, float]
-"""The ms of each measured interval. One stop may give several."""
+"""The length (ms) of each measured interval. One stop may give several intervals."""
 Stop = Callable[[peer.Domain], Times]
 
 
@@ -79,7 +79,7 @@ def main() -> int:
             peer.libvirtd(),
         ):
             stops = _stops(bus, client)
-            _qkillctl(bus, "list")  # Writes the bytecode.
+            _qkillctl(bus, "list")  # This writes the bytecode.
             _series(Series.REAPED_AT_ONCE, rounds, stops)
             become_subreaper()
             _series(Series.REAPED_LATE, late_rounds, stops[:3])
@@ -95,7 +95,7 @@ def _series(series: Series, rounds: int, stops: list[Stop]) -> None:
         _say(progress=f"beside libvirt, {series}: round {number + 1} of {rounds}")
         names = [f"{series}-{number}-{way}".replace(" ", "-") for way in range(len(stops))]
         with peer.domains(names) as guests:
-            # Each way is first in one round and second in the next.
+            # In each round, another way is first.
             shift = number % len(stops)
             for stop, guest in zip(stops[shift:] + stops[:shift], guests, strict=True):
                 with _reaper(guest, late=series is Series.REAPED_LATE):
@@ -129,12 +129,12 @@ def _reaper(guest: peer.Domain, *, late: bool) -> Iterator[None]:
 
 
 def _stops(bus: Bus, client: Client) -> list[Stop]:
-    """Return the ways to stop a guest. The first three also work for guests that are reaped
+    """Return the ways to stop a guest. The first three are also used for guests that are reaped
     late."""
 
     def by_kill(guest: peer.Domain) -> Times:
-        # One ping after the same pause as before a Terminate. The fastest of several pings in a row
-        # would take only a fourth of this time.
+        # Measure a single ping, after the same pause as before a Terminate. The fastest of several
+        # consecutive pings would take only a fourth of this time.
         ping = _ping(client)
         start = time.monotonic()
         signal.pidfd_send_signal(guest.pidfd, signal.SIGTERM)
@@ -183,7 +183,7 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
 
 
 def _ping(client: Client) -> float:
-    """Return the ms for a round trip through the bus to qkilld's event loop."""
+    """Return the time (ms) of a round trip through the bus to qkilld's event loop."""
     start = time.monotonic()
     client.call("Ping", interface="org.freedesktop.DBus.Peer")
     return _since(start)

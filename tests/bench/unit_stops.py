@@ -33,10 +33,10 @@ def main() -> int:
     rounds = int(sys.argv[1])
     _settle()
     for way in Way:
-        _stop(way, 0)  # Reads the programs into the page cache.
+        _stop(way, 0)  # Brings the programs into the page cache.
     for number in range(rounds):
         _say(progress=f"units: round {number + 1} of {rounds}")
-        # Each way is first in one round and second in the next.
+        # In each round, another way is first.
         shift = number % len(Way)
         for way in (*list(Way)[shift:], *list(Way)[:shift]):
             _say(sample=[way, _stop(way, number)])
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _stop(way: Way, number: int) -> float:
-    """Stop one unit; return the ms that this took."""
+    """Stop one unit; return how long this took (ms)."""
     unit = f"guest-{way.name.lower()}-{number}.service"
     lines = [f"ExecStart={_GUEST}"]
     if way is Way.FLOOR:
