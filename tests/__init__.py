@@ -1,2 +1,2 @@
-"""The tests, in layers: pure, engine, bus, system. `tests.lab` has the guests, buses and storage
-for them."""
+"""The tests, in layers: pure, engine, bus, system. `tests.lab` provides guests, buses and
+storage."""

@@ -1,4 +1,4 @@
-"""Fixtures for every layer, the leak check, and what turns skips into failures in CI."""
+"""Fixtures for every layer, the check for leaks, and hooks that turn skips into failures in CI."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make SIGTERM and SIGHUP act like Ctrl-C, so that everything started is ended in order.
+    """Make SIGTERM and SIGHUP act like Ctrl-C, so that everything that was started is ended in an
+    orderly way.
 
-    SIGINT too, because Python installs no handler if the parent ignores it (`pytest &` in a
-    script).
+    Install a handler for SIGINT, too: Python installs none if the parent ignores SIGINT (`pytest &`
+    in a script).
     """
     process.become_subreaper()
     scratch.run_directory()
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     scratch.remove_run_directory()
-    scratch.sweep()  # Left by processes that the tests killed.
+    scratch.sweep()  # Remove what killed processes have left.
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -62,7 +63,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skip a test whose requirements are missing; with CI=true, fail it."""
+    """Skip a test whose requirements are missing. With CI=true, fail it."""
     report = yield
     if call.excinfo is not None and call.excinfo.errisinstance(Missing):
         report.outcome = "skipped"
@@ -114,7 +115,8 @@ def private_bus() -> Iterator[bus.Bus]:
 
 @pytest.fixture
 def start_daemon(private_bus: bus.Bus) -> Iterator[Callable[..., bus.Daemon]]:
-    """A function that starts the daemon on this test's bus; takes what bus.daemon() takes."""
+    """A function that starts the daemon on this test's bus. Its arguments are those of
+    bus.daemon()."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, **options: Any) -> bus.Daemon:
@@ -125,38 +127,39 @@ def start_daemon(private_bus: bus.Bus) -> Iterator[Callable[..., bus.Daemon]]:
 
 @pytest.fixture
 def daemon(start_daemon: Callable[..., bus.Daemon]) -> bus.Daemon:
-    """The daemon, running on this test's bus; QEMU and every fake_qemu are its targets."""
+    """A daemon on this test's bus. Its targets are QEMU and every fake_qemu."""
     return start_daemon()
 
 
 @pytest.fixture
 def client(daemon: bus.Daemon) -> Iterator[bus.Client]:
-    """A connection to that daemon's bus, as this process's own user."""
+    """A connection to the daemon's bus, as this process's own user."""
     with daemon.bus.client() as connection:
         yield connection
 
 
 @pytest.fixture
 def qemu() -> Iterator[Callable[..., guest.Guest]]:
-    """A function that starts a real QEMU without a machine; takes what guest.start_qemu() takes."""
+    """A function that starts a real QEMU without a machine. Its arguments are those of
+    guest.start_qemu()."""
     yield from _factory(guest.start_qemu)
 
 
 @pytest.fixture
 def linux_guest() -> Iterator[Callable[..., guest.Guest]]:
-    """A function that boots a Linux guest; takes what guest.boot_guest() takes."""
+    """A function that boots a Linux guest. Its arguments are those of guest.boot_guest()."""
     yield from _factory(guest.boot_guest)
 
 
 @pytest.fixture
 def fake_qemu() -> Iterator[Callable[..., guest.Guest]]:
-    """A function that starts the cheap stand-in; takes what guest.fake_qemu() takes."""
+    """A function that starts a fake QEMU. Its arguments are those of guest.fake_qemu()."""
     yield from _factory(guest.fake_qemu)
 
 
 @pytest.fixture
 def scripted_qemu() -> Iterator[Callable[..., guest.Guest]]:
-    """A function that starts a scripted stand-in; takes what guest.scripted_qemu() takes."""
+    """A function that starts a scripted QEMU. Its arguments are those of guest.scripted_qemu()."""
     with contextlib.ExitStack() as stack:
         yield lambda script, **options: stack.enter_context(guest.scripted_qemu(script, **options))
 

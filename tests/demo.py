@@ -1,6 +1,6 @@
 """`make demo`: boot a real guest, start the daemon on a private bus, stop the guest.
 
-It does not use the host's own bus or units, and leaves nothing behind.
+The demo does not use the host's own bus or units, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _play(stack: contextlib.ExitStack) -> None:
 
 
 def _stop_debian(bus: lab_bus.Bus, option: str) -> None:
-    """Stop a Debian guest that has files only in memory, and count them on its disk."""
+    """Stop a Debian guest that has some files only in memory, and count which of them are on its
+    disk afterwards."""
     with debian.boot_debian() as guest:
         guest.write_files()
         _qkillctl(bus, f"terminate{option} --wait debian")
@@ -114,7 +115,7 @@ def _busctl(bus: lab_bus.Bus, arguments: str) -> None:
 
 
 def _qkillctl(bus: lab_bus.Bus, arguments: str) -> None:
-    """Use our own terminal as its output, for the live line."""
+    """Run qkillctl on our own terminal, so that it shows its live line."""
     print(f"   $ qkillctl {arguments}", flush=True)
     argv = [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, *shlex.split(arguments)]
     client = spawn(argv, env=lab_bus.environment(bus.address))

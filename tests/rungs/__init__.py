@@ -1,1 +1,1 @@
-"""The rungs before SIGTERM and before SIGKILL, with real QEMUs and real storage."""
+"""The flush before SIGTERM and the yank before SIGKILL, with real QEMUs and real storage."""

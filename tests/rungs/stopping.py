@@ -1,4 +1,5 @@
-"""Stop with the engine in this process: the registry with all its real collaborators."""
+"""Stop guests with the engine in this process. It uses real readers, monitors and signals, not
+fakes."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 def stop(
     guest: Guest, flags: Flag, spans: dict[str, int] | None = None, *, timeout_s: float = 170
 ) -> Job:
-    """Stop the guest; return the job after its end."""
+    """Stop the guest, wait for the end of the job, and return the job."""
 
     async def work() -> Job:
         async with stopper() as stopping:

@@ -1,4 +1,5 @@
-"""A server that breaks each connection: QEMU connects again, and sends what was not answered."""
+"""A server that breaks each connection. QEMU connects again, and repeats the requests that were not
+answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before SIGTERM: the flush that shows errors, and a guest that is never left paused."""
+"""Before SIGTERM: the flush shows errors, and the guest is never left paused."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def nbd_disk(place: Mapping[str, object], name: str = "remote", more: str = "") 
 
 
 def machine(disks: Sequence[str]) -> list[str]:
-    """Its processor stays stopped at reset unless told otherwise, because firmware would use the
-    disks."""
+    """Return QEMU's arguments. The processor stays stopped unless a test starts it, because the
+    firmware would use the disks."""
     return ["-M", "q35", *disks]
 
 
 @contextlib.contextmanager
 def flush_fails(directory: Path) -> Iterator[Path]:
-    """Yield the socket of an NBD server that accepts every write and fails to flush."""
+    """Yield the socket of an NBD server that accepts every write but fails every flush."""
     path = directory / "socket"
     script = [
         "get_size=echo 64M",
@@ -102,8 +102,9 @@ async def flush_by_name(qmp, disk, *, timeout_s):
 
 disks.flush_by_name = flush_by_name
 """
-"""Makes the first flush, before the processors are stopped, do nothing, as if the storage had died
-right after this flush. If the storage were dead before, the processors would not be stopped."""
+"""Makes the first flush do nothing. This flush comes before the processors are stopped, so it is as
+if the storage had died right after it. If the storage were dead before, the processors would not be
+stopped."""
 
 
 @pytest.fixture
@@ -266,7 +267,8 @@ def test_the_plan_names_what_is_never_flushed_and_what_would_be_cancelled(
 
 
 def server_of(guest: Guest) -> str:
-    """Start another NBD server in QEMU; return the error, or "" if QEMU had none."""
+    """Start another NBD server in QEMU. Return the error, or "" if the start succeeded, so that
+    QEMU had no server before."""
     with Qmp(guest) as qmp:
         assert qmp.call("query-status")["status"] == "running"
         assert qmp.call("query-block-exports") == []
@@ -331,7 +333,7 @@ def test_an_interrupted_flush_leaves_no_server(
     qemu: Start, lab_dir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, dies: bool
 ) -> None:
     """The flush is interrupted while the NBD server runs, before or after its first export. With
-    `dies`, the daemon ends, too, and the next one starts the processors again."""
+    `dies`, the daemon ends, too, and the next daemon starts the processors again."""
     reached = asyncio.Event()
 
     async def stay(*arguments: object) -> None:
@@ -415,7 +417,7 @@ def test_a_server_without_exports_of_somebody_elses_survives_a_cancel(
 
 
 def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_dir: Path) -> None:
-    """Another program uses the NBD server that an earlier daemon has left."""
+    """Another program uses the NBD server that an earlier daemon has left behind."""
     node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={make_disk(lab_dir / 'd')}"
     guest = qemu(arguments=machine(["-blockdev", node]))
     with Qmp(guest) as qmp:
@@ -435,7 +437,8 @@ def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_d
 
 
 def test_all_queues_are_seen(qemu: Start, lab_dir: Path) -> None:
-    """The guest has no driver. QEMU 11.1 aborts at a query for the status of such a device."""
+    """The guest has no driver for the device. At a query for the status of such a device, QEMU 11.1
+    aborts."""
     drive = f"file={make_disk(lab_dir / 'd')},if=none,id=local,format=qcow2"
     devices = ["-device", "virtio-blk-pci,drive=local,num-queues=3", "-device", "virtio-scsi-pci"]
     guest = qemu(arguments=machine(["-drive", drive, *devices]))

@@ -1,6 +1,6 @@
-"""An image on FUSE whose server stores it on a disk of this host.
+"""An image on FUSE. The FUSE server stores it on a disk of this host.
 
-The disk shows the progress of the server's call while QEMU waits for one answer.
+While QEMU waits for one answer, the disk shows the progress of the server's call.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_a_server_that_writes_to_a_slow_disk_is_waited_for(lab_dir: Path) -> Non
 def test_a_server_that_hangs_beside_others_on_its_disk_is_not(lab_dir: Path) -> None:
     with guest_on_fuse(lab_dir) as (guest, store, disk):
         store.hang("fsync")
-        disk.slow(2 * MIB)  # The kernel writes the page cache back meanwhile.
+        disk.slow(2 * MIB)  # Meanwhile, the kernel writes the page cache back.
         job = stop(guest, STALL)
     assert actions(job) == ["SIGTERM", "SIGKILL"]
     assert job.rungs[1].at - job.rungs[0].at < 3 * STALL["storage_stall"]

@@ -1,5 +1,6 @@
-"""A guest with a local disk, and an image on a file system that does not answer. The local disk is
-flushed first: when QEMU (7.2 to 11.1) asks the file system, its main thread hangs."""
+"""A guest with a local disk, and with an image on a file system that does not answer. The local
+disk is flushed first, because QEMU's main thread hangs when it asks the file system (7.2 to
+11.1)."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def guest_on_loop(directory: Path) -> Iterator[tuple[BareGuest, Path, Path, Slow
 
 @pytest.mark.timeout(300)
 def test_a_frozen_file_system_is_not_waited_for_without_end(lab_dir: Path) -> None:
-    """Others read from the device and write to the disk below it. The guest's write waits, and
-    neither counts as its progress."""
+    """The guest's write waits. Others read from the device and write to the disk below it, but
+    neither counts as progress of the guest's write."""
     fsfreeze = needs.program("fsfreeze", "util-linux")
     with contextlib.ExitStack() as stack:
         guest, point, device, disk = stack.enter_context(guest_on_loop(lab_dir))
@@ -93,5 +93,5 @@ def test_the_disk_below_a_device_that_counts_nothing_shows_progress(lab_dir: Pat
             disk.slow(MIB)
             job = stop(guest, STALL)
         finally:
-            accounting.write_text("1")  # The next user of the loop device would inherit it.
+            accounting.write_text("1")  # The next user of the device needs it.
     assert (actions(job), job.result) == (["SIGTERM"], Result.EXITED)

@@ -1,7 +1,8 @@
-"""A guest whose disk another process serves, stopped together with its server.
+"""A guest whose disk is served by another process. The guest is stopped together with this server.
 
-The guest has a qcow2 over NBD with acknowledged records, whose tables are dirty in QEMU's memory.
-The connection to its monitor is a socket pair, so its disks cannot be flushed before SIGTERM.
+The guest has a qcow2 over NBD with acknowledged records. The tables of the qcow2 are dirty in
+QEMU's memory. The connection to the monitor is a socket pair, so the disks cannot be flushed before
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from tests.rungs.stopping import Stopper, actions, codes, stopper, until
 RECORDS = Layout(40, passes=3)
 WRITTEN = 120
 ROUNDS = 20
-"""Most rows lose records in the first stop, and all in fewer stops than this."""
+"""The maximum number of stops until records are lost. In most rows, the first stop loses some."""
 
 
 @dataclass
 class Server:
     pid: int
     address: str
-    """Options of QEMU's NBD node."""
+    """The options of QEMU's NBD node that name the server."""
     image: Path
     pidfd: int
 
@@ -63,8 +64,8 @@ def make_image(path: Path) -> Path:
 
 @contextlib.contextmanager
 def server(kind: str, transport: str) -> Iterator[Server]:
-    """Serve a new image: `guest` is another QEMU, `lasting` and `leaving` are qemu-nbd with and
-    without --persistent."""
+    """Serve a new image. The kind `guest` is another QEMU; `lasting` and `leaving` are qemu-nbd
+    with and without --persistent."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("s"))
         image, path, port = make_image(directory / "image"), directory / "nbd", free_port()
@@ -100,8 +101,8 @@ def serve(qmp: Path | None, place: Path | int) -> None:
 
 
 def wait_for_listener(place: Path | int) -> None:
-    """Wait until the server listens. Do not connect, because a server that exits with its client
-    would exit after that."""
+    """Wait until the server listens. Do not connect for this, because a server that exits with its
+    client would then exit."""
     if isinstance(place, Path):
         wait_until(lambda: SocketTable().listens(lambda name: name == bytes(place)), bool)
     else:
@@ -130,10 +131,10 @@ def client(directory: Path, store: Server, more: str = "") -> Iterator[BareGuest
 def stop(
     guest: BareGuest | int, around: Callable[[Stopper, Job], Awaitable[None]] | None = None
 ) -> Job:
-    """Stop a guest, given itself or its process id; return the job after its end. `around` is
-    called when the job has begun."""
+    """Stop a guest, wait for the end of the job, and return the job. `around` is called when the
+    job has begun."""
     pid = guest if isinstance(guest, int) else guest.pid
-    # A server that is a guest is a copy of QEMU under another path.
+    # A server that is a guest is a copy of QEMU at another path.
     config = Config(executables=(f"*/{QEMU}",))
 
     async def work() -> Job:
@@ -156,7 +157,7 @@ def lost(store: Server, guest: BareGuest) -> int:
 
 
 def rounds_until_loss(one_round: Callable[[int], tuple[Job, int]]) -> None:
-    """Repeat until records were lost, and check that the receipt says so each time."""
+    """Repeat until records are lost. Check each time that the receipt names the risk."""
     for number in range(ROUNDS):
         job, missing = one_round(number)
         print(number, missing, job.risks)
@@ -220,7 +221,7 @@ def test_a_server_that_was_stopped_before_the_guest(lab_dir: Path, transport: st
 def test_a_healthy_server_is_no_risk(lab_dir: Path, kind: str, transport: str) -> None:
     with server(kind, transport) as store, client(lab_dir, store) as guest:
         job = stop(guest)
-        # This ends the server right after the end of the job.
+        # lost() ends the server right after the end of the job.
         assert lost(store, guest) == 0
     assert (job.result, job.risks, job.data_at_risk) == (Result.EXITED, (), False)
 
@@ -243,7 +244,7 @@ def handles_sigterm(pid: int) -> bool:
 
 
 def two_disks(path: Path) -> list[str]:
-    """Return the arguments of a QEMU with two exports of one server as disks."""
+    """Return the arguments of a QEMU whose disks are two exports of one server."""
     files = [f"file=nbd:unix:{path}:exportname={name},format=raw" for name in ("one", "two")]
     return [word for file in files for word in ("-drive", f"{file},if=none")]
 

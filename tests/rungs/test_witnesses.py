@@ -1,4 +1,4 @@
-"""Progress that only one witness shows, and movement that looks like progress. Each case was once
+"""Progress that only one sign shows, and movement that is no sign of progress. Each case was once
 judged wrongly."""
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def local_disk(directory: Path) -> list[str]:
 
 @pytest.fixture(params=["io_uring", "socat", "script"])
 def server_on(request: pytest.FixtureRequest) -> Callable[[Path, Path], list[object]]:
-    """Return a function that makes the command line of a server: one whose flush is in a kernel
-    thread, one that a proxy reaches by a pair of sockets, and one whose scripts write."""
+    """Return a function that makes the command line of a server. There are three servers: one whose
+    flush runs in a kernel thread, one to which a proxy connects through a pair of sockets, and one
+    whose scripts write."""
     if request.param == "script":
         nbdkit = needs.program("nbdkit", "nbdkit")
         return lambda image, path: [
@@ -123,7 +124,7 @@ def test_a_flush_in_one_of_many_threads_is_waited_for(lab_dir: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_dump_of_the_memory_is_waited_for(lab_dir: Path) -> None:
-    """QEMU can only write to its file, so the file is no image."""
+    """QEMU has opened the file only for writing, which shows that it is no image."""
     files = lab_dir / "files"
     files.mkdir()
     raw(files / "dump", MIB)
@@ -209,7 +210,7 @@ def test_a_job_of_the_server_itself_is_no_progress_of_a_dead_export(lab_dir: Pat
 
 
 def copy_slowly(monitor: Path) -> None:
-    """Let the server copy 32 MiB in 2 minutes, and leave its monitor."""
+    """Make the server copy 32 MiB in 2 minutes, and close the connection to its monitor."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(monitor))
         stream = connection.makefile("rwb")
@@ -224,7 +225,8 @@ def copy_slowly(monitor: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_client_that_goes_on_writing_is_no_progress_of_a_dead_disk(lab_dir: Path) -> None:
-    """QEMU's main loop waits for the dead disk, so QEMU exports the other one as before."""
+    """QEMU's main loop waits for the dead disk. So QEMU does not exit, and still exports the other
+    disk."""
     arguments = ["-object", "iothread,id=exports"]
     with slow_disk() as disk, nbd_store(raw(lab_dir / "image.raw")) as store:
         assert disk.directory is not None
@@ -249,7 +251,7 @@ def test_a_client_that_goes_on_writing_is_no_progress_of_a_dead_disk(lab_dir: Pa
 
 @pytest.mark.timeout(300)
 def test_a_flush_beside_a_dead_disk_and_a_client_is_waited_for(lab_dir: Path) -> None:
-    """The client reads all the time, and the flush takes longer than any doubt lasts."""
+    """The client reads all the time, and the flush takes longer than qkilld waits in doubt."""
     size = 100 * MIB
     with slow_disk() as disk, nbd_store(raw(lab_dir / "image.raw")) as store:
         assert disk.directory is not None

@@ -1,7 +1,7 @@
-"""Before SIGKILL: dead network storage is yanked, and QEMU finishes the other disks.
+"""Before SIGKILL: dead network storage is cut off, and QEMU finishes writing to the other disks.
 
-In most stops the flush before SIGTERM has saved the other disks already. Here it is skipped unless
-a test says otherwise, as if the storage had died a moment later.
+In most stops, the flush before SIGTERM has already saved the other disks. Most tests here skip this
+flush, as if the storage had died a moment later.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_without_it_sigkill_loses_most_of_them(lab_dir: Path, remote: NbdStore) 
 def test_a_server_that_is_gone_for_good_with_reconnect_delay(
     lab_dir: Path, remote: NbdStore
 ) -> None:
-    """QEMU hangs after a yank (7.2), so SIGKILL follows; the flush before SIGTERM has kept
+    """QEMU 7.2 hangs after the yank, so SIGKILL follows. The flush before SIGTERM has saved
     everything."""
     local = qcow2(lab_dir / "local.qcow2")
     with two_disks(lab_dir, local, remote, ",reconnect-delay=3600") as guest:
@@ -151,8 +151,8 @@ def devices(names: Sequence[str]) -> list[str]:
 def test_a_healthy_server_is_left_alone_and_has_all_its_time_afterwards(
     lab_dir: Path, remote: NbdStore
 ) -> None:
-    """The disk with the records is on NBD, too. QEMU's last writes to it take longer than
-    StorageStallSec=."""
+    """The disk with the records is on a healthy NBD server. QEMU's last writes to this disk take
+    longer than StorageStallSec=."""
     local = qcow2(lab_dir / "local.qcow2")
     with local.open("r+b") as image:
         image.truncate(local.stat().st_size + (64 << 20))

@@ -31,8 +31,8 @@ from tests.safety.cell import Cell, wrong
 from tests.safety.policies import COLUMNS, OURS, Column
 
 AT_ONCE: Final = 2
-"""The number of cells that run at a time. A cell mostly waits, and needs a processor only to boot
-its guest and to count records."""
+"""The number of cells that are measured at a time. A cell needs a processor only to boot its guest
+and to count records."""
 _KEPT: Final = CACHE / "safety"
 
 EPILOG: Final = """\
@@ -127,7 +127,7 @@ class _CellProcess:
 def _measure(
     rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
 ) -> dict[Key, CellResult]:
-    """Measure the cells that are not kept from an earlier run, the long ones first."""
+    """Measure the cells of which no earlier result is kept, the long ones first."""
     # The keys are in the order of the table.
     found = {(row.name, column.name): CellResult() for row in rows for column in columns}
     todo: list[tuple[Case, Column]] = []
@@ -178,7 +178,7 @@ def _keep(row: Case, column: Column, cell: Cell) -> None:
 
 
 def _path(row: Case, column: Column) -> Path:
-    """Return the path for a cell. Its name contains everything that the cell depends on and that
+    """Return the path for a cell. The name contains everything on which the cell depends and that
     may change between runs."""
     of = _qkilld() if column.of_qkilld else "peer"
     return _KEPT / f"{row.name}.{column.name}.{REVISION}.{of}.json"
@@ -223,7 +223,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _listed(what: Mapping[str, Case] | Mapping[str, Column]) -> str:
-    """Names and titles, one per line."""
+    """Return names and titles, one on each line."""
     return "\n".join(f"  {name:<16}{one.title}" for name, one in what.items())
 
 

@@ -1,9 +1,10 @@
 """The rows: the storage and the state of a guest that is stopped, and the right results.
 
 Each case is a context manager that makes the storage and yields a Scene. In a cell, the scene's
-machine starts and reports that its records are written. Then `started` and `strike` are called, and
-the guest is stopped at once. Each of `later` is called at its time after the request to stop. After
-the result, `recover` makes storage and process work again, so that the disks can be read.
+machine starts, and reports that its records are written. Then `started` and `strike` are called,
+and the guest is stopped at once. Each function of `later` is called at its time after the request
+to stop. After the result, `recover` makes the storage and the process work again, so that the disks
+can be read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.lab.storage import NbdServer, SlowDisk, nbd_server, slow_disk
 from tests.safety.machine import Machine, Target
 
 REVISION: Final = 2
-"""Increase this if a change makes earlier measurements invalid."""
+"""Increase this number if a change makes earlier measurements invalid."""
 
 MIB: Final = 1 << 20
 GRACE_S: Final = 10
@@ -36,11 +37,11 @@ STORAGE_STALL_S: Final = 60
 REAP_S: Final = 5
 """The defaults of qkilld.conf."""
 _SETTLED_S: Final = 8
-"""For this long (s) after a change of the storage, the earlier verdict is right, too."""
+"""For this time (s) after a change of the storage, the earlier verdict is right, too."""
 
 _DETAIL_S: Final = 5
-"""After this time (s), a sample with detail has found servers and read rings. Samples have detail
-once a wait is 2 s old."""
+"""After this time (s), a sample with detail has found servers and read rings. When a wait is 2 s
+old, samples have detail."""
 _MOVES: Final = frozenset({Verdict.FLUSHING})
 _WAITS: Final = frozenset({Verdict.STORAGE_WAIT})
 _EITHER: Final = _MOVES | _WAITS
@@ -56,7 +57,7 @@ def _nothing(target: Target) -> None:
 class Scene:
     machine: Machine
     images: Sequence[Path]
-    """The qcow2 images with the records, to be read when nobody has them open."""
+    """The qcow2 images with the records. They are read when no process has them open."""
     started: Callable[[Target], None] = _nothing
     strike: Callable[[Target], None] = _nothing
     later: Sequence[tuple[float, Callable[[], None]]] = ()
@@ -64,17 +65,18 @@ class Scene:
 
 
 class StorageMismatch(Exception):
-    """The storage did not behave as its row says, so the cell has no result."""
+    """The storage did not behave as described in its row, so the cell has no result."""
 
 
 Network = Callable[[], contextlib.AbstractContextManager[None]]
-"""Enters the guest's network, for servers that the guest connects to."""
+"""Enters the guest's network, to start servers to which the guest connects."""
 Make = Callable[[Network], contextlib.AbstractContextManager[Scene]]
 
 
 @dataclass(frozen=True)
 class RightVerdicts:
-    """The verdicts that are right from `since` (s after the request) until the next entry."""
+    """The verdicts that are right from `since` (s after the request) until that of the next
+    entry."""
 
     since: float
     verdicts: frozenset[Verdict]
@@ -86,7 +88,7 @@ class Expectation:
 
     result: frozenset[str]
     within: float
-    """The longest time from the request to the result, s."""
+    """The maximum time from the request to the result, s."""
     not_before: float = 0
     nothing_lost: bool = True
 
@@ -101,7 +103,7 @@ class Case:
     note: str = ""
     """A remark for the table."""
     busy: float = 0
-    """The shortest time (s) that the storage needs to finish the guest's writes. If the guest exits
+    """The minimum time (s) that the storage needs to finish the guest's writes. If the guest exits
     earlier without SIGKILL, the storage was not slow."""
     weight: float = 60
     """The approximate duration of the longest cell, s. Rows with long cells start first."""
@@ -123,19 +125,20 @@ def _records(count: int, passes: int, stride: int = 32 * MIB) -> str:
 
 
 MANY: Final = _records(900, 3)
-"""The later passes leave 300 L2 tables of 4 KiB in memory. A clean exit writes them, in 24 s at 400
-kbit/s."""
+"""The later passes leave 300 L2 tables of 4 KiB in memory. A clean exit writes them. At 400 kbit/s,
+this takes 24 s."""
 FEW: Final = _records(90, 3)
 ONE_TABLE: Final = f"{_records(90, 3, 2 * MIB)} lab.at={256 * MIB}"
-"""With clusters of 64 KiB, a single L2 table covers all records. QEMU makes it for the first
+"""With clusters of 64 KiB, a single L2 table covers all records. QEMU makes the table for the first
 record, so later writes cause no flush."""
 GAPS: Final = "3600"
-"""At this rate (bits per second), nbdkit lets 4 KiB pass after 25 s: its bucket holds the amount of
-2 s, and it waits for shorter and shorter times for the rest."""
+"""At this rate (bits per second), nbdkit passes 4 KiB on after 25 s: its bucket has room for the
+amount of 2 s, and it waits for the rest in shorter and shorter intervals."""
 _RATE: Final = 2_000_000
 """Speed of a slow disk, bytes per second."""
 TWO_TABLES: Final = _records(80, 40)
-"""These leave two L2 tables and a refcount block to write, each with a request of 4 KiB."""
+"""After these records, two L2 tables and a refcount block must be written, each with a request of 4
+KiB."""
 
 
 def _file(where: Path | str, options: str = "cache=writeback") -> str:
@@ -143,8 +146,8 @@ def _file(where: Path | str, options: str = "cache=writeback") -> str:
 
 
 def _qcow2(path: Path, cluster: str = "4K") -> Path:
-    """Make an image whose clusters hold one record each. Each later pass needs new clusters, which
-    QEMU enters into existing L2 tables."""
+    """Make an image in which each cluster contains one record. Each later pass needs new clusters,
+    which QEMU enters into existing L2 tables."""
     qemu_img = str(needs.program("qemu-img", "qemu-utils"))
     options = f"cluster_size={cluster}"
     run([qemu_img, "create", "-q", "-f", "qcow2", "-o", options, path, "10G"], check=True)
@@ -162,7 +165,7 @@ def _fast(
 
 @contextlib.contextmanager
 def _idle(network: Network) -> Iterator[Scene]:
-    """A guest without a disk, so nothing is outstanding."""
+    """A guest without a disk, so QEMU has nothing to write."""
     with scratch("m") as directory:
         yield Scene(Machine(directory, [], "lab.job=disks"), [])
 
@@ -183,7 +186,7 @@ def _page_cache(mebibytes: int) -> Make:
 
 
 def _queue(aio: str) -> Make:
-    """The guest's own writes wait in a long queue of the disk, not in the page cache."""
+    """The guest's own writes wait in a long queue of the disk instead of in the page cache."""
     job = f"{ONE_TABLE} lab.load=write lab.bytes={MIB} lab.depth=40"
 
     @contextlib.contextmanager
@@ -191,7 +194,7 @@ def _queue(aio: str) -> Make:
         with _slow_image(f"cache=none,aio={aio}", job) as (disk, scene):
 
             def strike(target: Target) -> None:
-                # Let the guest fill its queue. With Linux AIO, no thread of QEMU waits after that.
+                # Let the guest fill its queue. With Linux AIO, no thread of QEMU waits afterwards.
                 time.sleep(3)
                 disk.slow(_RATE)
                 time.sleep(1)  # all writes are in the queue now
@@ -209,7 +212,7 @@ def _queue(aio: str) -> Make:
 
 @contextlib.contextmanager
 def _slow_image(options: str, job: str, memory: int = 256) -> Iterator[tuple[SlowDisk, Scene]]:
-    """A guest whose image is on a disk that can become slow."""
+    """A guest with its image on a disk that can become slow."""
     with scratch("m") as directory, slow_disk(mebibytes=1024) as disk:
         assert disk.directory is not None
         image = _qcow2(disk.directory / "disk.qcow2", cluster="64K")
@@ -303,7 +306,7 @@ def _debugger(network: Network) -> Iterator[Scene]:
             debuggers.append(debugger)
             stack.callback(end, debugger)
             assert debugger.stdin is not None and debugger.stdout is not None
-            # When gdb prints this, it holds every thread.
+            # When gdb prints this, it has stopped every thread.
             debugger.stdin.write(b"echo attached\\n\n")
             debugger.stdin.flush()
             while b"attached" not in (line := debugger.stdout.readline()):
@@ -390,7 +393,7 @@ def _hierarchy(version: int, controller: str) -> Path:
 
 @contextlib.contextmanager
 def _neighbour(network: Network) -> Iterator[Scene]:
-    """The image's file system is stuck, and the disk below it is busy for somebody else.
+    """The image's file system is stuck, but the disk below it works for somebody else.
 
     The guest has its own control groups, as under libvirt and systemd.
     """
@@ -426,7 +429,8 @@ def _neighbour(network: Network) -> Iterator[Scene]:
 
 
 def _own_group_parents() -> list[Path]:
-    """Return the parents for the guest's own groups, in the hierarchies that count writes."""
+    """Return the parent directories for the guest's own groups, in the hierarchies that count
+    writes."""
     parents = []
     for controller in ("memory", "blkio"):
         with contextlib.suppress(needs.Missing):
@@ -436,7 +440,7 @@ def _own_group_parents() -> list[Path]:
 
 @contextlib.contextmanager
 def _file_system(image: Path, mebibytes: int) -> Iterator[Path]:
-    """An ext4 on a loop device, whose file is on another file system."""
+    """An ext4 file system on a loop device. The file of the device is on another file system."""
     with contextlib.ExitStack() as stack:
         image.touch()
         os.truncate(image, mebibytes * MIB)
@@ -470,7 +474,7 @@ def _failing(network: Network) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _sixteen(network: Network) -> Iterator[Scene]:
-    """Sixteen disks, each on its own server. QEMU flushes them one by one."""
+    """A guest with sixteen disks, each on its own server. QEMU flushes them one by one."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("m"))
         images = [_qcow2(directory / f"disk{n}.qcow2") for n in range(16)]

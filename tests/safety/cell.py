@@ -1,7 +1,7 @@
 """A program, run as `python -m tests.safety.cell ROW COLUMN [TRACES]`: one cell of the matrix.
 
-Prints one line of JSON: {"cell": ...}, {"missing": TEXT} or {"failed": TEXT}. qkilld's traces go to
-TRACES/ROW.
+It prints one line of JSON: {"cell": ...}, {"missing": TEXT} or {"failed": TEXT}. qkilld's traces
+are written to TRACES/ROW.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Cell:
     column: str
     acknowledged: int
     lost: int
-    """Acknowledged records that the disks do not have."""
+    """The number of acknowledged records that are missing on the disks."""
     corrupt: int
-    """Errors that `qemu-img check` finds, without leaked clusters."""
+    """The number of errors that `qemu-img check` finds, without leaked clusters."""
     outcome: Outcome
     wrong: list[str]
     """The differences from the expected result; only for qkilld."""
@@ -50,10 +50,11 @@ class Cell:
 
 
 def measure(case: Case, column: Column, traces: Path | None) -> Cell:
-    """Stop a guest; repeat with another guest if the storage did not behave as the row says.
+    """Stop a guest. If the storage did not behave as described in the row, repeat this with another
+    guest.
 
     Raises needs.Missing, AssertionError if the guest does not start, and StorageMismatch if the
-    storage never behaves as the row says.
+    storage never behaves as described.
     """
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(StorageMismatch):
@@ -101,16 +102,16 @@ def _stop(scene: Scene, stopper: Stopper, target: Target) -> tuple[int, Outcome]
             timer.cancel()
             timer.join()
         scene.recover()
-    # A guest that was given up, or that waits in the kernel, can exit now.
+    # Now a guest can exit that was given up, or that waited in the kernel.
     wait_gone(target.pidfd, RECOVERY_S)
     return acknowledged, outcome
 
 
 def _check(image: Path) -> int:
-    """Return the number of errors in the image, once nobody has it open.
+    """Wait until no process has the image open, then return the number of errors in it.
 
-    The kernel keeps the files of an io_uring open until its last request is done, long after the
-    process has gone.
+    The kernel keeps the files of an io_uring open until its last request is done. This may be long
+    after the exit of the process.
     """
     check = ["check", "-f", "qcow2", "--output=json", str(image)]
     deadline = time.monotonic() + RECOVERY_S
@@ -123,7 +124,7 @@ def _check(image: Path) -> int:
 
 
 def wrong(case: Case, cell: Cell) -> list[str]:
-    """Describe how qkilld's cell differs from what the case expects."""
+    """Describe how qkilld's cell differs from the case's expectation."""
     outcome, expected = cell.outcome, case.expected
     found = []
     if outcome.result not in expected.result:
@@ -157,7 +158,7 @@ def _wrong_ticks(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _killed_at(outcome: Outcome) -> float:
-    """Return the time of SIGKILL. Later verdicts are not judged by `right`."""
+    """Return the time of SIGKILL. Verdicts after it are not compared with `right`."""
     rungs = outcome.details.get("receipt", {}).get("rungs", [])
     return min((at / 1e6 for _, name, at in rungs if "KILL" in str(name)), default=float("inf"))
 

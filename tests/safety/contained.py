@@ -1,7 +1,7 @@
 """Columns whose guests run in a throwaway system: plain systemd, and libvirt.
 
-The storage is in this process's scratch directory outside, which is visible inside under the same
-path. TCP servers start in the system's network.
+The storage is in this process's scratch directory on the host. In the throwaway system, it is
+visible under the same path. TCP servers are started in the system's network.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ContainerPolicy:
         return self._system.network()
 
     def show_storage(self) -> None:
-        """Make the scratch directory and the mounts below it visible inside."""
+        """Make the scratch directory and the mounts below it visible in the system."""
         path = os.fsencode(run_directory())
         tree = _libc.syscall(
             _SYS_OPEN_TREE,
@@ -86,7 +86,7 @@ class ContainerPolicy:
 
 
 class Systemd(ContainerPolicy):
-    """The guest runs in a service that only sets TimeoutStopSec=."""
+    """The guest runs in a service that sets only TimeoutStopSec=."""
 
     @contextlib.contextmanager
     def launch(self, machine: Machine) -> Iterator[Target]:
@@ -156,7 +156,7 @@ class Libvirt(ContainerPolicy):
 
 
 def _inside(text: str) -> str:
-    """Replace paths of the checkout by those in the system."""
+    """Replace paths of the checkout on the host by those in the system."""
     return text.replace(str(TOP), container.CHECKOUT)
 
 
@@ -174,7 +174,7 @@ def _held(target: Target) -> Iterator[Target]:
 @contextlib.contextmanager
 def systemd(traces: Path | None) -> Iterator[Stopper]:
     """Raises needs.Missing, as boot() does."""
-    guest_image()  # build it here, because inside, the checkout is read-only
+    guest_image()  # build it here: in the system, the checkout is read-only
     with container.boot() as system:
         yield Systemd(system)
 

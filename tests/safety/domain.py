@@ -2,9 +2,9 @@
 it.
 
 Run it only in a throwaway system (tests.lab.container). It starts libvirtd and the guest, and
-prints a line of JSON. Then it reads the options of `virsh destroy` as a line of JSON, stops the
+prints a line of JSON. Then it reads a line of JSON with the options of `virsh destroy`, stops the
 guest, and prints {"seconds", "said", "status"}. "status" is the guest's exit code: -N for signal N,
-null if the guest is still there. The program exits at the end of its input.
+null if the guest still exists. The program exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ARGUMENTS: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def description(machine: Machine) -> str:
-    """Return libvirt's XML of the machine. It passes the arguments for the disks to QEMU
+    """Return libvirt's XML of the machine. libvirt passes the arguments for the disks to QEMU
     unchanged."""
     ET.register_namespace("qemu", _ARGUMENTS)
     image = guest_image()
@@ -59,7 +59,8 @@ def description(machine: Machine) -> str:
 
 def main() -> int:
     xml, name = sys.argv[1:]
-    # Become the guest's parent, to reap it at once: libvirt takes a zombie for a living process.
+    # Become the guest's parent, so that the guest is reaped at once: libvirt takes a zombie for a
+    # running process.
     become_subreaper()
     try:
         with peer.libvirtd():

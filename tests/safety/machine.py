@@ -22,7 +22,7 @@ BOOT_TIMEOUT_S: Final = 180
 
 @dataclass(frozen=True)
 class Machine:
-    """A Linux guest with these disks, which it sees as NVMe."""
+    """A Linux guest with these disks, which are NVMe disks for the guest."""
 
     directory: Path
     """The directory of the machine, with the log of its serial line."""
@@ -45,7 +45,7 @@ class Machine:
         return f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check {self.job}"
 
     def said(self) -> str:
-        """Return QEMU's messages, if whoever started it keeps them in the directory."""
+        """Return QEMU's messages if they are stored in the directory, otherwise ""."""
         path = self.directory / "stderr"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -76,7 +76,7 @@ class Target:
 
     machine: Machine
     pid: int
-    """Its id in this process's PID namespace."""
+    """The process id in this process's PID namespace."""
     pidfd: int
 
     @classmethod
@@ -95,7 +95,7 @@ class Target:
                     if name.startswith("qemu-system") and wanted in words:
                         return cls(machine, pid, os.pidfd_open(pid))
             assert time.monotonic() < deadline, f"there is no QEMU with the UUID {machine.uuid}"
-            # A process in another namespace cannot be waited for.
+            # Poll, because nothing reports the start of a process in another namespace.
             time.sleep(0.05)
 
     def wait_for(self, pattern: str) -> None:
@@ -110,7 +110,7 @@ class Target:
         assert not found.startswith("GUEST ERROR"), found
 
     def acknowledged(self) -> int:
-        """Return the number of records that its disks have acknowledged."""
+        """Return the number of records that the guest's disks have acknowledged."""
         return Log(self.machine.serial).text().count("ACK ")
 
     @property
@@ -118,7 +118,7 @@ class Target:
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Raises ProcessLookupError if it is gone."""
+        """Send a signal. Raises ProcessLookupError if the process is gone."""
         signal.pidfd_send_signal(self.pidfd, number)
 
     def state(self) -> str:

@@ -14,7 +14,8 @@ from tests.safety.machine import Machine, Target
 @dataclass
 class Outcome:
     result: str
-    """exited (before any SIGKILL), killed, or survived (it was given up and is still there)."""
+    """exited (before any SIGKILL), killed, or survived (the policy gave up, and the process still
+    exists)."""
     seconds: float
     """Seconds from the request to the result."""
     said: str = ""
@@ -28,11 +29,11 @@ class Stopper(Protocol):
     """A policy that is ready to run."""
 
     def network(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which to start the servers that the guest connects to over TCP."""
+        """Return a context for starting servers to which the guest connects over TCP."""
 
     def launch(self, machine: Machine) -> contextlib.AbstractContextManager[Target]:
-        """Return a context with a running guest. At its end, the guest is killed if it is still
-        there."""
+        """Return a context with a running guest. If the guest still exists at the end of the
+        context, it is killed."""
 
     def stop(self, target: Target) -> Outcome:
         """Stop the guest. Return when the policy reports the result."""

@@ -1,4 +1,4 @@
-"""The columns: the ways to stop a guest. Each also starts its guests in its usual way.
+"""The columns: the ways to stop a guest. Each starts its guests in the way that is usual for it.
 
 All are real programs except `wchar`, which no program implements.
 """
@@ -23,7 +23,7 @@ from tests.safety.outcome import Outcome, Policy, Stopper
 
 TICK_S: Final = 0.5
 PATIENCE_S: Final = 400
-"""Longer than any policy takes for any case."""
+"""Longer (s) than any policy takes for any case."""
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
 
 
@@ -65,7 +65,7 @@ class Qkilld(Direct):
             except TimeoutError:
                 assert time.monotonic() < start + PATIENCE_S, f"the job goes on: {self._log()}"
             verdict = client.properties(job, JOB_INTERFACE)["Verdict"]
-            # Skip the verdict of a guest that has exited before the call.
+            # Skip the verdict if the guest had exited before the call.
             if verdict not in (Verdict.GONE, Verdict.ZOMBIE):
                 ticks.append((round(time.monotonic() - start, 1), str(verdict)))
         seconds = time.monotonic() - start
@@ -88,8 +88,8 @@ def _qkilld(flags: Flag, *, traced: bool) -> Policy:
 
 
 class OneCounter(Direct):
-    """Send SIGTERM; send SIGKILL when wchar of /proc/PID/io has not changed for 10 s; wait another
-    5 s."""
+    """Send SIGTERM. When wchar of /proc/PID/io has not changed for 10 s, send SIGKILL. Then wait
+    another 5 s."""
 
     STALL_S: Final = 10
     REAP_S: Final = 5

@@ -32,11 +32,11 @@ from tests.shutdown.scene import Launcher, ProcessLauncher, Row
 ROWS: Final = {**systems.ROWS, **rows.ROWS}
 CELL_S: Final = 1200
 SLOTS: Final = 2
-"""The number of guests that boot or shut down at a time; others wait."""
+"""The number of guests that boot or shut down at a time. Further guests wait."""
 
 
 def measure(row: str, column: str) -> dict[str, Any]:
-    """Measure one cell: the records kept, the seconds, and how the stop ended."""
+    """Measure one cell: how many records were kept, how long the stop took, and how it ended."""
     what = ROWS[row]
     slot = _Slot()
     try:
@@ -86,7 +86,8 @@ def _launcher(row: Row, column: str) -> Iterator[Launcher]:
 
 
 class _Slot:
-    """The right to keep a processor busy. __init__ waits for a free slot if the run has a limit."""
+    """One of SLOTS permissions to keep a processor busy. If the run has a limit, __init__ waits for
+    a free slot."""
 
     def __init__(self) -> None:
         self._file = None

@@ -1,7 +1,7 @@
 """Guests that libvirt starts, in a throwaway system (tests.lab.container).
 
-libvirt sets memory and machine type, and passes all other arguments to QEMU unchanged. So the guest
-is the same as without libvirt, and a saved state can be loaded into it.
+libvirt sets the memory and the machine type, and passes all other arguments to QEMU unchanged. So
+the guest is the same as without libvirt, and can be continued from a saved state.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LibvirtDomain:
         return document
 
     def _virsh(self, command: str, timeout_s: float) -> None:
-        # Failures show in how the guest ends.
+        # Ignore failures here: they show in how the guest ends.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.system.run("virsh", "-c", peer.URI, command, NAME, timeout=timeout_s, check=False)
 

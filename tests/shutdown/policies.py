@@ -25,7 +25,7 @@ from tests.rungs.stopping import actions, codes, stopper, until
 from tests.shutdown.scene import Domain, Row, Scene
 
 LONGEST_S: Final = 150
-"""A policy that waits longer is stopped, and its cell shows `> 150 s`."""
+"""If a policy waits longer than this, it is stopped, and its cell shows `> 150 s`."""
 _OURS_S: Final = 400
 _AGENT_S: Final = 3.0
 
@@ -40,17 +40,18 @@ class Stop:
     at_risk: list[str] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     asked: str = ""
-    """The result of asking the guest."""
+    """The result of asking the guest to shut down."""
     sigterm_s: float | None = None
-    """The seconds from the call to SIGTERM; None if it was not sent, or is not known."""
+    """The seconds from the call to SIGTERM; None if SIGTERM was not sent, or its time is
+    unknown."""
 
 
 Policy = Callable[[Scene, Row], Stop]
 
 
 def qkilld(scene: Scene, row: Row) -> Stop:
-    """Use FORCE and POWERDOWN with default settings. qkillctl stops guests of libvirt, because it
-    can ask them."""
+    """Use FORCE and POWERDOWN with default settings. For a guest of libvirt, use qkillctl, because
+    qkillctl can ask it."""
     if scene.target.domain is not None:
         return _qkillctl(scene.target.domain)
     config = Config(executables=(str(Path(f"/proc/{scene.target.pid}/exe").readlink()),))
@@ -79,7 +80,8 @@ def _stop_of(job: Job) -> Stop:
 
 
 def _sigterm_s(rungs: Iterable[tuple[str, int]]) -> float | None:
-    """Return when SIGTERM was sent. Takes each rung's action and its time after the start, µs."""
+    """Return when SIGTERM was sent, in s after the start. `rungs`: the action and the time (µs) of
+    each rung."""
     times = [at / USEC_PER_SEC for action, at in rungs if action == signal.SIGTERM.name]
     return times[0] if times else None
 
@@ -112,8 +114,8 @@ def sigterm(scene: Scene, row: Row) -> Stop:
 
 
 def proxmox(scene: Scene, row: Row) -> Stop:
-    """Ask the agent, or press the power button if it does not answer in 3 s, and wait 60 s; send
-    SIGTERM and wait 10 s; send SIGKILL."""
+    """Ask the agent. If it does not answer within 3 s, press the power button instead. Wait 60 s,
+    send SIGTERM, wait 10 s, and send SIGKILL."""
     asked = "agent"
     if scene.agent is None or not _ask_agent(scene.agent):
         asked = "button"
@@ -128,7 +130,7 @@ def proxmox(scene: Scene, row: Row) -> Stop:
 
 
 def one_press(scene: Scene, row: Row) -> Stop:
-    """Press the power button, wait 90 s, send SIGKILL, like a unit whose ExecStop= sends
+    """Press the power button, wait 90 s, and send SIGKILL, like a unit whose ExecStop= sends
     system_powerdown."""
     _press(scene.qmp)
     if wait_gone(scene.target.pidfd, 90):
@@ -152,7 +154,7 @@ def _press(path: Path) -> None:
 
 
 def _ask_agent(path: Path) -> bool:
-    """Ask the agent to shut the guest down if it answers a ping; return whether it did."""
+    """If the agent answers a ping, ask it to shut the guest down. Return whether it was asked."""
     with ignore("asking the agent", OSError), socket.socket(socket.AF_UNIX) as agent:
         agent.settimeout(_AGENT_S)
         agent.connect(str(path))

@@ -1,7 +1,7 @@
 """The rows whose guest has no operating system, so it cannot be asked to shut down.
 
-Each guest has a healthy disk with 300 acknowledged records, of which QEMU still holds about two
-thirds in memory. Most have a second disk, which causes the trouble.
+Each guest has a healthy disk with 300 acknowledged records. QEMU has about two thirds of them only
+in memory. Most guests have a second disk, which causes the problem.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ ROWS: Final = {
         "EIO on the last flush of the other disk", _failing_flush, at_risk=("flush-failed",)
     ),
     "backup": Row("a backup is running, 24 s more", _backup, note="the copy is whole"),
-    # A mirror that is ready continues until somebody ends it, so qkilld does not wait for it.
+    # A mirror that is ready continues until somebody ends it. So qkilld does not wait for it.
     "mirror": Row(
         "a mirror is running", _mirror, at_risk=("job-cancelled",), note="the copy is whole"
     ),

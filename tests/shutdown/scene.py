@@ -27,10 +27,10 @@ class RecordCount:
 
 
 class Domain(Protocol):
-    """A guest that libvirt has started, to be stopped from its host."""
+    """A guest that libvirt has started."""
 
     def shutdown(self) -> None:
-        """Run virsh shutdown, which returns when the guest has been asked."""
+        """Run virsh shutdown. It returns when the guest has been asked."""
 
     def destroy(self) -> None:
         """Run virsh destroy."""
@@ -112,11 +112,11 @@ class Scene:
     target: GuestHandle
     qmp: Path
     count: Callable[[], RecordCount]
-    """Counts the records. Call it when nobody has the disks open."""
+    """Counts the records. Call it when no process has the disks open."""
     later: Sequence[tuple[float, Callable[[], None]]] = ()
-    """Seconds after the request, and what happens then."""
+    """Functions to call, each with its time in seconds after the request."""
     recover: Callable[[], None] = nothing
-    """Repairs the storage, so that a guest that hangs can exit."""
+    """Makes the storage work again, so that a hung guest can exit."""
     agent: Path | None = None
     """The socket of the guest's agent; None if no agent runs."""
 
@@ -135,13 +135,13 @@ class Row:
     result: tuple[str, ...] = ("exited",)
     """The allowed results of qkilld's job."""
     at_risk: tuple[str, ...] = ()
-    """Codes that qkilld's receipt must have."""
+    """The codes that qkilld's receipt must contain."""
     asked: str = "deaf"
     """The result of asking the guest in qkilld's column."""
     note: str = ""
     """A remark that RecordCount.notes must contain after qkilld's stop."""
     help: tuple[GuestOrder, ...] = ()
-    """What qkilld may do so that the guest can be asked."""
+    """What qkilld may do to the guest so that it can be asked to shut down."""
     columns: tuple[str, ...] = EVERYBODY
     by_libvirt: bool = False
     """Whether libvirt starts the guest in every column, not only in that of virsh."""

@@ -1,6 +1,6 @@
 """The rows whose guest runs an operating system: Debian with systemd, or busybox on aarch64.
 
-The guest holds eight files that it has not written to its disk yet (tests.lab.debian).
+The guest has eight files that it has not yet written to its disk (tests.lab.debian).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _LATE_STOP: Final = (
     ' head -c 65536 /dev/urandom >/data/late; sync /data/late; sleep 0.5; done\\""'
     f" >{_UNIT}; systemctl daemon-reload; systemctl start lab-late"
 )
-"""Starts a service whose stop takes STOP_JOB_S seconds and writes meanwhile."""
+"""The command that starts a service. Stopping this service takes STOP_JOB_S seconds, and it writes
+meanwhile."""
 _IGNORE: Final = (
     "mkdir -p /run/systemd/logind.conf.d; printf '[Login]\\nHandlePowerKey=ignore\\n'"
     " >/run/systemd/logind.conf.d/lab.conf; systemctl restart systemd-logind"
@@ -86,7 +87,8 @@ def _running(
             for command in prepare:
                 shell.run(command)
             write_files(shell)
-            # Let the work of the commands above end, so that the guest is idle when it is asked.
+            # Wait until the guest has finished the work of the commands above, so that it is idle
+            # when it is asked.
             time.sleep(3)
             yield _Debian(shell, qmp, target)
         finally:
@@ -111,7 +113,7 @@ def _debian(
     strike: Callable[[_Debian], None] | None = None,
 ) -> Make:
     """Make a guest in which the commands `prepare` have run. `monitor`: "qmp", or "monitor" for a
-    human one."""
+    human monitor."""
 
     @contextlib.contextmanager
     def make(directory: Path, launcher: Launcher) -> Iterator[Scene]:
@@ -197,7 +199,7 @@ def _on_nbd(
 
 @contextlib.contextmanager
 def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Freeze the storage one second after the request, for 30 s."""
+    """One second after the request, freeze the storage for 30 s."""
     with _on_nbd(directory, launcher) as (_, store, scene):
         scene.recover = store.thaw
         scene.later = [(1, store.freeze), (31, store.thaw)]
@@ -206,7 +208,7 @@ def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _storage_becomes_slow(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Slow down the storage of a busy guest 20 s after the request."""
+    """20 s after the request, make the storage of a busy guest slow."""
     with _on_nbd(directory, launcher, _IGNORE) as (debian, store, scene):
         _load(debian)
         scene.recover = store.fast
@@ -248,7 +250,7 @@ def _aarch64(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 
 def _count_blocks(data: Path) -> int:
-    """Count the blocks that the aarch64 guest wrote one after the other to a raw disk."""
+    """Count the blocks that the aarch64 guest wrote to a raw disk, one after another."""
     content = data.read_bytes()
     return sum(
         content[n * 65536 : (n + 1) * 65536] == str(n + 1).encode() * 65536 for n in range(FILES)
