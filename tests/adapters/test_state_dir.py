@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from qkilld.adapters import job_store, process, procfs, state_dir
+from qkilld.adapters import background, job_store, process, procfs, state_dir
 from qkilld.adapters.job_store import JobStore
 from qkilld.adapters.process import PidfdProcess
 from qkilld.adapters.service_manager import ServiceManager
@@ -161,6 +161,7 @@ def test_a_job_with_too_much_evidence_is_saved_without_it(
     sockets = tuple(Socket(inode, "unix", True, 0, 0) for inode in range(4096))
     long = replace(snapshot(1), assessment=assess(None, Sample(5, "S", sockets=sockets)))
     monkeypatch.setattr(state_dir, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(background, "FLUSH_TIMEOUT_S", 60)  # Making the text takes long.
     first.save(long)
     first.close(1)
     assert opened().load() == ([replace(long, assessment=None)], 1, [])

@@ -104,6 +104,7 @@ def test_a_failed_search_is_not_repeated_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "RETRY_S", LONG_S)
     monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
     for pid in range(1000):
         (tmp_path / f"{pid}/fd").mkdir(parents=True)
