@@ -34,6 +34,14 @@ def set_up() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     for name in DEFERRED:
         sys.modules.setdefault(name, _DeferredModule(name))
+    if sys.version_info[:2] == (3, 13):
+        vars(sys.modules["inspect"]).setdefault("get_annotations", _annotations)
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    """Return what `inspect.get_annotations(cls)` returns on Python 3.13, where dataclasses call
+    nothing else of that module."""
+    return dict(vars(cls).get("__annotations__", {}))
 
 
 class _DeferredModule(ModuleType):
