@@ -50,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
         process.end_with_parent()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests that only compute to the end: they fill the time while the last of the long
+    tests wait."""
+    quick = [Path(__file__).parent / name for name in ("pure", "engine")]
+    items.sort(key=lambda item: item.path.parent in quick)
+
+
 def pytest_unconfigure() -> None:
     scratch.remove_run_directory()
     scratch.sweep()  # Remove what killed processes have left.

@@ -135,7 +135,7 @@ PYTEST = (
     *(sys.executable, "-m", "pytest", "-q", "-c", "/dev/null"),
     *("-p", "tests.conftest", "-p", "no:cacheprovider"),
 )
-each_way = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
+each_way = pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
 
 
 def _run_tests(
@@ -180,23 +180,30 @@ def test_a_leak_fails_the_test_that_made_it(lab_dir: Path, line: str, told: str)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "skips"),
     [
-        "def test_it(): pytest.skip('the reason')",
-        "def test_it(): raise Missing('the reason')",
-        "pytest.skip('the reason', allow_module_level=True)",
+        (
+            """
+            def test_it(): pytest.skip('the reason')
+            def test_what_is_missing(): raise Missing('the reason')
+            """,
+            2,
+        ),
+        ("pytest.skip('the reason', allow_module_level=True)", 1),
     ],
+    ids=["tests", "module"],
 )
 @each_way
 def test_a_skip_is_a_failure_in_ci_alone(
-    lab_dir: Path, text: str, workers: tuple[str, ...]
+    lab_dir: Path, text: str, skips: int, workers: tuple[str, ...]
 ) -> None:
-    text = f"import pytest\nfrom tests.lab.needs import Missing\n{text}\n"
+    text = f"import pytest\nfrom tests.lab.needs import Missing\n{textwrap.dedent(text)}\n"
     at_home = _run_tests(lab_dir, text, *workers)
-    assert "1 skipped" in at_home.stdout, at_home.stdout
+    assert f"{skips} skipped" in at_home.stdout, at_home.stdout
     in_ci = _run_tests(lab_dir, text, *workers, ci=True)
     assert in_ci.returncode == 1 or in_ci.returncode == 2, in_ci.stdout
-    assert "skipped, which CI=true does not allow: Skipped: the reason" in in_ci.stdout
+    told = "skipped, which CI=true does not allow: Skipped: the reason"
+    assert in_ci.stdout.count(f"\n{told}\n") == skips, in_ci.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
