@@ -1,8 +1,8 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
-The numbers are counters: of the disk under the descriptor that a thread waits on, of a connection
-and of the server at its other end, or of the process and its control group. waits.py assigns signs
-to waits; verdict.py follows them.
+The numbers are counters: those of the disk that a thread waits for, of a connection and the server
+at its other end, or of the process and its control group. waits.py assigns signs to waits;
+verdict.py follows them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Io, Mount, Peer, Sample, Socket, Thread
 
 WINDOW: Final = 6 * USEC_PER_SEC
-"""The time (µs) over which traffic is counted. Disks write back in bursts up to 5 s apart."""
+"""The time (µs) over which traffic is counted. Disks write data back in bursts that are up to 5 s
+apart."""
 KEEPALIVE: Final = 512
 """Fewer bytes than this in a WINDOW do not count, because they may be keepalives. iSCSI sends 48
 bytes each way every 5 s."""
 SERVES: Final = 3
-"""This many context switches in a WINDOW show that an NBD server serves requests, even if none of
-its threads is seen in a call."""
+"""An NBD server serves requests if it has this many context switches in a WINDOW, even if no sample
+finds one of its threads in a call."""
 HANDSHAKE: Final = 16 * 1024
-"""If fewer bytes than this were acknowledged on a connection, what the server sent does not count
+"""If fewer bytes than this were acknowledged on a connection, data from the server does not count
 as a reply, because it may belong to the handshake."""
 TALK: Final = 256
 """QEMU's threads exchange at least this many bytes in a WINDOW only if replies arrive. Without
 replies, they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
-"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count: they may be for
-its log."""
+"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count, because they
+may be for its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""If a page cache shrinks by fewer bytes than this, that does not count: they may be a page of a
-log."""
+"""If a page cache shrinks by fewer bytes than this, they do not count, because they may be a page
+of a log."""
 OWN_IO: Final = 512
 """If the process itself reads or writes fewer bytes than this, they do not count."""
 
@@ -56,30 +57,30 @@ _WRITES: Final = frozenset(
         *("sync_file_range", "fallocate", "ftruncate", "close"),
     )
 )
-"""Calls that write, and seldom need to read from the storage."""
+"""Calls that write. They seldom need to read from the storage."""
 _SERVER: Final = "peer:"
-"""The prefix of the names of all signs of servers."""
+"""The names of all signs of servers begin like this."""
 _RUNS: Final = "serves"
-"""The end of the name of the sign that a server runs."""
+"""The name of the sign that a server runs ends like this."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
 
 
 class SignKind(StrEnum):
-    """How the movement of a sign is recognised."""
+    """How to recognise that a sign has moved."""
 
     COUNT = "count"
     """The sign has moved if its value has grown by `least`."""
     CHANGE = "change"
     """The sign has moved if its value has changed."""
     LOW = "low"
-    """The sign has moved if its value is lower by `least` than ever before. A fall to a value that
-    was reached before does not count, because new requests may have filled the queue in between."""
+    """The sign has moved if its value is lower by `least` than ever before. If it falls to a value
+    that it had before, it has not moved: new requests may have filled the queue in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
-    """The sign does not count now, but its value is remembered for later."""
+    """The sign does not move now, but its value is remembered for later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,15 @@ class Sign:
     least: int = 1
     sure: bool = True
     """False if the sign is doubtful: it may also move without progress, because of other processes
-    or of a loop. Its movement shows neither progress nor a standstill."""
+    or of endless repetitions. Its movement proves neither progress nor a standstill."""
     is_reply: bool = False
-    """Whether it moves only if the server has answered a request. Such a request is not sent again
-    over the next connection."""
+    """Whether the sign moves only if the server has answered a request. QEMU does not repeat such a
+    request over the next connection."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
-    """Return whether the thread waits for a file system without a block device, by its wait
-    channel."""
+    """Return whether the thread's wait channel shows that it waits for a file system without a
+    block device."""
     wchan = thread.wchan or ""
     return any(part in wchan for part in _NO_DISK_WCHAN)
 
@@ -116,24 +117,24 @@ def only_writes(thread: Thread) -> bool:
 
 
 def waits_for_storage(thread: Thread) -> bool:
-    """Return whether the thread waits for a file or disk, by its call, descriptor or wait
-    channel."""
+    """Return whether the thread's call, descriptor or wait channel shows that it waits for a file
+    or disk."""
     if thread.target in ("pipe", "other"):
         return False
     if thread.io_call or thread.target in ("disk", "mount"):
         return True
-    # "sync" must not match synchronize_rcu, mem_cgroup_oom_synchronize and the like, which wait for
-    # other things.
+    # "sync" must not match functions such as synchronize_rcu and mem_cgroup_oom_synchronize, which
+    # do not wait for storage.
     wchan = (thread.wchan or "").replace("synchronize", "")
     return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
 
 
 def write_signs(devices: Iterable[Device]) -> list[Sign]:
-    """Return the signs of each device for calls that only write: its completed writes and reads.
+    """Return two signs of each device for calls that only write: its completed writes and reads.
 
-    Reads are doubtful, because such a call seldom needs any, and others may read forever. Writes of
-    a lower layer are doubtful, too, if a device above it seems to have no writes in flight, but may
-    hide a flush.
+    Reads are doubtful, because such a call seldom needs reads, and other processes may read
+    forever. Writes of a lower layer are doubtful, too, if a device above it has no visible writes
+    in flight, but may hide a flush.
     """
     listed = list(devices)
     hides = any(device.hides_flush for device in listed)
@@ -149,7 +150,7 @@ def write_signs(devices: Iterable[Device]) -> list[Sign]:
 
 
 def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign]:
-    """Return a sign for the completed requests of each device; QUIET if they do not count.
+    """Return a sign for the completed requests of each device. It is QUIET if they do not count.
 
     `writing`: for calls that only write.
     """
@@ -179,9 +180,8 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
-    """Return whether each layer above the device may have requests in flight. If one has none, the
-    device may be busy for others. With `writing`, a device with only reads in flight counts as one
-    without requests."""
+    """Return whether each layer above the device may have requests in flight. If a layer has none,
+    the device may be working for others. With `writing`, only writes count as requests."""
     tops = set(device.above)
     working = {
         upper.depth
@@ -195,14 +195,14 @@ def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> b
 
 def _may_work(device: Device) -> bool:
     """Return whether the device has requests in flight, or may have them because it does not count
-    any. In the second case, only the layer below it shows movement."""
+    its requests. In the second case, only the layer below it shows movement."""
     return device.in_flight > 0 or device.accounting is False
 
 
 def mount_signs(
     mounts: Iterable[Mount], wanted: set[str] | None, earlier: Iterable[Mount]
 ) -> list[Sign]:
-    """Return the signs of mounts; `wanted` has the numbers of the relevant ones, None for all.
+    """Return the signs of mounts. `wanted`: the numbers of the relevant mounts; None for all.
 
     `earlier`: the mounts in the last sample.
     """
@@ -221,8 +221,8 @@ def mount_signs(
             sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
             signs[sign.name] = sign
         if mount.waiting is not None:
-            # Only a fall of the number counts, because only answers cause one. Others may use the
-            # mount, too, so the sign is doubtful.
+            # Only a decrease counts, because only replies cause one. The sign is doubtful, because
+            # others may use the mount, too.
             text = f"a mount of type {mount.kind} answers requests"
             sign = Sign(f"waiting:{mount.number}", SignKind.COUNT, -mount.waiting, text, sure=False)
             signs[sign.name] = sign
@@ -242,8 +242,8 @@ def io_signs(io: Io | None, who: str) -> list[Sign]:
 
 
 def group_signs(sample: Sample) -> list[Sign]:
-    """Return the signs of the process's own control group. Their standstill proves nothing, because
-    writes may be counted elsewhere."""
+    """Return the signs of the process's own control group. If they do not move, this proves
+    nothing, because writes may be counted elsewhere."""
     group = sample.cgroup
     if group is None or not group.own:
         return []
@@ -259,16 +259,16 @@ def group_signs(sample: Sample) -> list[Sign]:
 
 
 def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sign]:
-    """Return the signs of a connection. `before` is the server in the last sample."""
+    """Return the signs of a connection. `before`: its server in the last sample."""
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # Nothing was ever received, so the server may be hung, and the connection has no sign: the
-        # kernel accepts connections and requests even for a hung server.
+        # The connection has no sign, because nothing was ever received, so the server may hang: the
+        # kernel accepts connections and requests even for a hanging server.
         pass
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU may never read it: after SIGTERM,
-        # it stops reading from consoles.
+        # QEMU stops reading from consoles.
         consumed = socket.acked + socket.received - socket.receive_queue
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
@@ -306,14 +306,15 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     for other in peer.behind:
         of_other = peer_signs(other, earlier.get(other.pid), "")
         if other.serves and awaited is not None and awaited.isdisjoint(other.serves):
-            # The kernel writes cached pages back, which says nothing about the guest's requests.
+            # No call waits for this file system. The kernel may write its cached pages back, which
+            # shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         signs += [replace(sign, sure=sign.sure and other.certain) for sign in of_other]
     return signs
 
 
 def _awaited_mounts(peer: Peer) -> set[str] | None:
-    """Return the file systems for which calls of the server wait; None if it may wait for any."""
+    """Return the file systems for which calls of the server wait; None if they may wait for any."""
     if peer.threads is None or peer.unseen_requests is not False:
         return None
     working = [thread for thread in peer.threads if waits_for_storage(thread)]
@@ -321,18 +322,19 @@ def _awaited_mounts(peer: Peer) -> set[str] | None:
 
 
 def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
-    """Return the signs of a server without other clients: what it reads and writes, movement of the
-    disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign that
-    it runs."""
+    """Return the signs of a server without other clients: bytes that it reads and writes, requests
+    of the disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign
+    that the server runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
-    # If one of its calls is stuck, it may read and write for itself, such as for a backup job.
+    # If one of its calls is stuck, the server may read and write for itself, such as for a backup
+    # job.
     is_stuck = _is_stuck(working, before)
     signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
-    # NBD has no keepalives, so an NBD server that runs serves requests, even if it is never seen in
-    # a call.
+    # NBD has no keepalives. So if an NBD server runs, it serves requests, even if no sample finds
+    # it in a call.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
         name = f"{_of(peer)}{_RUNS}"
@@ -341,21 +343,23 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
 
 
 def only_runs(sign: Sign) -> bool:
-    """Return whether the sign shows only that a server runs, perhaps to repeat what fails."""
+    """Return whether the sign shows only that a server runs. The server may repeat a request that
+    fails."""
     return sign.name.startswith(_SERVER) and sign.name.endswith(f":{_RUNS}")
 
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     """Return the signs of a server that may have other clients. Only its calls on the storage of
-    the guest's image are certain signs, because all other work may be for these clients."""
+    the guest's image are sure signs, because all other work may be for other clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
-        # Nothing shows which of its calls are for this guest, so no sign is sure.
+        # Nothing shows which calls of the server are for this guest, so no sign is sure.
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
         return [replace(sign, sure=False) for sign in (*signs, *_copied_signs(peer))]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     is_stuck = _is_stuck(own_threads, before)
-    # If a call on that storage is stuck, assume that it is this guest's, and ignore other work.
+    # If a call on the image's storage is stuck, assume that it is for this guest, and ignore other
+    # work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []
@@ -388,8 +392,8 @@ def _served_signs(peer: Peer) -> list[Sign]:
 
 
 def _copied_signs(peer: Peer) -> list[Sign]:
-    """Return the sign of all bytes that the server's calls read and wrote, even if they stay in the
-    page cache. _served_signs lacks these if their page was dirty already."""
+    """Return the sign of all bytes that the server's calls read and wrote, even in the page cache.
+    _served_signs lacks bytes whose page was dirty already."""
     if peer.io is None:
         return []
     text = f"{_server_title(peer)} copies bytes"
@@ -398,9 +402,9 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
-    """Return the signs of the disks for which these threads wait. A thread that is not known to
-    wait for a certain file, such as a worker of an io_uring, may wait for any of the server's
-    disks. Then only its own disk wakes it.
+    """Return the signs of the disks for which these threads wait. If it is unknown for which file a
+    thread waits, as with a worker of an io_uring, it may be any of the server's disks. But only the
+    disk for which the thread waits wakes it.
 
     `awake`: whether all of these threads have run since the last sample.
     """
@@ -432,7 +436,8 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
 
 
 def _answers(peer: Peer, working: Sequence[Thread]) -> Sign:
-    """Return a sign that moves if a waiting thread was woken, or a different thread waits."""
+    """Return a sign that moves if one of the waiting threads was woken, or if other threads
+    wait."""
     calls = hash(tuple(sorted((thread.tid, thread.switches or 0) for thread in working)))
     text = f"calls of {_server_title(peer)} return"
     return Sign(f"{_of(peer)}calls", SignKind.CHANGE, calls, text)
@@ -447,8 +452,8 @@ def _server_title(peer: Peer) -> str:
 
 
 def is_of(sign: Sign, peer: Peer | None) -> bool:
-    """Return whether the sign comes from this server itself, not from the connection to it or from
-    a server behind it."""
+    """Return whether the sign is of this server itself, not of the connection to it or of a server
+    behind it."""
     return peer is not None and sign.name.startswith(_of(peer))
 
 

@@ -1,4 +1,5 @@
-"""Compute the limits that a unit's settings set for its ExecStop= process. Pure; all times in µs.
+"""Compute the limits that a unit's settings set for its ExecStop= process. Pure. All times are in
+µs.
 
 systemd (systemd.service(5), systemd.kill(5); src/core/service.c) applies TimeoutStopSec= three
 times: to the ExecStop= command, then to the exit after KillSignal=, then to the exit after SIGKILL.
@@ -15,8 +16,8 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
-"""If a timeout cannot be extended, its last part is reserved for SIGTERM, and the guest is not
-asked in it. This part has this length (µs), or half of the timeout if that is longer."""
+"""If a timeout cannot be extended, its last part is reserved for SIGTERM: the guest is not asked
+during this part. The part is this long (µs), or half of the timeout if that is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +26,15 @@ class Limits:
     long as systemd lets it."""
 
     stay: int = INFINITY
-    """How long after its start the helper exits, because systemd would kill it later."""
+    """How long after its start the helper exits, because systemd would kill it soon after that."""
     ask: int = INFINITY
     """How long after its start the helper stops asking the guest, to leave time for SIGTERM."""
     force: bool = False
-    """Whether systemd would finally send SIGKILL to the guest's process, in this stop."""
+    """Whether systemd would finally send SIGKILL to the guest's process in this stop."""
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
-    """A text for each problem of the unit, with its consequence and its fix. It has no initial
+    """A text for each problem of the unit, with the consequence and the fix. Texts have no initial
     capital and no final full stop."""
 
 
@@ -84,7 +85,7 @@ def would_be_killed(facts: UnitFacts, pid: int) -> bool:
 
 
 def _is_stopping(facts: UnitFacts) -> bool:
-    # The only jobs that wait for an active unit's ExecStop= in another unit stop or restart it.
+    # A job for an active unit that waits for another unit's ExecStop= can only stop or restart it.
     return facts.active_state == "deactivating" or facts.job != 0
 
 

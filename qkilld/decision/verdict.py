@@ -4,17 +4,18 @@
 process waits for, and each wait has its own signs of progress. The verdict:
 
 - zombie, stopped: the process has exited, or cannot run;
-- flushing: something moved since the last sample, or recently while the process waits for storage;
+- flushing: something moved since the last sample, or recently if the process waits for storage;
 - storage-wait: the process waits for storage, and nothing moved recently;
 - blocked: the process waits in a system call that is not for storage, or does not take SIGTERM;
-- unknown: a source of waits is unreadable, the process is starved or spins, or other processes may
-  have caused the movement;
+- unknown: a source that would show waits is unreadable, the process is starved or spins, or other
+  processes may have caused the movement;
 - idle: the process waits for nothing.
 
-Measurements show that no single counter suffices. During fdatasync of a full page cache, no counter
-of the process moves for half a minute, only the disk's. qcow2 metadata sent to a slow NBD server
-moves only context switches. A standstill does not prove a hang: nothing moves while a server is
-frozen. Nor does movement prove progress: timers, consoles and other guests move counters forever.
+Measurements show that no single counter is enough. During fdatasync of a full page cache, no
+counter of the process moves for half a minute; only those of the disk do. While qcow2 metadata is
+sent to a slow NBD server, only the number of context switches moves. A standstill does not prove a
+hang: nothing moves while a server is frozen. Movement does not prove progress: timers, consoles and
+other guests move counters forever.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Io, Sample
 
 FLUSHING_FOR: Final = 6 * USEC_PER_SEC
-"""Progress within this time (µs) counts as flushing: disks write back in bursts up to 5 s apart."""
+"""Progress within this time (µs) is recent: disks write data back in bursts up to 5 s apart."""
 SAMPLE_INTERVAL: Final = USEC_PER_SEC
 """The default interval of samples (µs)."""
 SLACK: Final = 1_500_000
 """A sample may be this late (µs); any further delay counts as time without samples."""
 
 LOG_LINE: Final = 32
-"""A line of a log adds at least this many bytes to wchar. Fewer are only from the event loop (8 to
-16 a second), so something else, such as an io_uring, has written the page."""
+"""A line of a log adds at least this many bytes to wchar. Fewer bytes are only from the event loop
+(8 to 16 a second), so it was no log that wrote the page."""
 STUCK: Final = 30 * USEC_PER_SEC
-"""A certain wait that has not moved for this time (µs) may never end. Single requests to slow
-servers take up to 25 s (measured)."""
+"""If a certain wait (Wait.certain) has not moved for this time (µs), it may never end. Single
+requests to slow servers take up to 25 s (measured)."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -61,7 +62,7 @@ MAX_MARKS: Final = 256
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""Fields of a sample whose changes do not matter while no wait has signs, because time or other
+"""Fields of a sample. While no wait has signs, their changes do not matter, because time or other
 processes cause them. The guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
@@ -77,7 +78,7 @@ class Mark:
     name: str
     value: int
     at: int
-    """CLOCK_MONOTONIC, µs: when the value was read first; for TRAFFIC, when its window began."""
+    """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,13 @@ class OpenWait:
     moved_at: int | None
     """When a sign of the wait last moved; None for never."""
     moved_by: str
-    """A description of that sign; "" for none."""
+    """The description of this movement; "" for none."""
     marks: tuple[Mark, ...]
     doubted_at: int | None
-    """When a sign that is not sure last moved; None for never."""
+    """When a doubtful sign last moved; None for never."""
     doubted_by: str
     watched_at: int | None
-    """When `watched` last grew."""
+    """When `watched` last increased."""
     watched: int = 0
     """The largest Wait.watched so far."""
     connections: Connections = Connections()
@@ -124,33 +125,33 @@ class Assessment:
     outstanding_at: int | None
     """When `outstanding` was last True or None."""
     pending: int | None
-    """Bytes still to be written, as far as known."""
+    """Bytes that are still to be written; None if unknown."""
     rate: int | None
     """Recent bytes per second."""
     sampled_at: int = 0
     """Time without samples is counted from here on."""
     unsampled: int = 0
-    """The time (µs), counted from the first sample, that no sample covers. It does not prove a
+    """The total time (µs) without samples since the first sample. This time does not prove a
     standstill."""
     progress_unsampled: int = 0
     """`unsampled` at `progress_at`."""
     outstanding_unsampled: int = 0
     """`unsampled` at `outstanding_at`."""
     doubt_at: int | None = None
-    """When a sign that is not sure last moved."""
+    """When a doubtful sign last moved; None for never."""
     doubt_unsampled: int = 0
     """`unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
-    """The amounts written, which need more than two samples."""
+    """The written amounts."""
 
     @property
     def may_be_outstanding(self) -> bool:
-        """Whether I/O may be outstanding. If something cannot be read, it may."""
+        """Whether I/O is outstanding, or may be because something is unreadable."""
         return self.outstanding is not False
 
     @property
     def wants_detail(self) -> bool:
-        """Whether a wait is old enough for expensive readings, of other processes for example."""
+        """Whether a wait is old enough for expensive readings, such as those of other processes."""
         return any(self.last.at - wait.since >= DETAIL_AFTER for wait in self.waits)
 
     @property
@@ -160,39 +161,40 @@ class Assessment:
 
     @property
     def progress_from(self) -> int:
-        """`progress_at`, moved later by the time since then without samples; 0 for never."""
+        """`progress_at` plus the time without samples since then; 0 for never."""
         if self.progress_at is None:
             return 0
         return self.progress_at + self.unsampled - self.progress_unsampled
 
     @property
     def doubt_from(self) -> int:
-        """`doubt_at`, moved later by the time since then without samples; 0 for never."""
+        """`doubt_at` plus the time without samples since then; 0 for never."""
         if self.doubt_at is None:
             return 0
         return self.doubt_at + self.unsampled - self.doubt_unsampled
 
     @property
     def outstanding_from(self) -> int:
-        """`outstanding_at`, moved later by the time since then without samples; 0 for never."""
+        """`outstanding_at` plus the time without samples since then; 0 for never."""
         if self.outstanding_at is None:
             return 0
         return self.outstanding_at + self.unsampled - self.outstanding_unsampled
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
-    """Return whether a change affects a deadline or what callers see. The passage of time alone is
-    no news."""
+    """Return whether more than the time has changed: something that affects a deadline or that
+    callers see."""
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
 def assess(
     before: Assessment | None, sample: Sample, interval: int = SAMPLE_INTERVAL
 ) -> Assessment:
-    """Fold one more sample into the assessment; `before` is None for the first.
+    """Return the assessment after one more sample. `before` is None for the first sample.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, the rest of its delay counts as time without samples; if it was missed, all of that.
+    SLACK late, the rest of its delay counts as time without samples. If it was missed, all of the
+    time counts.
     """
     if before is None:
         return _first(sample)
@@ -238,10 +240,10 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether still nothing moves and no open wait has signs.
+    """Return whether nothing has moved again, and no open wait has signs.
 
-    Then the result stays the same. This is only for speed: most idle guests are in this state, and
-    listing their waits again would cost three times as much.
+    If so, the result stays the same. This check only saves time: for most idle guests it returns
+    True, and listing their waits again would cost three times as much.
     """
     last = before.last
     return (
@@ -258,7 +260,7 @@ def _is_still(before: Assessment, sample: Sample) -> bool:
 
 
 def _own_group(sample: Sample) -> object:
-    """Return the state of the process's control group; if other processes share the group, only
+    """Return the values of the process's control group or, if other processes share the group, only
     whether it is frozen."""
     group = sample.cgroup
     return group if group is None or group.own else group.frozen
@@ -293,7 +295,7 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
 def _first(sample: Sample) -> Assessment:
     """Return the assessment of a single sample, which shows waits but no movement."""
     waits = tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None))
-    # A process that has begun to exit makes progress, so one sample suffices.
+    # A process that has begun to exit makes progress: one sample is enough to show this.
     moves = ["it has begun to exit"] if sample.exiting else []
     verdict, reasons = _verdict(sample, waits, moves, [], sample.at if moves else None)
     if verdict is Verdict.IDLE:
@@ -317,7 +319,7 @@ def _first(sample: Sample) -> Assessment:
 
 
 def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
-    """Return the assessment after a useless sample: only the present state becomes unknown."""
+    """Return the assessment after a useless sample. Only the present state becomes unknown."""
     return Assessment(
         first=before.first,
         last=sample,
@@ -344,10 +346,10 @@ def _follow(
     before: Assessment, sample: Sample
 ) -> tuple[tuple[OpenWait, ...], list[str], list[str]]:
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
-    movement that may not be progress."""
+    doubtful movement."""
     if is_held_still(sample):
         # A stopped, traced or frozen process makes no progress, whatever its servers do. But if it
-        # ran briefly between two samples, count what it read and wrote.
+        # ran briefly between two samples, its own reads and writes count.
         waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
@@ -370,19 +372,19 @@ def _follow(
             is_certain = is_certain or wait.certain
             is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
-        # A wait that certainly prevents the exit does not move. So ignore doubts, which would delay
-        # SIGKILL: if that wait ends, its end counts as progress.
+        # A wait that certainly prevents the exit does not move. So ignore doubtful movement, which
+        # would delay SIGKILL: if this wait ends, its end counts as progress.
         doubts = []
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Do not count calls that are over, because the exit may have interrupted them before the
+        # Do not count calls that have ended, because the exit may have interrupted them before the
         # storage answered.
         moves.append("it has begun to exit")
     serves = is_stuck and has_client(sample)
     if is_untaken or (serves and not any(is_own(wait, sample, before.seen) for wait in moved)):
-        # The guest runs until that wait ends, because SIGTERM is not taken before. So does the
-        # export of a disk, as for a backup, if QEMU's main loop waits.
+        # The movement may be for others: the guest still runs, because QEMU cannot take SIGTERM
+        # yet, or an export still serves a client, although QEMU's main loop waits.
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -423,7 +425,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # Drop the marks of missing signs first. They are kept as long as there is room, because a
+        # Drop the marks of missing signs first. These are kept as long as there is room, because a
         # sign may reappear, for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
@@ -445,8 +447,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return how long (µs) a server that is first sampled now may have made unseen progress: since
-    its wait began or, if that is later, since the last progress."""
+    """Return for how long (µs) a server that is sampled for the first time may have made progress
+    that no sample has shown: since its wait began or, if that is later, since the last progress."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -454,7 +456,7 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
 def _has_moved(sign: Sign, mark: int) -> bool:
     match sign.kind:
         case SignKind.COUNT | SignKind.TRAFFIC:
-            # A counter that fell was reset, so it has not moved.
+            # A counter that has fallen was reset, so this does not count as movement.
             return sign.value - mark >= sign.least
         case SignKind.CHANGE:
             return sign.value != mark
@@ -482,8 +484,8 @@ def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
 
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
-    """Return whether a wait that is no longer listed was for storage and has certainly ended. False
-    if it may only be unreadable now."""
+    """Return whether a wait that is no longer listed was for storage and has certainly ended. If it
+    may only be unreadable now, return False."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     match wait.key.partition(":")[0]:
@@ -497,8 +499,7 @@ def _is_over(wait: OpenWait, sample: Sample) -> bool:
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
     """Describe what the process itself has read and written between two samples.
 
-    `without_log`: leave out what may be a message of QEMU in its log, such as the loss of a
-    connection.
+    `without_log`: leave out a write that may be a message in QEMU's log.
     """
     if before.io is None or now.io is None:
         return []
@@ -508,15 +509,14 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Writes to tmpfs show only in wchar. OWN_IO exceeds those of an event loop, 8 to 16 B/s.
+    # Only wchar includes writes to tmpfs. An event loop writes less than OWN_IO, 8 to 16 B/s.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether it may have written only a line of a log, which write_bytes counts as a
-    page."""
+    """Return whether the writes may be only a line of a log, which write_bytes counts as a page."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 
@@ -562,8 +562,8 @@ def _verdict(
 
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
-    """Return whether an exiting process (for example after SIGKILL) waits for storage, to close its
-    files, and that storage has not moved lately. That the exit began does not count as movement."""
+    """Return whether an exiting process (for example after SIGKILL) waits for storage to close its
+    files, and this storage has not moved recently. The start of the exit is no such movement."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)
@@ -576,8 +576,8 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 
 def is_dead(sample: Sample) -> bool:
-    """Return whether the process has exited. The pidfd may report the exit later: it does so after
-    the last thread is reaped, and a debugger at its prompt delays that."""
+    """Return whether the process has exited. The pidfd may report this later: it waits until the
+    last thread is reaped, which a debugger at its prompt delays."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 
@@ -591,6 +591,6 @@ def standstill(sample: Sample) -> str:
 
 
 def can_be_continued(sample: Sample) -> bool:
-    """Return whether SIGCONT would continue it, because only a SIGSTOP holds it."""
+    """Return whether SIGCONT would continue the process, because only SIGSTOP has stopped it."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     return sample.state == "T" and not sample.tracer and not frozen

@@ -1,10 +1,10 @@
-"""List what a process waits for, and the signs that each wait makes progress. Pure.
+"""List what a process waits for, and the signs of progress of each wait. Pure.
 
 A QEMU that received SIGTERM exits within milliseconds unless it waits for something. `open_waits`
-lists the waits in one sample, each with its own signs (signs.py). Only these show progress of the
-wait; other guests on other disks, traffic on a console and timers do not.
+lists the waits in one sample, each with its own signs (signs.py). Only these signs show progress of
+the wait. Other guests on other disks, traffic on a console and timers do not.
 
-An unreadable source also counts as a wait, of the kind UNSEEN, because unknown is never idle.
+An unreadable source counts as a wait, too, of the kind UNSEEN, because unknown is never idle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
 """The name of the sign that counts the connections of a node. Its mark (verdict.Mark) has the time
-of the last change."""
+when the number last changed."""
 
 
 _NONE: Final = frozenset[int]()
@@ -52,31 +52,31 @@ class WaitKind(StrEnum):
     PROCESSOR = "processor"
     """The process gets hardly any processor time, or spins."""
     UNSEEN = "unseen"
-    """The process may wait, but nothing readable shows whether it does."""
+    """The process may be waiting, but nothing readable shows whether it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
     key: str
-    """A name that stays the same from sample to sample."""
+    """The wait's name. It stays the same from sample to sample."""
     kind: WaitKind
     text: str
     """A printable description."""
     signs: tuple[Sign, ...] = ()
     watched: int = 0
-    """The number of servers on the way to its storage that were sampled: 2 for a proxy and the
-    server behind it."""
+    """How many servers between the process and the storage were sampled: for example, 2 for a proxy
+    and the server behind it."""
     certain: bool = False
-    """Whether the process certainly cannot exit before the wait ends, because a request is in
-    flight or a call has not returned."""
+    """Whether it is certain that the process cannot exit before the wait ends, because a request is
+    in flight or a call has not returned."""
     holds_sigterm: bool = False
-    """Whether the process's first thread is in this wait, and cannot take SIGTERM before it ends.
-    Until then the guest still runs, and may make other disks move forever."""
+    """Whether the process's first thread is in this wait, so it cannot take SIGTERM before the wait
+    ends. Until then, the guest still runs, and may make other disks move forever."""
     connections: frozenset[int] = _NONE
-    """The inodes of the node's connections. They show whether a connection broke, and so whether
-    the process may only repeat its requests (connections.py)."""
+    """The inodes of the node's connections. If they change, a connection broke, and the process may
+    only repeat its requests (connections.py)."""
     threads: tuple[Thread, ...] = ()
-    """The threads that are in this wait; () if it is no call."""
+    """The threads in this wait; () if it is not a wait in a call."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -121,7 +121,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # The signs of disks are not sure: others may use one disk while the process writes to another.
+    # The signs of disks are doubtful: others may use one disk while the process writes to another.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -137,7 +137,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     for thread in sample.threads or ():
         kind = WaitKind.STORAGE if waits_for_storage(thread) else WaitKind.CALL
         if kind is WaitKind.CALL and frozen:
-            continue  # The freezer of cgroup v1 shows every thread in state D.
+            continue  # The freezer of cgroup v1 puts every thread into state D.
         place = (*thread.disks, thread.mount) if thread.target in ("disk", "mount") else ()
         if kind is WaitKind.CALL:
             place = (thread.call, thread.target)
@@ -158,7 +158,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
-    """Return Wait.watched for the file systems on which the threads may wait."""
+    """Return Wait.watched for the file systems for which the threads may wait."""
     numbers = {thread.mount for thread in threads if thread.target in ("disk", "mount")}
     return max(
         (
@@ -173,7 +173,7 @@ def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
 
 def _writes_output(threads: Sequence[Thread]) -> bool:
     """Return whether a thread writes to a pipe or socket, such as standard error. QEMU cannot exit
-    before that call returns, whatever its storage does."""
+    before this call returns, whatever its storage does."""
     return any(
         thread.target in ("pipe", "socket") and thread.call in ("write", "writev")
         for thread in threads
@@ -212,8 +212,8 @@ def _call_signs(
 
 
 def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices, with only_reads set if it was set in this sample or the previous one. A
-    read that waits for its dispatch looks like a flush, but seldom in two samples in a row."""
+    """Return the devices. Set only_reads if it was set in this sample or the previous one: a read
+    that is not dispatched yet looks like a flush, but seldom in two samples in a row."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return [
         replace(device, only_reads=True)
@@ -224,19 +224,19 @@ def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
 
 
 def _woken(threads: Sequence[Thread], text: str = "the storage answered its thread") -> Sign:
-    """Return the sign for a wait without counters, such as for storage without any: how often the
-    threads were woken. Only a reply wakes a thread that waits for it."""
+    """Return a sign for waits for storage without counters: how often the threads were woken. Only
+    a reply wakes a thread that waits for it."""
     woken = sum(thread.switches or 0 for thread in threads)
     return Sign("woken", SignKind.CHANGE, woken, text)
 
 
 def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
-    """Return signs for what the process writes and reads while calls wait for these devices.
+    """Return signs for the writes and reads of the process while calls wait for these devices.
 
     If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    and what the process writes may go to other disks, as long as the guest runs. If the devices
-    count requests and have none in flight, the signs are doubtful, because a layer above the
-    devices may hold a request back.
+    and the process may write to other disks, as long as the guest runs. If the devices count
+    requests and have none in flight, the signs are doubtful, because a layer above the devices may
+    hold a request back.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -249,9 +249,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
 def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
     """Return the signs of calls that wait for an unknown file.
 
-    With several disks or mounts, their signs are not sure, because the calls may wait for any of
-    them. While a disk is stuck, the process's I/O is no sure sign either, unless its writes are
-    throttled (`dirties`).
+    If there are several disks or mounts, their signs are doubtful, because the calls may wait for
+    any of them. While a disk is stuck, the process's I/O is a doubtful sign, too, unless its writes
+    are throttled (`dirties`).
     """
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
@@ -309,8 +309,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _diskless_requests(sample: Sample) -> int:
     """Return how many requests on the process's io_urings wait for file systems without a block
-    device. A kernel thread waits for each of these requests, and that is listed as a separate
-    wait."""
+    device. A kernel thread waits for each of these requests. These threads are listed as separate
+    waits."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers))
 
@@ -326,13 +326,13 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 
 def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
-    """Return signs for requests on its io_urings. They may be for any writable disk that is not in
-    `ringless`.
+    """Return signs for requests on the process's io_urings. They may be for any writable disk that
+    is not in `ringless`.
 
     If one of these disks is stuck, assume that the process waits for this disk. Then only
-    completions of this disk and of disks below it count, and the process's I/O is no sure sign.
+    completions of this disk and of disks below it count, and the process's I/O is a doubtful sign.
 
-    `sure`: False if there may be timers instead of requests, and only others use the disks.
+    `sure`: False if the requests may be timers, so that perhaps only others use the disks.
     """
     writable = [
         device
@@ -371,8 +371,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 def _added_storage(sample: Sample) -> list[Wait]:
     """Return a wait for storage that the command line does not name: a monitor may have added it,
-    or it may be the backing file of an image. If such storage has lost its server, nothing shows
-    it, so the process may wait for it at any time."""
+    or it may be the backing file of an image. Nothing shows whether such storage has lost its
+    server, so the process may be waiting for it at any time."""
     if is_held_still(sample):
         return []
     if sample.pluggable:
@@ -389,16 +389,17 @@ def is_held_still(sample: Sample) -> bool:
 
 
 def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
-    """Return the wait that an unreadable source may hide, with the signs that are readable."""
+    """Return the wait that an unreadable source may hide, with its readable signs."""
     signs = []
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "threads":
-        # A thread may wait for any of its files. But others may use these disks, too.
+        # A thread may wait for any file of the process. But others may use the disks of these
+        # files, too.
         signs = _doubtful(_unlocated_signs(sample, previous, dirties=False))
     elif what == "sockets":
-        # A socket that cannot be read may be a storage connection. If it is one, QEMU's threads
-        # write to each other at each reply. Timers and consoles also make them write a little.
+        # A socket that is unreadable may be a connection to storage. If so, QEMU's threads write to
+        # each other at each reply. But timers and consoles also make them write a little.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
@@ -435,30 +436,31 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
-    """Return whether a thread of the process may have run since the last sample, as it does at each
-    reply."""
+    """Return whether a thread of the process may have run since the last sample. At each reply, one
+    runs."""
     return previous is None or sample.switches is None or sample.switches != previous.switches
 
 
 def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
-    """Return the wait for a connection of unknown use. `before`: its server in the last sample."""
-    # Unread data proves a request only if the peer has disks. Without disks, the peer may be a
-    # console, which may never read.
+    """Return the wait for a connection of unknown purpose. `before`: its server in the last
+    sample."""
+    # Unread data proves that a request is in flight only if the peer has disks. A peer without
+    # disks may be a console, which may never read.
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
     certain = (stores and unread) or _is_served([socket])
     signs = socket_signs(socket, "", before)
     watched = server_depth(socket.peer)
     if socket.accepted:
-        # Here the process is most likely a server itself, of a backup for example. Of the programs
-        # that connect to it, only a vhost-user backend is storage, and that needs a unix socket.
-        # The backend's data passes through the guest's memory, so only the signs of the backend
-        # itself count, not those of the connection. Signs of servers behind the backend do not
-        # count, because the same client may back up another guest.
+        # The process is most likely a server itself, for example of a backup program. Of the
+        # programs that connect to QEMU, only a vhost-user backend is storage, and it needs a unix
+        # socket. Its data passes through the guest's memory, so only signs of the backend itself
+        # are sure, not those of the connection. Signs of servers behind it are doubtful, because a
+        # backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count at most the backend itself as a server. A server that a client begins to use later
-        # is new, not one that was found late.
+        # Count at most the backend itself as watched. If a client begins to use a server later,
+        # that server is new, and was not found late.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
@@ -478,25 +480,25 @@ def _node_wait(
     node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer], *, ran: bool
 ) -> Wait:
     """Return the wait for a node's server. `before`: the servers in the last sample, by the inode
-    of the connection. `ran`: whether the process may have run since then."""
+    of the connection. `ran`: whether the process may have run since the last sample."""
     signs = []
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
-                # Without a reply, the server may be busy for long, or try the same again and again.
-                # The sure sign is left out until then, so that its mark stays.
+                # Until a reply comes, the server may be busy, or may repeat a request that fails.
+                # Leave the sure sign out until then, so that its mark stays.
                 kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
                 signs.append(replace(sign, name=name, kind=kind, sure=False))
             if ran or not only_runs(sign):
                 signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
-        # The return of a server counts, because QEMU reconnects up to 16 s later. It counts only
-        # once, because a server that comes and goes makes no progress.
+        # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.
+        # It counts only once, because a server that comes and goes makes no progress.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
-        # The connection cannot be read, for example in another network namespace. Only what QEMU's
-        # threads write to each other shows replies.
+        # The connection is unreadable, for example because it is in another network namespace. Only
+        # the bytes that QEMU's threads write to each other show replies.
         signs += _talk_signs(sample)
     title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
@@ -523,12 +525,12 @@ def _node_wait(
 
 
 def server_depth(peer: Peer | None) -> int:
-    """Return how many servers are in the chain that begins with this one."""
+    """Return the length of the longest chain of servers that begins with this one."""
     return 0 if peer is None else 1 + max(map(server_depth, peer.behind), default=0)
 
 
 def _is_served(sockets: Sequence[Socket]) -> bool:
-    """Return whether a server that has no other clients works on a request."""
+    """Return whether a server without other clients is working on a request."""
     peers = [socket.peer for socket in sockets if socket.peer is not None]
     return any(
         peer.shared is False and any(waits_for_storage(thread) for thread in peer.threads or ())
@@ -537,8 +539,8 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
 
 
 def _unread(sockets: Sequence[Socket]) -> int:
-    """Return how many bytes a server of this host has not read yet, perhaps because it is stopped;
-    the largest number if there are several servers."""
+    """Return how many bytes a server on this host has not read yet, perhaps because it is stopped.
+    If there are several servers, return the largest number."""
     return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
 
@@ -565,7 +567,7 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
         return [Wait("spin", WaitKind.PROCESSOR, text)]
     if share < _STARVES:
-        # The sign is not sure, because the process may work, or only spin with a small quota.
+        # The sign is doubtful, because the process may work, or may only spin with a small quota.
         text = "it wants to run, but gets hardly any processor time"
         got = "it got some processor time"
         sign = Sign("cpu", SignKind.COUNT, sample.cpu, got, sure=False)
@@ -574,7 +576,7 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 _LEAST_GAP: Final = 200_000
-"""The shortest interval (µs) between samples in which clock ticks give a useful processor share."""
+"""Over a shorter interval (µs), clock ticks do not give a useful processor share."""
 _SPINS: Final = 50.0
 """A process that uses at least this percentage of a processor, and does nothing else, spins."""
 _STARVES: Final = 10.0

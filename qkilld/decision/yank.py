@@ -1,12 +1,11 @@
 """Choose the connections to cut off so that QEMU can finish its other disks. Pure.
 
-`query-yank` lists every connection that can be cut off, even healthy ones. Cutting off a healthy
-connection loses the data that QEMU still holds for it, and a healthy NBD server that owes QEMU no
-reply looks like a dead one. So connections on which a reply is certainly missing are cut off first:
-those with unacknowledged bytes, without a server, or with a request that had no reply before
-SIGTERM. Without such a connection, and if QEMU waits only for connections, those that do not move
-are cut off.
-The next rung, SIGKILL, would lose more.
+`query-yank` lists every connection that can be cut off, even healthy ones. If a healthy connection
+is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
+looks like a dead one. So connections on which a reply is certainly missing are cut off first: those
+with unacknowledged bytes, without a server, or with a request that had no reply before SIGTERM. If
+there are none, and QEMU waits only for connections, those that do not move are cut off. The next
+rung, SIGKILL, would lose more.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ _SOCKET = "socket:"
 class CutOff:
     instance: YankInstance
     disks: tuple[str, ...]
-    """The disks behind the connection, printable; the connection's name if they are unknown."""
+    """The printable names of the disks behind the connection, or the connection's name if they are
+    unknown."""
     why: str
     """A printable description of the wait."""
 
@@ -79,7 +79,7 @@ def _titles(instance: YankInstance, disks: Sequence[GuestDisk]) -> tuple[str, ..
 
 
 def _is_of(name: str, instance: YankInstance, titles: Sequence[str]) -> bool:
-    """Return whether this instance is the node `name` of the command line."""
+    """Return whether this instance belongs to the node `name` of the command line."""
     if instance.kind == "chardev":
         return name.startswith(f"{instance.name} (vhost-user")
     return name == instance.name or name in titles
@@ -90,8 +90,8 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing, because there is no server or data is on the
-    way."""
+    """Return whether a reply is certainly missing, because there is no server or data is not
+    acknowledged yet."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True
