@@ -1,7 +1,7 @@
 """A client for the guest agent. Source: QEMU's docs/interop/qemu-ga-ref.
 
-Replies come from inside the guest, which is not trusted. They carry no id, so a late reply would be
-taken for the reply to the next command. Therefore the connection is closed if a reply is late.
+Replies come from inside the guest, which is not trusted. Replies have no id, so a late reply would
+be taken for the reply to the next command. So the connection is closed if a reply is late.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from qkilld.model.text import printable
 from qkilld.monitor.channel import Channel, Lines, decode_object
 
 SYNC_S: Final = 3.0
-"""Timeout of the first command, guest-sync-delimited. Proxmox VE allows as much for its ping."""
+"""Timeout of the first command, guest-sync-delimited. Proxmox VE uses the same timeout for its
+ping."""
 _MARK: Final = b"\xff"
 """The byte before guest-sync-delimited and before its reply. Before the command, it makes the agent
 discard an incomplete command of an earlier client."""
@@ -29,7 +30,7 @@ class AgentClient(Channel):
         super().__init__()
         self._lines = Lines()
         self._sync: int | None = None
-        """The id expected in the reply to guest-sync-delimited; None if no such reply is
+        """The id in the expected reply to guest-sync-delimited; None if no such reply is
         expected."""
         self._answer: asyncio.Future[dict[str, Any]] | None = None
 
@@ -37,7 +38,7 @@ class AgentClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
         """Take over a connected socket, and synchronize with the agent.
 
-        If that fails, closes the socket and raises MonitorError: MonitorTimeout if no reply comes
+        If this fails, closes the socket and raises MonitorError: MonitorTimeout if no reply comes
         in time.
         """
         client = await cls._over(connection)
@@ -53,7 +54,7 @@ class AgentClient(Channel):
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> Any:
-        """Run a command, one at a time; return its result.
+        """Run a command; return its result. Only one command may run at a time.
 
         Raises CommandRefused if the agent refuses. On any other MonitorError, the connection is
         closed.
@@ -99,7 +100,7 @@ class AgentClient(Channel):
                 self._take(decode_object(line))
 
     def _take_sync(self, line: bytes) -> None:
-        """Skip everything before the marker, and replies to other clients, which have another
+        """Skip everything before the marker. Also skip replies to other clients, which have another
         id."""
         _, mark, text = line.rpartition(_MARK)
         if not mark:

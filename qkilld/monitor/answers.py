@@ -1,4 +1,4 @@
-"""Parse the monitor's replies. Pure. Replies are hostile: each may be false, or not parse at all.
+"""Parse the monitor's replies. Pure. Replies are hostile: each may be false or malformed.
 
 The text forms are those of the human monitor of QEMU 7.2 to 10.0. For any other form, a function
 raises MonitorProtocolError or skips the lines that it does not recognize.
@@ -31,13 +31,13 @@ _STATISTIC: Final = re.compile(r"\b(\w+)=([0-9]{1,20})\b")
 
 @dataclass(frozen=True, slots=True)
 class BlockTotals:
-    """Totals of all disks."""
+    """Totals over all disks."""
 
     requests: int
     time: int
-    """The total time that the requests took, µs."""
+    """The total time of all requests, µs."""
     idle: int | None
-    """µs since the last request to any disk; None if unknown, or if no disk had a request yet."""
+    """µs since the last request to any disk; None if unknown, or if there was no request yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class AgentPort:
     opened: bool
     """Whether a program in the guest, normally its agent, has the port open."""
     held: bool
-    """Whether a client on the host is connected, so that no other can connect."""
+    """Whether a client on the host is connected, so that no other client can connect."""
 
 
 def read_runstate(answer: object) -> str:
@@ -67,10 +67,10 @@ def read_runstate_text(text: str) -> str:
 
 
 def find_event_registers(tree: str) -> int | None:
-    """Return the I/O port of the register PM1_STS in info mtree; PM1_EN is at the port plus 2.
+    """Return the I/O port of the register PM1_STS in info mtree. The port of PM1_EN is 2 higher.
 
-    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet:
-    until then, the guest's operating system cannot listen to the power button.
+    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet,
+    so that the guest's operating system cannot listen to the power button yet.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
@@ -133,7 +133,7 @@ def read_vcpu_threads_text(text: str) -> tuple[int, ...]:
 
 
 def read_agent_port(answer: object, label: str) -> AgentPort | None:
-    """Find the agent's character device, `label`, in query-chardev; None if it is not there."""
+    """Find the agent's character device (`label`) in query-chardev; None if it is not there."""
     if not isinstance(answer, list):
         raise _unreadable("query-chardev")
     for chardev in answer:
@@ -145,10 +145,10 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
-    """Return the names by which query-chardev may show a listener. `own` is the address of our end
-    of the connection: query-chardev shows that for a connected TCP device."""
+    """Return the names by which query-chardev may show a listener. `own`: the address of our end of
+    the connection. For a connected TCP device, query-chardev shows this address."""
     if isinstance(listener, UnixListener):
-        # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
+        # QEMU shows no name for a connected abstract socket (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]
         return tuple(f"unix:{name}" for name in names)
     match own:
@@ -158,8 +158,8 @@ def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[s
 
 
 def read_chardevs_at(answer: object, places: Iterable[str]) -> frozenset[str]:
-    """Return the labels of devices in query-chardev that listen at one of the places, or are
-    connected to one."""
+    """Return the labels of devices in query-chardev that listen at one of these places, or are
+    connected there."""
     if not isinstance(answer, list):
         raise _unreadable("query-chardev")
     wanted = frozenset(places)
@@ -214,8 +214,8 @@ def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
 
 
 def _is_counter(value: object) -> bool:
-    """Return whether the value is an integer from 0 to 2**64 - 1. JSON allows larger ones, which
-    could not be converted to a float later."""
+    """Return whether the value is an integer from 0 to 2**64 - 1. JSON allows integers that are too
+    large to be converted to a float later."""
     return type(value) is int and 0 <= value < 1 << 64
 
 

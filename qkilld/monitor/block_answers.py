@@ -1,8 +1,8 @@
-"""Parse the monitor's replies about disks. Pure. Replies are hostile: each may be false, or not
-parse at all.
+"""Parse the monitor's replies about disks. Pure. Replies are hostile: each may be false or
+malformed.
 
 The forms are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
-MonitorProtocolError if they cannot read a reply.
+MonitorProtocolError if a reply is malformed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 
 MAX_DISKS: Final = 64
-"""The maximum number of disks of one guest; if there are more, none is flushed."""
+"""If a guest has more disks, none is flushed."""
 MAX_TITLE: Final = 128
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
@@ -36,7 +36,7 @@ _NOT_IN_PROGRESS: Final = frozenset({"none", "completed", "failed", "cancelled"}
 
 
 def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
-    """Return the writable disks in query-block; `nodes` is the reply to query-named-block-nodes."""
+    """Return the writable disks in query-block. `nodes`: the reply to query-named-block-nodes."""
     connections, unsafe = _connections(nodes), _unsafe_files(nodes)
     disks = []
     for entry in _list(answer, "query-block"):
@@ -54,7 +54,7 @@ def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
 
 def read_unused_images(answer: object, nodes: object) -> tuple[str, ...]:
     """Return the writable images that no disk in query-block uses, but whose metadata QEMU may keep
-    in memory. `nodes` is the reply to query-named-block-nodes."""
+    in memory. `nodes`: the reply to query-named-block-nodes."""
     disks = [one["inserted"] for one in _list(answer, "query-block") if _has_medium(one)]
     used = {name for disk in disks for name in (disk.get("file"), *_files(disk))}
     tops = {disk.get("node-name") for disk in disks}
@@ -73,7 +73,7 @@ def _has_medium(entry: object) -> bool:
 
 def _is_used(file: str, used: set[object]) -> bool:
     """Return whether a disk uses this file, directly or through a filter. The file name of a filter
-    contains that of the file."""
+    contains the name of the file."""
     inner = file.removeprefix("json:") if file.startswith("json:") else json.dumps(file)
     return file in used or any(isinstance(name, str) and inner in name for name in used)
 
@@ -81,8 +81,8 @@ def _is_used(file: str, used: set[object]) -> bool:
 def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
     """Return the disks in query-blockstats, including read-only ones.
 
-    Unlike query-block and query-named-block-nodes, this command makes QEMU ask no file system (7.2
-    to 11.1). But its reply does not show how a disk is cached.
+    Unlike query-block and query-named-block-nodes, this command does not make QEMU ask a file
+    system (7.2 to 11.1). But its reply does not show the cache mode of a disk.
     """
     disks = []
     for entry in _list(answer, "query-blockstats"):
@@ -99,7 +99,7 @@ def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
 
 
 def read_virtio_devices(answer: object) -> tuple[tuple[str, str], ...]:
-    """Return (name, path) of each device in x-query-virtio."""
+    """Return the name and path of each device in x-query-virtio."""
     devices = []
     for entry in _list(answer, "x-query-virtio"):
         match entry:
@@ -134,8 +134,8 @@ def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
 
 
 def read_export_ids(answer: object) -> tuple[str, ...]:
-    """Return the ids in query-block-exports, "" for an unreadable one. Never raises, because an
-    error would prevent disks.resume from continuing the guest."""
+    """Return the ids in query-block-exports; "" for a malformed id. Never raises, because an
+    exception would prevent disks.resume from resuming the guest."""
     entries = answer if isinstance(answer, list) else [None]
     return tuple(str(one.get("id", "")) if isinstance(one, dict) else "" for one in entries)
 
@@ -174,8 +174,8 @@ def _disk(
         title=_title(str(name)),
         network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
         failed=entry.get("io-status", "ok") != "ok",
-        # Check the lower nodes, too: during a backup, the top node is a filter, which does not show
-        # the flag of the node below it.
+        # Check the lower nodes, too: during a backup, the top node is a filter, and the flag is
+        # only on the node below it.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",
@@ -217,7 +217,7 @@ def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _connections(nodes: object) -> dict[str, list[str]]:
-    """Return the names of nodes that use a network connection, by their file name."""
+    """Return the names of the nodes that use a network connection, by their file names."""
     names: dict[str, list[str]] = {}
     for node in _list(nodes, "query-named-block-nodes"):
         match node:

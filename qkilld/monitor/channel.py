@@ -1,4 +1,4 @@
-"""One connection to a monitor or an agent; the other end is hostile.
+"""One connection to a monitor or an agent. The other end is hostile.
 
     open ──► closed, by close(), by the other end, or because the other end sent invalid data
 
@@ -23,13 +23,13 @@ from qkilld.model.json_text import decode_json
 MAX_MESSAGE: Final = 256 << 10
 """The maximum number of bytes of one message."""
 MAX_FLOW: Final = 4 << 20
-"""The maximum number of bytes accepted in FLOW_S. More, such as a flood of events, would keep the
-loop busy."""
+"""The maximum number of bytes accepted in FLOW_S. More bytes, such as a flood of events, would keep
+the loop busy."""
 FLOW_S: Final = 10.0
 SHORT_S: Final = 2.0
 STARVED_S: Final = 9.0
-"""A wait of at most SHORT_S takes up to this much longer while the other end waits for the host's
-processors."""
+"""While the other end waits for the host's processors, timeouts of up to SHORT_S are extended by up
+to this time."""
 TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} bytes"
 
 
@@ -43,14 +43,14 @@ class Channel(asyncio.Protocol):
         self.is_starved: Callable[[], bool] = lambda: False
         """Whether the other end has waited for the host's processors since the last call."""
         self._ended = False
-        """The other end closed the connection, and everything sent before that was read."""
+        """The other end has closed the connection, and everything that it sent was read."""
         self._waiting: set[asyncio.Future[Any]] = set()
         self._flow = 0
         self._flow_since = self._loop.time()
 
     @classmethod
     async def _over(cls, connection: socket.socket, *arguments: Any) -> Self:
-        """Make a client that takes over a connected stream socket."""
+        """Return a client that takes over a connected stream socket."""
         try:
             connection = take_over(connection)
             _, client = await asyncio.get_running_loop().create_connection(
@@ -76,8 +76,8 @@ class Channel(asyncio.Protocol):
     def read_rest(self) -> bool:
         """Read what the other end sent before it exited, without blocking.
 
-        Return whether all of it has certainly been read. It has not if, for example, this side
-        closed the connection.
+        Return whether it is certain that everything was read. It is not if, for example, this side
+        has closed the connection.
         """
         if self._error is not None:
             return self._ended
@@ -86,8 +86,7 @@ class Channel(asyncio.Protocol):
                 try:
                     data = connection.recv(MAX_MESSAGE)
                 except OSError as error:
-                    # ECONNRESET is a normal end, too: QEMU exited without reading all that was sent
-                    # to it.
+                    # ECONNRESET is a normal end, too: QEMU exited before it had read everything.
                     return error.errno == errno.ECONNRESET
                 if not data:
                     return True
@@ -138,7 +137,8 @@ class Channel(asyncio.Protocol):
             self._send_with(data, pass_fd)
 
     def _send_with(self, data: bytes, fd: int) -> None:
-        """Send directly, because the transport cannot pass descriptors. Raises MonitorError."""
+        """Send on the socket itself, because asyncio's transport cannot pass descriptors. Raises
+        MonitorError."""
         assert self._transport is not None
         count = 0
         if not self._transport.get_write_buffer_size():
@@ -153,8 +153,8 @@ class Channel(asyncio.Protocol):
             raise self._error
 
     def _future(self) -> asyncio.Future[Any]:
-        """Make a future that fails when the channel is closed. Raises the MonitorError that closed
-        it if it is closed already."""
+        """Return a future that fails when the channel is closed. If it is closed already, raises
+        the MonitorError that closed it."""
         if self._error is not None:
             raise self._error
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -163,8 +163,8 @@ class Channel(asyncio.Protocol):
         return future
 
     async def _wait(self, future: asyncio.Future[Any], until: float, what: str) -> Any:
-        """Await a future until the loop's clock is `until`, or longer (STARVED_S). Cancels the
-        future if it is not done then. Raises MonitorError."""
+        """Await a future until `until` (the loop's clock), or longer (STARVED_S). If it is not done
+        then, cancel it. Raises MonitorError."""
         now = self._loop.time()
         latest = until + STARVED_S if until - now <= SHORT_S else until
         try:
@@ -191,14 +191,14 @@ class Channel(asyncio.Protocol):
 
 
 class Lines:
-    """Splits a byte stream into lines; buffers at most MAX_MESSAGE bytes."""
+    """Splits a byte stream into lines. Buffers at most MAX_MESSAGE bytes."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the lines completed by `data`, without line ends and empty lines.
+        """Return the lines that `data` completes, without line ends and empty lines.
 
         Raises MonitorProtocolError if a line is too long.
         """

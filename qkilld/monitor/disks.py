@@ -1,13 +1,13 @@
 """A guest's disks over QMP: read their state, stop the processors, flush, and resume.
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
-exits with 0 (measured, 7.2). But a flush through a read-only NBD export does report it. The
-processors are stopped first, so that nothing is written after the flush, and because export code
-has failed an assertion while they ran (QEMU issue 945).
+exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports the failure. The
+processors are stopped first, so that nothing is written after the flush. Another reason is that
+QEMU's export code has failed an assertion while they ran (QEMU issue 945).
 
-Nobody else may read the export. So QEMU's NBD server gets a listening socket with a name that the
-kernel chose. We make all connections that the server may accept, and add an export only after the
-server has greeted each of them.
+Nobody else may read the export. So QEMU's NBD server gets a listening socket whose name the kernel
+has chosen. qkilld makes all connections that the server may accept, and adds an export only after
+the server has greeted each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
 """Timeout of each command of `resume`: the monitor may have to finish earlier commands first."""
 MAX_QUEUES: Final = 256
-"""A guest with this many queues counts as unreadable, because a query takes 0.3 ms (measured)."""
+"""If a guest has this many queues, they count as unreadable, because each takes 0.3 ms
+(measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"
@@ -43,17 +44,17 @@ _COMMAND_NAME: Final = re.compile(r"[#\w.-]{1,64}", re.ASCII)
 _DEVICE_NAME: Final = re.compile(r"[/\w][][/\w.-]{0,255}", re.ASCII)
 """A device id or path that the human monitor takes as one word, and not as an option."""
 _VIRTIO_DISKS: Final = {"virtio-blk": 0, "virtio-scsi": 2}
-"""Virtio devices with disks, and the number of queues before their request queues."""
+"""Virtio devices with disks, and the number of their first request queue."""
 _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-user-fs"})
 
 
 async def read_state(qmp: QmpClient, *, files: bool = True) -> BlockState:
     """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
 
-    With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if a
-    file system does not answer. Without `files`, QEMU asks no file system, but the state includes
-    read-only disks, lacks unused images, and does not show whether a disk has failed or is never
-    flushed.
+    With `files`, QEMU's main thread asks the file system of each image for the image's size, and
+    hangs if a file system does not answer. Without `files`, QEMU asks no file system, but the state
+    includes read-only disks, lacks unused images, and does not show whether a disk has failed or is
+    never flushed.
     """
 
     async def ask(command: str, **arguments: Any) -> Any:
@@ -92,7 +93,7 @@ async def read_state(qmp: QmpClient, *, files: bool = True) -> BlockState:
 
 
 async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
-    """Read the jobs that would be cancelled if QEMU exited. Raises MonitorError."""
+    """Read the background jobs that would be cancelled if QEMU exited. Raises MonitorError."""
     jobs = block_answers.read_jobs(await qmp.execute("query-block-jobs", timeout_s=QUERY_S))
     migration = await qmp.execute("query-migrate", timeout_s=QUERY_S)
     return (*jobs, *block_answers.read_migration(migration))
@@ -102,7 +103,7 @@ async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
     """Return the disk. If its device is not a virtio device itself, replace the device's path by
-    that of its bus. For a SCSI disk, that is the bus of its virtio controller."""
+    that of the device's bus. For a SCSI disk, this is the bus of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -116,11 +117,11 @@ async def _with_bus_path(
 async def _read_queues(
     qmp: QmpClient, devices: Sequence[tuple[str, str]]
 ) -> tuple[RequestQueue, ...] | None:
-    """Read the request queues of each disk device, up to the first that QEMU refuses because the
-    device does not have it. Return None if there are MAX_QUEUES or more.
+    """Read the request queues of each disk device, up to the first number that QEMU refuses because
+    there is no such queue. Return None if there are MAX_QUEUES or more.
 
-    x-query-virtio-status would return the number of queues, but this command makes QEMU 11.1 abort
-    if no driver has started the device (measured).
+    x-query-virtio-status would return the number of queues, but is not used: it makes QEMU 11.1
+    abort if no driver has started the device (measured).
     """
     queues: list[RequestQueue] = []
     for name, path in devices:
@@ -143,7 +144,7 @@ async def _read_queues(
 async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     """Stop the processors. QEMU drains and flushes every disk, which blocks the monitor.
 
-    Raises MonitorError. After a MonitorTimeout, QEMU may still stop the processors later.
+    Raises MonitorError. After a MonitorTimeout, QEMU may stop the processors later.
     """
     await qmp.execute("stop", timeout_s=timeout_s)
 
@@ -153,8 +154,8 @@ class ExportServer:
     """What is known about the NBD server in QEMU."""
 
     may_be_our_server: bool | None = None
-    """Whether we may have started the server over this connection; None if we may have done so over
-    an earlier connection."""
+    """Whether qkilld may have started the server over this connection; None if it may have done so
+    over an earlier connection."""
 
 
 async def flush(
@@ -232,10 +233,11 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 
 
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
-    """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
+    """Undo everything that `stop_processors` and `flush` have done. Raises MonitorError.
 
-    QEMU's NBD server is stopped if all its exports are ours or, if it has none, if we may have
-    started it. If it also has exports of another program, only our exports are removed.
+    If QEMU's NBD server also has exports of another program, only our exports are removed.
+    Otherwise, the server is stopped. But if it has no exports at all, it is stopped only if qkilld
+    may have started it.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
@@ -279,7 +281,7 @@ async def _serve(
             "nbd-server-start", {"addr": address, "max-connections": count}, timeout_s=QUERY_S
         )
     except CommandRefused:
-        server.may_be_our_server = before  # QEMU runs another server already.
+        server.may_be_our_server = before  # Another NBD server already runs in QEMU.
         raise
     connections = [NbdConnection(one) for one in sockets]
     for each in connections:

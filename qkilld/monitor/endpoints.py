@@ -1,7 +1,7 @@
 """Decide which sockets of a QEMU process lead to its monitor and to the guest agent. Pure.
 
-The kernel reports on which sockets the process listens. The command line says what they are for,
-and may be wrong. A socket without a clear role is not used.
+The kernel reports on which sockets the process listens. The command line names the role of each
+socket, but may be wrong. A socket without a clear role is not used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ADVICE: Final = "give the guest a unix socket: -qmp unix:PATH,server=on,wait=of
 _LIBVIRT_PATH: Final = re.compile(r"(?:^|/)libvirt/qemu/(?:.*/)?domain-[^/]*/monitor\.sock$")
 _ADDRESS: Final = re.compile(r"[0-9.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 _FULL_NAME: Final = 107
-"""Bytes of the longest abstract name or path: sun_path without one NUL, unix(7)."""
+"""The length of the longest abstract name or path in bytes: sun_path without one NUL, unix(7)."""
 WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""For a listener on all addresses of the host: the address to connect to."""
+"""The address to connect to if a socket listens on all addresses of the host."""
 _NO_DEVICE: Final = frozenset({"null", "none"})
 MAX_CLAIMS: Final = 1000
-"""A guest with more monitors and devices on character devices is left alone, because each of them
-is compared with each of its sockets."""
+"""If a guest has more monitors and devices on character devices, its monitor is not used, because
+each of these is compared with each of its sockets."""
 
 
 class Role(StrEnum):
@@ -41,7 +41,7 @@ class Role(StrEnum):
     HMP = "hmp"
     AGENT = "agent"
     OTHER = "other"
-    """A serial port or a vhost-user device, for example."""
+    """Any other role, such as a serial port or a vhost-user device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class UnixListener:
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
-    """The path that the socket is bound to. A hostile path with line breaks may look like several.
-    An abstract name begins with "@"."""
+    """The path that the socket is bound to. There are several only if a hostile path contains line
+    breaks. An abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether a client is connected, which keeps others out."""
+    """Whether a client is connected, so that others must wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class TcpListener:
     port: int
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether a client is connected, which keeps others out."""
+    """Whether a client is connected, so that others must wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +95,17 @@ class GuestEndpoints:
     """QMP first, then HMP, then the agent."""
     passable: tuple[Endpoint, ...] = ()
     """Monitors on TCP or an abstract socket, in the same order. Only a program in the guest's
-    network namespace can connect to them, and pass the connection to the daemon."""
+    network namespace can connect to them. It can pass the connection to the daemon."""
     obstacles: tuple[str, ...] = ()
-    """Monitors and agents that cannot be used, and why; shown in the plan."""
+    """Texts that say which monitors and agents cannot be used, and why. The plan shows them."""
     libvirt: bool = False
     expected: bool = False
     """The command line names a monitor socket on which the process does not listen. If QEMU has
-    just started, it may do so soon."""
+    just started, it may listen soon."""
     agent_chardev: str = ""
     """The agent's label in query-chardev."""
     agent_device: str = ""
-    """The id of the agent's port in VSERPORT_CHANGE."""
+    """The id of the agent's port in VSERPORT_CHANGE events."""
 
     def with_role(self, role: Role) -> tuple[Endpoint, ...]:
         return tuple(endpoint for endpoint in self.endpoints if endpoint.role is role)
@@ -117,13 +117,13 @@ class _Claim:
 
     role: Role
     chardev: Mapping[str, str]
-    """The properties of the device; only its id if the command line does not define it."""
+    """The properties of the device. If the command line does not define the device, only its id."""
 
 
 def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:
     """Return whether a monitor may be on TCP, so that TCP listeners must be read.
 
-    `unclear`: the descriptors of those sockets of the process that may be TCP listeners.
+    `unclear`: the descriptors of the process's sockets that may be TCP listeners.
     """
     return any(
         claim.role in (Role.QMP, Role.HMP)
@@ -138,7 +138,7 @@ def find_endpoints(
     listeners: Sequence[UnixListener],
     tcp_listeners: Sequence[TcpListener] = (),
 ) -> GuestEndpoints:
-    """Find a guest's monitor and agent. `options`: those of the command line and its -readconfig
+    """Find a guest's monitor and agent. `options`: from the command line and its -readconfig
     files."""
     claims = list(islice(_claims(options), MAX_CLAIMS + 1))
     if len(claims) > MAX_CLAIMS:
@@ -229,7 +229,7 @@ def _is_at(listener: UnixListener | TcpListener, address: object) -> bool:
 
 
 def endpoint_at(path: str, listeners: Sequence[UnixListener]) -> Endpoint:
-    """Return the process's socket at `path`, which a caller says is its QMP monitor.
+    """Return the process's socket at `path`. According to a caller, it is the QMP monitor.
 
     Raises InvalidArgs if the process does not listen there.
     """
@@ -265,7 +265,8 @@ def _role(option: QemuOption) -> Role:
 
 
 def _chardev(flat: Mapping[str, str]) -> Mapping[str, str]:
-    """Flatten the JSON form of the option, which is that of the QMP command chardev-add."""
+    """Flatten the JSON form of the option, which has the structure of the QMP command
+    chardev-add."""
     place = "backend.data.addr.data."
     if "backend.type" not in flat:
         return flat
@@ -301,8 +302,8 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     if not int(first) <= listener.port <= max(int(first), end):
         return False
     host = chardev.get("host", "")
-    # For a host name, accept any address, because only QEMU knows to which address it resolved the
-    # name.
+    # If `host` is a name, accept any address, because only QEMU knows the address to which it has
+    # resolved the name.
     return not _ADDRESS.fullmatch(host) or host == listener.host
 
 
@@ -314,15 +315,14 @@ def _serves_tcp(chardev: Mapping[str, str]) -> bool:
 
 
 def _descriptor(chardev: Mapping[str, str]) -> int | None:
-    """Return the number of the descriptor that QEMU was given for the device; None if it was given
-    none."""
+    """Return the number of the descriptor that QEMU was given for the device, or None."""
     number = chardev.get("fd", "")
     return int(number) if number.isdecimal() and len(number) < 10 else None
 
 
 def _is_to_listen(chardev: Mapping[str, str]) -> bool:
-    """Return whether QEMU itself is to create a unix socket with a path for the device, and listen
-    on it."""
+    """Return whether QEMU itself creates a unix socket with a path for the device, and listens on
+    it."""
     named = chardev.get("backend") == "socket" and "path" in chardev
     return named and _is_on_off(chardev, "server") and not _is_on_off(chardev, "abstract")
 
@@ -332,7 +332,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
         return False
     paths = [claim.chardev.get("path", "")]
     paths += [path for one in listeners if _is_on(claim.chardev, one) for path in one.paths]
-    # If the descriptor that libvirt passed is closed by now, only the id shows that it is libvirt's
+    # If the descriptor that libvirt has passed is closed, only the id shows that this is libvirt's
     # monitor.
     unseen = "fd" in claim.chardev and len(paths) == 1
     return any(_LIBVIRT_PATH.search(path) for path in paths if len(path) <= _FULL_NAME) or (
@@ -341,7 +341,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
 
 
 def _obstacle(claim: _Claim) -> list[str]:
-    """Return why the device has no usable socket; empty if it needs none (null, none)."""
+    """Return why the device has no usable socket; [] if it needs no socket (null, none)."""
     chardev = claim.chardev
     backend = chardev.get("backend", "")
     what = "agent" if claim.role is Role.AGENT else "monitor"

@@ -1,7 +1,7 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
-A command that waits for a stuck disk blocks all later ones, so each command has its own deadline.
-With a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
+A command that waits for a stuck disk blocks all later commands, so each has its own deadline. With
+a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
 """
 
 from __future__ import annotations
@@ -51,14 +51,13 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Process
 
 BUSY_S: Final = 1.0
-"""How long to wait for a busy monitor. Programs that poll it are done sooner."""
+"""How long to wait for a busy monitor. Programs that poll a monitor use it for a shorter time."""
 START_S: Final = 5.0
-"""A QEMU younger than this may not listen on its monitor yet, so qkilld waits for the monitor."""
+"""If QEMU has run for less than this time, it may not listen on its monitor yet."""
 START_WAIT_S: Final = 1.0
 """How long to wait for the monitor of a QEMU younger than START_S."""
 TRY_S: Final = 5.0
-"""No further monitor is tried after this time, because a hostile process may listen on
-thousands."""
+"""No further monitor is tried after this time: a hostile process may have thousands of monitors."""
 QUERY_S: Final = 2.0
 CACHE_AGE_S: Final = 0.1
 """The maximum age of the cached reply to query-chardev. The command takes 1 ms, and more on a busy
@@ -67,11 +66,11 @@ ORDER_S: Final = 5.0
 RESUME_S: Final = 30.0
 """Timeout of cont, which may have to wait for the disks."""
 AGENT_REFUSAL_S: Final = 1.0
-"""How long to wait for a refusal of guest-shutdown, which sends no reply on success."""
+"""How long to wait for a refusal of guest-shutdown. If it succeeds, there is no reply."""
 AGENT_ORDER_S: Final = 10.0
 
 PM1_POWER_BUTTON: Final = 0x100
-"""Bit of the power button in PM1_STS and PM1_EN: ACPI specification, 4.8.4.1."""
+"""The bit of the power button in PM1_STS and PM1_EN (ACPI specification, 4.8.4.1)."""
 
 _KINDS: Final = frozenset(EventKind)
 
@@ -87,7 +86,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Do not call this, but `open`, `take` or `adopt`, which also connect."""
+        """Call `open`, `take` or `adopt` instead, which also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -99,8 +98,7 @@ class GuestControl:
         self._tasks = proc / str(process.guest.identity.pid) / "task"
         self._on_event: Callable[[GuestEvent], None] | None = None
         self.own_chardevs: frozenset[str] = frozenset()
-        """The labels of this monitor's character devices, which must not be cut off (yank). `adopt`
-        needs them."""
+        """The labels of this monitor's character devices, which must not be cut off (yank)."""
         self._registers: int | None = 0
         """The I/O port of PM1_STS; 0 if not known yet, None if the machine has none."""
         self._vcpus: VcpuThreads | None = None
@@ -108,11 +106,12 @@ class GuestControl:
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
-        """Whether a shutdown was requested, so that signs of a shutdown count."""
+        """Whether a shutdown was requested. Only then do signs of a shutdown count."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
-        """The last reply to query-chardev, with its time (s)."""
+        """The time of the last reply to query-chardev (s, time.monotonic()), and the reply."""
         self._agent_was_open: bool | None = None
-        """Whether the agent's port was open at the shutdown request; None if not known yet."""
+        """Whether the agent's port was open when a shutdown was requested; None if not known
+        yet."""
 
     @classmethod
     async def open(
@@ -129,8 +128,8 @@ class GuestControl:
     ) -> GuestControl:
         """Find the guest's monitor, prove that it is the guest's, and open it.
 
-        `enter_netns`: include monitors on TCP and abstract sockets; a thread enters the guest's
-        network namespace to connect to them.
+        `enter_netns`: include monitors on TCP and abstract sockets. To connect to them, a thread
+        enters the guest's network namespace.
 
         Waits for BUSY_S if the monitor is in use (STARVED_S if QEMU has no processor time), and for
         START_WAIT_S if QEMU has just started.
@@ -170,7 +169,8 @@ class GuestControl:
                     return control
             waited = time.monotonic() - began
             in_use = any(endpoint.listener.in_use for endpoint in endpoints)
-            # A QEMU without processor time has not noticed that its last client has left.
+            # A QEMU without processor time may not have noticed that its last client has
+            # disconnected.
             is_slow = in_use and waited < STARVED_S and starvation.is_starved()
             if is_slow or (in_use and waited < BUSY_S):
                 await asyncio.sleep(BUSY_S / 5)
@@ -182,8 +182,8 @@ class GuestControl:
             ):
                 await asyncio.sleep(START_WAIT_S / 50)
             elif endpoints and _is_stopped(process, proc):
-                # The obstacles above may be wrong: a stopped QEMU seems to serve a program that has
-                # closed its connection.
+                # The obstacles may be wrong: a stopped QEMU seems to serve a client that has
+                # disconnected.
                 raise MonitorUnreachable(
                     f"{endpoints[0].title} does not answer, because the guest's process is stopped"
                 )
@@ -203,7 +203,7 @@ class GuestControl:
     ) -> GuestControl:
         """Open the guest's monitor over a connection that a caller has made.
 
-        `was_asked` as in `open`. If the connection does not end in the process's monitor, or the
+        `was_asked`: see `open`. If the connection does not end in the process's monitor, or the
         monitor does not answer, closes the connection and raises MonitorError.
         """
         try:
@@ -236,9 +236,9 @@ class GuestControl:
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        No in-band command is sent on it, because QEMU may never answer one. `was_asked` as in
-        `open`. If the connection does not end in the process, or QEMU does not answer, closes the
-        connection and raises MonitorError.
+        Send no in-band command on it: QEMU may never answer. `was_asked`: see `open`. If the
+        connection does not end in the process, or QEMU does not answer, closes the connection and
+        raises MonitorError.
         """
         try:
             await check_end(process, connection, proc)
@@ -265,7 +265,7 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """The signs of a shutdown since it was requested, except those that were disproved.
+        """The signs of a shutdown since one was requested, except signs that were disproved later.
         RESTARTED ends with the next observation. POWERED_OFF counts even without a request."""
         return frozenset(self._signs)
 
@@ -280,8 +280,8 @@ class GuestControl:
         return client is None or client.closed
 
     def read_rest(self) -> bool:
-        """Read the last events of a QEMU that has exited. Return whether all have certainly been
-        read, which is never so with HMP."""
+        """Read the last events of a QEMU that has exited. Return whether it is certain that all
+        were read. With HMP, it never is."""
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
@@ -291,7 +291,6 @@ class GuestControl:
                 client.close()
 
     async def hmp(self, line: str, *, timeout_s: float = QUERY_S) -> str:
-        """Run a line in the human monitor; return its output. Raises MonitorError."""
         if self.qmp is not None:
             return await self.qmp.hmp(line, timeout_s=timeout_s)
         assert self._hmp is not None
@@ -331,7 +330,7 @@ class GuestControl:
         return answers.read_block_totals_text(await self.hmp("info blockstats"))
 
     async def agent_port(self, *, max_age_s: float = 0) -> AgentPort | None:
-        """Return the agent's port, from a reply not older than `max_age_s`; None if unknown.
+        """Return the agent's port, from a reply that is at most `max_age_s` old; None if unknown.
 
         Raises MonitorError.
         """
@@ -348,15 +347,15 @@ class GuestControl:
         return chardevs
 
     async def has_agent(self) -> bool:
-        """Return whether an agent can be asked: the guest has a socket for it that qkilld can
-        reach, and its port, if known, is open in the guest and unused. Raises MonitorError."""
+        """Return whether an agent can be asked: qkilld can reach its socket, and its port, if
+        known, is open in the guest and not in use. Raises MonitorError."""
         if not self.guest_endpoints.with_role(Role.AGENT):
             return False
         port = await self.agent_port()
         return port is None or (port.opened and not port.held)
 
     async def observe(self) -> GuestObservation:
-        """Observe the guest. Never raises MonitorError: a value that cannot be read is unknown."""
+        """Observe the guest. Never raises MonitorError: an unreadable value is unknown."""
         at = time.monotonic_ns() // 1000
         runstate = totals = vcpus = ran = waited = None
         button, pending = Button.UNKNOWN, None
@@ -411,8 +410,8 @@ class GuestControl:
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # A timeout or a closed connection is no failure: after success, no reply comes, and the
-            # agent may close its port.
+            # A timeout or a closed connection is not a failure: after success, no reply comes, and
+            # the agent may close its port.
             with contextlib.suppress(MonitorTimeout, MonitorClosed):
                 await agent.execute(
                     "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S
@@ -438,16 +437,16 @@ class GuestControl:
         await self._order("system_wakeup")
 
     async def quit(self) -> None:
-        """Tell QEMU to exit. Raises MonitorError if it refuses or does not answer in time, but not
-        if the connection is closed."""
+        """Tell QEMU to exit. Raises MonitorError if QEMU refuses or does not answer in time, but
+        not if it closes the connection."""
         with contextlib.suppress(MonitorClosed):
             await self._order("quit")
 
     # ---- out of band, which works while QEMU's main loop is busy ----
 
     async def query_yank(self) -> tuple[YankInstance, ...]:
-        """List the connections that can be cut off, except this monitor's. A reply also shows that
-        QEMU is alive.
+        """List the connections that can be cut off, except those of this monitor. A reply also
+        shows that QEMU is alive.
 
         Raises MonitorError: CommandRefused if this QEMU has no out-of-band commands.
         """
@@ -460,7 +459,7 @@ class GuestControl:
     async def yank(self, instances: Sequence[YankInstance]) -> None:
         """Cut off all these connections with one command.
 
-        Raises ValueError if one of them is this monitor's own connection; MonitorError.
+        Raises MonitorError, and ValueError if one of them is this monitor's own connection.
         """
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")
@@ -502,7 +501,7 @@ class GuestControl:
 
     @contextlib.asynccontextmanager
     async def _agent(self) -> AsyncIterator[AgentClient]:
-        """Connect to the agent and synchronize; waits BUSY_S if it is in use.
+        """Connect to the agent and synchronize. If the agent is in use, wait for BUSY_S.
 
         Raises MonitorError.
         """
@@ -512,7 +511,8 @@ class GuestControl:
                 connection = await self._connect_agent()
                 break
             except MonitorBusy:
-                # Try again, because QEMU may not know yet that our previous connection is closed.
+                # Try again, because QEMU may not have noticed yet that our previous connection is
+                # closed.
                 if time.monotonic() >= until:
                     raise
                 await asyncio.sleep(BUSY_S / 20)
@@ -528,7 +528,7 @@ class GuestControl:
             raise MonitorUnreachable("No agent runs in the guest")
         if port is not None and port.held:
             raise MonitorBusy("Another program uses the guest's agent")
-        # Read the process again, because the agent's socket may be in use now, or free.
+        # Read again which sockets are in use, because this may have changed.
         facts = await read_process(self._process.guest.identity, self._proc)
         endpoints = find_endpoints(*facts).with_role(Role.AGENT)
         if not endpoints:
@@ -536,7 +536,7 @@ class GuestControl:
         return await connect(self._process, endpoints[0], self._table, self._proc)
 
     async def begin_watch(self) -> None:
-        """Record signs of a shutdown from now on."""
+        """Note signs of a shutdown from now on."""
         if self._expects_shutdown:
             return
         with contextlib.suppress(MonitorError):
@@ -549,8 +549,8 @@ class GuestControl:
         if self._agent_was_open is None:
             self._agent_was_open = port.opened
         elif port.opened:
-            # The port is open again, so only the agent or the guest was restarted. The closed port
-            # was no sign of a shutdown.
+            # The port is open again, because the agent or the guest was restarted. So the closed
+            # port was not a sign of a shutdown.
             self._signs.discard(ShutdownSign.AGENT_CLOSED)
         elif self._agent_was_open:
             self._signs.add(ShutdownSign.AGENT_CLOSED)

@@ -1,7 +1,7 @@
 """A client for the human monitor: lines of text, and a prompt after each reply.
 
-Most handwritten units use this monitor. It has no out-of-band commands and no events. QEMU's line
-editor echoes each character with escape sequences, up to the first line break.
+Most handwritten units use this monitor. It has no out-of-band commands and no events. Before the
+output, QEMU's line editor echoes each character of the line, with escape sequences.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel
 OPEN_S: Final = 1.0
 _PROMPT: Final = b"(qemu) "
 _ESCAPES: Final = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]|\xff[\xfb-\xfe].", re.DOTALL)
-"""Escape sequences of a terminal, and telnet commands (RFC 854), which "telnet:" monitors send."""
+"""Escape sequences of a terminal, and telnet commands (RFC 854) from "telnet:" monitors."""
 _REFUSAL: Final = re.compile(r"unknown command: '|Error: |[^\n]*\nTry \"help ")
 
 
 def checked(line: str, text: str) -> str:
     """Return the human monitor's output for a line, with plain line breaks.
 
-    Raises CommandRefused if the output looks like an error, because the monitor reports errors in
-    no other way.
+    Raises CommandRefused if the output looks like an error, because the monitor reports errors only
+    as text.
     """
     text = text.replace("\r\n", "\n")
     if _REFUSAL.match(text):
@@ -54,9 +54,9 @@ class HmpClient(Channel):
         timeout_s: float = OPEN_S,
         is_starved: Callable[[], bool] = lambda: False,
     ) -> Self:
-        """Take over a connected socket, and wait for the prompt. `is_starved` as in Channel.
+        """Take over a connected socket, and wait for the prompt. `is_starved`: see Channel.
 
-        If that fails, closes the socket and raises MonitorError: MonitorBusy if no prompt comes in
+        If this fails, closes the socket and raises MonitorError: MonitorBusy if no prompt comes in
         time.
         """
         client = await cls._over(connection)
@@ -77,7 +77,7 @@ class HmpClient(Channel):
         return client
 
     async def hmp(self, line: str, *, timeout_s: float) -> str:
-        """Run a line, one at a time; return its output.
+        """Run a line; return its output. Only one line may run at a time.
 
         Raises CommandRefused if the output looks like an error. On any other MonitorError, the
         connection is closed, because a late reply would be taken for the reply to the next line.

@@ -1,4 +1,4 @@
-"""The monitor of a job: GuestControl with callbacks. Implements the engine's ports."""
+"""The monitor of a job: GuestControl with callbacks. Implements protocols of engine.ports."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_S: Final = 1.0
-"""Timeout for reading the disks of a guest without a job. Reading them takes 10 ms."""
+"""Timeout for reading the disks of a guest without a job, which usually takes 10 ms."""
 
 
 class JobMonitors:
@@ -109,7 +109,7 @@ class JobMonitors:
     async def _adopt(
         self, process: Process, kept: KeptMonitor, was_asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
-        """Return None if the connection is no longer usable."""
+        """Use the kept connection; return None if it is no longer usable."""
         try:
             control = await GuestControl.adopt(
                 process,
@@ -128,7 +128,7 @@ class JobMonitors:
     async def _take(
         self, process: Process, passed: int, was_asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
-        """Return None if the connection that a caller passed cannot be used."""
+        """Use the connection that a caller passed; return None if it is not usable."""
         try:
             return await GuestControl.take(
                 process,
@@ -151,7 +151,8 @@ class JobMonitors:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """Skip incomplete messages, because the previous daemon may have read their beginning."""
+        """See engine.ports.Monitors. Skip incomplete messages, because the previous daemon may have
+        read their beginning."""
         with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
             with ignore("reading the rest of a stored monitor connection", OSError):
@@ -395,7 +396,7 @@ def _socket_of(descriptor: int) -> socket.socket:
 async def _call_back(
     work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
 ) -> None:
-    """Call back with the result of `work`, or with the exception that a bug in it caused."""
+    """Call back with the result of `work` or, if a bug in it caused an exception, with that."""
     result: T | Exception
     try:
         result = await work()
@@ -414,8 +415,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task, unless `cancel` was called. The task itself calls `work`: if it is
-        cancelled before it runs, no coroutine is left that nobody awaits."""
+        """Start a task, unless `cancel` was called. The task itself calls `work`, so if it is
+        cancelled before it runs, there is no coroutine that is never awaited."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))
@@ -423,13 +424,13 @@ class _Tasks:
         task.add_done_callback(self._end_task)
 
     def cancel(self) -> None:
-        """Cancel all tasks except the calling one, which is about to end. Later calls of `run`
-        start none."""
+        """Cancel all tasks except the calling task, which is about to end. Later calls of `run`
+        start no task."""
         self._cancelled = True
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Cancel all tasks except the calling one; new tasks may be started."""
+        """Cancel all tasks except the calling task. New tasks may be started."""
         current = asyncio.current_task()
         for task in list(self._running):
             if task is not current:
@@ -438,7 +439,7 @@ class _Tasks:
     def _end_task(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # This is a bug of ours. The loop's handler reports it, and the job continues to its
+            # This is a bug in qkilld. The loop's handler reports it, and the job waits until its
             # deadline.
             task.get_loop().call_exception_handler(
                 {"message": "talking to a monitor", "exception": error, "task": task}

@@ -1,9 +1,9 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
-Only qkilld-stop and qkillctl do this, because the daemon starts no programs. A process is matched
-to a domain by libvirt's pid files, which are in a directory that only libvirt's user can write to.
-A command line would prove nothing, because whoever starts a process chooses it. `virsh
-qemu-monitor-command` is never used, because it taints a domain.
+Only qkilld-stop and qkillctl do this, because the daemon starts no programs. libvirt's pid files
+show which domain a process is. They are in a directory that only libvirt's user can write to. The
+command line of a process proves nothing, because its owner chooses it. `virsh qemu-monitor-command`
+is never used, because it taints a domain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qkilld.model.text import MAX_TEXT, printable
 
 SYSTEM: Final = Path("/run/libvirt/qemu")
 TIMEOUT_S: Final = 10.0
-"""Timeout of virsh. It does not wait for the shutdown, and normally returns after some
+"""Timeout of virsh. virsh does not wait for the shutdown, and normally returns after some
 milliseconds, so this is enough for a busy host."""
 MAX_DOMAINS: Final = 10_000
 _AMBIGUOUS: Final = re.compile(r"[0-9]+|[0-9a-fA-F-]{32,36}")
@@ -31,18 +31,18 @@ _AMBIGUOUS: Final = re.compile(r"[0-9]+|[0-9a-fA-F-]{32,36}")
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A running guest of libvirt's."""
+    """A running guest of libvirt."""
 
     name: str
     uri: str
-    """The connection URI of its libvirt."""
+    """The URI for a connection to its libvirt."""
 
 
 def domain_of(
     pid: int, environment: Mapping[str, str] = os.environ, system: Path = SYSTEM
 ) -> Domain | None:
-    """Return the domain that runs as this process; None if none does, or its name is ambiguous for
-    virsh."""
+    """Return the domain that runs as this process; None if there is none, or if virsh could take
+    its name for an id."""
     places = [(system, "qemu:///system")]
     if runtime := environment.get("XDG_RUNTIME_DIR"):
         places.append((Path(runtime) / "libvirt/qemu/run", "qemu:///session"))
@@ -56,7 +56,8 @@ def domain_of(
 
 
 def shut_down(domain: Domain) -> str:
-    """Make libvirt ask the guest, by its agent or power button. Return "", or why that failed.
+    """Make libvirt ask the guest, by its agent or power button. Return "", or the reason of a
+    failure.
 
     Blocks for at most TIMEOUT_S.
     """

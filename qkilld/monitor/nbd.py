@@ -1,7 +1,7 @@
 """The part of an NBD client that asks a server for one flush.
 
 Source: the NBD protocol's doc/proto.md, fixed newstyle with NBD_OPT_GO. The server runs in QEMU, so
-its replies are as untrusted as QEMU's.
+its replies are not trusted.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class NbdConnection:
         raise _protocol_error()
 
     async def flush(self) -> str:
-        """Flush the export; return "" or the error message. Raises MonitorError."""
+        """Flush the export. Return "", or the error message of a failed flush. Raises
+        MonitorError."""
         await self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, _CMD_FLUSH, _HANDLE, 0, 0))
         magic, error, handle = _REPLY.unpack(await self._read(_REPLY.size))
         if magic != _REPLY_MAGIC or handle != _HANDLE:

@@ -1,9 +1,9 @@
-"""A client for QMP: greeting, out-of-band commands, one in-band command at a time, events.
+"""A client for QMP: greeting, in-band commands one at a time, out-of-band commands, events.
 
-Source: QEMU's docs/interop/qmp-spec. Measured with QEMU 7.2 and 10.0: while QEMU hangs in its final
-drain, it answers an out-of-band command in 1 to 3 ms if the connection existed before. It does not
-answer if 8 in-band commands wait behind a blocked one, so we send only one in-band command at a
-time.
+Source: QEMU's docs/interop/qmp-spec. While QEMU hangs in its final drain, it answers an out-of-band
+command in 1 to 3 ms if the connection was made before the drain. But it does not answer if 8
+in-band commands wait behind a blocked one (measured, QEMU 7.2 and 10.0). So only one in-band
+command is sent at a time.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""Timeout of greeting and negotiation, which take 2 ms. A monitor that sends no greeting in time
-counts as busy, because it sends none while it serves another client."""
+"""Timeout of greeting and negotiation, which usually take 2 ms. A monitor that sends no greeting in
+time counts as busy: while it serves a client, it greets no other client."""
 
 
 @dataclass(frozen=True, slots=True)
 class QmpEvent:
     name: str
     data: Mapping[str, Any]
-    """Unchecked, as received."""
+    """The data as received. It was not checked."""
     received: int
-    """µs, CLOCK_MONOTONIC."""
+    """When the event was received (µs, CLOCK_MONOTONIC)."""
 
 
 class QmpClient(Channel):
-    """`oob`: out-of-band commands were negotiated."""
+    """`oob`: whether out-of-band commands were negotiated."""
 
     def __init__(self, on_event: Callable[[QmpEvent], None] | None = None) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class QmpClient(Channel):
         timeout_s: float = OPEN_S,
         is_starved: Callable[[], bool] = lambda: False,
     ) -> Self:
-        """Take over a connected socket, and negotiate. `is_starved` as in Channel.
+        """Take over a connected socket, and negotiate. `is_starved`: see Channel.
 
-        If that fails, closes the socket and raises MonitorError: MonitorBusy if no greeting comes
+        If this fails, closes the socket and raises MonitorError: MonitorBusy if no greeting comes
         in time.
         """
         client = await cls._over(connection, on_event)
@@ -92,8 +92,8 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connection on which another process has negotiated out-of-band commands.
 
-        That process may have read half a message, so an incomplete first message is ignored.
-        Replies to its commands are ignored, too.
+        The other process may have read half a message, so an incomplete first message is ignored.
+        Replies to commands of that process are ignored, too.
         """
         client = await cls._over(connection, on_event)
         client._greeting.cancel()
@@ -109,11 +109,11 @@ class QmpClient(Channel):
         timeout_s: float,
         pass_fd: int | None = None,
     ) -> Any:
-        """Run a command; return its result. Waits for our previous command first.
+        """Run a command; return its result. Waits until the previous command has its reply.
 
-        QEMU gets a copy of the descriptor `pass_fd`, for getfd. Raises CommandUnsent,
-        MonitorTimeout, CommandRefused, MonitorError. After a timeout the command may still be
-        executed, unless it was not sent.
+        `pass_fd`: a descriptor of which QEMU gets a copy, for getfd. Raises CommandUnsent,
+        MonitorTimeout, CommandRefused, MonitorError. After any other timeout, QEMU may still
+        execute the command.
         """
         until = self._loop.time() + timeout_s
         try:
@@ -133,7 +133,7 @@ class QmpClient(Channel):
     ) -> Any:
         """Run a command ahead of all in-band commands; return its result.
 
-        Raises CommandRefused unless `oob` is true; otherwise raises as `execute` does.
+        If `oob` is false, raises CommandRefused. Otherwise, raises what `execute` raises.
         """
         if not self.oob:
             raise CommandRefused(command, "Unsupported", "this QEMU has no out-of-band commands")
@@ -141,7 +141,7 @@ class QmpClient(Channel):
         return await self._call("exec-oob", command, arguments, self._last_id + 1, until)
 
     async def hmp(self, line: str, *, timeout_s: float) -> str:
-        """Run a line in the human monitor; return its output. Raises as `execute` does."""
+        """Run a line in the human monitor; return its output. Raises what `execute` raises."""
         printed = await self.execute(
             "human-monitor-command", {"command-line": line}, timeout_s=timeout_s
         )
@@ -215,7 +215,8 @@ class QmpClient(Channel):
         self._take(message)
 
     def _collect(self, line: bytes) -> None:
-        """Join the lines of a message of -qmp-pretty; its last line is a single brace."""
+        """Join the lines of a message of -qmp-pretty. The last line of a message is a single
+        brace."""
         self._pretty.append(line)
         self._pretty_size += len(line) + 1
         if self._pretty_size > MAX_MESSAGE:

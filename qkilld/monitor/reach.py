@@ -1,13 +1,14 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
-Whoever started QEMU chose the path on its command line, and this may lead to any socket. connect(2)
-alone can start a service, or occupy another guest's monitor. So before connect(2), the kernel must
-confirm that the process's own socket is bound to this file. If the kernel does not show that, the
-file must belong to the process's user. After connect(2), before any byte is sent, SO_PEERCRED must
-show that the process is the peer.
+The path of the monitor comes from QEMU's command line, so QEMU's owner may have chosen the path of
+any socket. connect(2) alone can start a service, or occupy another guest's monitor. So before
+connect(2), the kernel must confirm that the process's own socket is bound to this file. If the
+kernel does not show this, the file must belong to the process's user. After connect(2), before any
+byte is sent, SO_PEERCRED must show that the process is the peer.
 
-Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
--daemonize, and for a socket passed with fd= on which the parent called listen(2).
+Sources: unix(7), proc_pid_net(5), sock_diag(7). SO_PEERCRED returns QEMU's pid even after
+-daemonize, and even if QEMU's parent called listen(2) on the socket and passed it with fd=
+(measured).
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Process
 
 REACH_TIMEOUT_S: Final = 1.0
-"""Timeout of file system access, because a path may lead to a file server that does not answer."""
+"""Timeout of access to files: a path may lead to a file server that does not answer."""
 MAX_TABLE: Final = 64 << 20
-"""The maximum number of bytes of /proc/PID/net/unix, about 600,000 sockets. Any user may have
-many."""
+"""A longer /proc/PID/net/unix is unreadable. This is enough for about 600,000 sockets; any user may
+have many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""
@@ -72,8 +73,8 @@ async def read_process(
     """Read the options that a QEMU was started with, and the sockets that it listens on, for
     find_endpoints.
 
-    Raises MonitorUnreachable if they cannot be read; MonitorTimeout if that takes too long, or if
-    earlier reads still block.
+    Raises MonitorUnreachable if they are unreadable; MonitorTimeout if reading takes too long, or
+    if earlier reads still block.
     """
     work = _run(identity, lambda: read_process_blocking(identity, proc))
     try:
@@ -98,7 +99,8 @@ def read_process_blocking(
     unclear.difference_update(*(listener.descriptors for listener in listeners))
     if not may_use_tcp(options, unclear):
         return options, listeners, []
-    # Read TCP listeners only if needed: the kernel scans 100,000s of slots, which takes 6 ms.
+    # Read TCP listeners only if needed, because this takes 6 ms: the kernel scans hundreds of
+    # thousands of slots.
     return options, listeners, read_tcp_listeners(identity.pid, descriptors, proc)
 
 
@@ -107,7 +109,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
     to the daemon. Return None if there is no such monitor, if connecting fails, or if the daemon
     can reach another monitor of the guest. An agent does not count as a monitor.
 
-    Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
+    Run this in a separate thread: it may block, and changes the thread's network namespace. Raises
     OSError.
     """
     guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
@@ -119,10 +121,10 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 
 
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
-    """Return the process's monitor in which a connection made by another program ends.
+    """Return the monitor of the process in which a connection ends that another program has made.
 
-    Raises MonitorUnreachable if the connection ends elsewhere; MonitorTimeout if that is not known
-    in time.
+    Raises MonitorUnreachable if the connection ends elsewhere; MonitorTimeout if its end is not
+    found in time.
     """
     identity = process.guest.identity
 
@@ -137,8 +139,8 @@ async def prove(process: Process, connection: socket.socket, proc: Path = procfs
 
 
 async def check_end(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> None:
-    """Raise MonitorUnreachable if the connection does not end in the process, MonitorTimeout if
-    that is not known in time."""
+    """Raise MonitorUnreachable if the connection does not end in the process, and MonitorTimeout if
+    its end is not found in time."""
     pid = process.guest.identity.pid
     if not await _examine(process, lambda: ends_in(connection, pid, proc)):
         raise MonitorUnreachable("The connection ends in another process")
@@ -163,7 +165,7 @@ async def _examine(process: Process, work: Callable[[], T]) -> T:
 async def connect(
     process: Process, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
 ) -> socket.socket:
-    """Connect to the endpoint, and prove that it is the process's. Sends nothing.
+    """Connect to the endpoint, and prove that it belongs to the process. Sends nothing.
 
     Raises MonitorBusy, MonitorUnreachable, MonitorTimeout.
     """
@@ -223,9 +225,9 @@ def _unix_listeners(
     rows: dict[int, list[UnixRow]] = {}
     for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
         rows.setdefault(row.inode, []).append(row)
-    # If several rows have one inode, at most one of them is true; the others are forged. `connect`
-    # refuses a forged path. Ignore such rows for `used`: if they made the monitor look used, the
-    # guest would not be asked.
+    # If several rows have the same inode, at most one of them is true; the others are forged.
+    # `connect` refuses forged paths. Leave such rows out of `used`: otherwise, a forged row could
+    # make the monitor look used, and the guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
     for inode, own in sorted(rows.items()):
@@ -262,7 +264,7 @@ def connect_blocking(
 
 def _connect_file(file: int, identity: Identity, endpoint: Endpoint) -> socket.socket:
     """Connect through the descriptor, which refers to the file that was checked."""
-    # From here on, the other end may have sent descriptors.
+    # From now on, the other end may send descriptors.
     connection = take_over(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         connection.connect(f"/proc/self/fd/{file}")
@@ -285,8 +287,8 @@ def _is_bound_to(
 ) -> bool:
     """Return whether the process's socket is bound to this file.
 
-    The table covers one network namespace. For sockets outside it, or without a table, the file's
-    owner must be the process's user: users may connect to their own sockets anyway.
+    The table lists the sockets of one network namespace. For other sockets, or without a table, the
+    owner of the file must be the process's user, who may connect to it anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -303,7 +305,8 @@ def _is_bound_to(
 
 
 def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
-    """Return the device in mountinfo, because stat returns another one on btrfs and overlays."""
+    """Return the device from mountinfo, because fstat(2) returns another one on btrfs and
+    overlays."""
     try:
         lines = Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
         mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
@@ -320,10 +323,9 @@ def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
 
 
 def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yield candidates for the start of the path: (root, directory of a relative path).
+    """Yield where the path may begin: a root directory, and the directory of a relative path.
 
-    The path may be relative to the process's own root, or to that of the program that passed the
-    socket.
+    The root is that of the process, or that of the program that passed the socket.
     """
     own = proc / str(pid)
     if path.startswith("/"):
@@ -342,7 +344,7 @@ def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # Most rows are of other processes. This check is faster than parsing them.
+            # Most rows belong to other processes. This check is faster than parsing them.
             if wanted.isdisjoint(line.split(maxsplit=7)[6:7]):
                 continue
             row = parse_unix_row(line.removesuffix(b"\n"))

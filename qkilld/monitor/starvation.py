@@ -16,7 +16,7 @@ from qkilld.adapters import procfs
 from qkilld.model.constants import USEC_PER_SEC
 
 MAX_THREADS: Final = 64
-"""The maximum number of threads that are read, 15 µs each. A process may have thousands."""
+"""At most this many threads are read, which takes 15 µs for each. A process may have thousands."""
 
 
 class Starvation:
@@ -26,8 +26,8 @@ class Starvation:
         self._at, self._times = time.monotonic(), times_of(tasks, self._threads())
 
     def is_starved(self) -> bool:
-        """Return whether the process has waited more than it ran since the last call, or since this
-        object was created. False if unknown."""
+        """Return whether the process has waited for longer than it ran, since the last call or
+        since this object was created. False if unknown."""
         at, before, threads = self._at, self._times, self._threads()
         self._at, self._times = time.monotonic(), times_of(self._tasks, threads)
         if before is None or self._times is None:
@@ -35,7 +35,7 @@ class Starvation:
         ran, waited = self._times[0] - before[0], self._times[1] - before[1]
         if waited > max(ran, 0):
             return True
-        # The kernel counts a wait only when it ends.
+        # The kernel counts a wait only when it ends, so look for a thread that still waits.
         return ran < (self._at - at) / 2 * USEC_PER_SEC and any(map(self._is_runnable, threads))
 
     def _threads(self) -> list[str]:
@@ -54,11 +54,11 @@ class Starvation:
 
 
 def times_of(tasks: Path, threads: Iterable[int | str]) -> tuple[int, int] | None:
-    """Return (time run, time waited for a host processor) of all these threads, in µs; None if any
-    is unreadable, or if there is no thread.
+    """Return two sums over these threads, in µs: how long they ran, and how long they waited for a
+    processor of the host. Return None if any thread is unreadable, or if there is no thread.
 
-    The second includes the time that CPUQuota= withheld (cpu.max; measured, Linux 6.18). Time that
-    a hypervisor withheld from the host is in neither, if it tells the host.
+    The second sum includes the time that CPUQuota= withheld (cpu.max; measured, Linux 6.18). If a
+    hypervisor withholds time from the host, and reports this to the host, neither sum includes it.
     """
     ran = waited = 0
     for thread in threads:

@@ -1,17 +1,18 @@
-"""Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
+"""Connect to a monitor on TCP or an abstract socket, and prove in which process the connection
+ends.
 
 Both kinds of socket belong to a network namespace, and only a program in the guest's namespace can
-connect. The daemon usually has its own namespace, so it gets the connection from its caller, and
+connect. The daemon usually has another namespace, so it gets the connection from its caller, and
 repeats the proof.
 
-For TCP, the kernel does not report the peer's process. But in one network namespace, only the peer
-has the same two addresses in reverse order. The kernel's table shows the inode of the peer's
-socket, and the process must have a descriptor with that inode. The same table must also contain our
-own socket. Its inode is unique on the host, so this rules out a connection in another namespace
-that has the same addresses.
+For TCP, the kernel does not report the peer's process. But within a network namespace, only the
+peer's socket has the same two addresses in reverse order. The kernel's table shows the inode of the
+peer's socket, and the process must have a descriptor with this inode. The same table must also
+contain our own socket. Its inode is unique on the host, so this rules out a connection with the
+same addresses in another namespace.
 
-All functions may block. `connect_in_netns` also changes the network namespace of its thread: run it
-in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
+All functions may block. `connect_in_netns` also changes the network namespace of its thread, so run
+it in a separate thread. Sources: proc_pid_net(5), unix(7), setns(2).
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
-"""How long to wait for QEMU to accept a connection, which usually takes a millisecond. Until then,
+"""How long to wait until QEMU accepts a connection, which usually takes a millisecond. Before that,
 the other end has no inode, so nothing proves to which process it belongs."""
 MAX_TABLE: Final = 64 << 20
-"""The maximum number of bytes of /proc/PID/net/tcp, about 400,000 sockets."""
+"""A longer /proc/PID/net/tcp is unreadable. This is enough for about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
 
 _SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
@@ -55,17 +56,18 @@ class TcpAddress(NamedTuple):
 
 
 class TableEntry(NamedTuple):
-    """A line of the kernel's table."""
+    """A socket in the kernel's table."""
 
     local: TcpAddress
     remote: TcpAddress
     listening: bool
     inode: int
-    """0 until the connection is accepted."""
+    """The inode of the socket; 0 until the connection is accepted."""
 
 
 def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]]:
-    """Return the descriptors of the process's sockets by inode. Raises OSError."""
+    """Return the descriptors of each socket of the process, by the socket's inode. Raises
+    OSError."""
     directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         links = procfs.read_links(directory, MAX_DESCRIPTORS)
@@ -83,7 +85,7 @@ def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]
 def read_tcp_listeners(
     pid: int, descriptors: Mapping[int, set[int]], proc: Path = procfs.PROC
 ) -> list[TcpListener]:
-    """Return the TCP listeners among the process's `descriptors`. Raises OSError."""
+    """Return the TCP listeners among the process's sockets (`descriptors`). Raises OSError."""
     sockets = [each for each in read_tcp(pid, proc) if each.inode in descriptors]
     used = {each.local.port for each in sockets if not each.listening}
     return [
@@ -128,7 +130,7 @@ def peer_of(connection: socket.socket) -> int:
 
 
 def ends_in(connection: socket.socket, pid: int, proc: Path = procfs.PROC) -> bool:
-    """Return whether the other end of the connection is the process's. Raises OSError."""
+    """Return whether the other end of the connection belongs to the process. Raises OSError."""
     if connection.family == socket.AF_UNIX:
         return peer_of(connection) == pid
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
@@ -161,7 +163,7 @@ def needs_netns(endpoint: Endpoint) -> bool:
 
 def connect_in_netns(pid: int, endpoint: Endpoint, proc: Path = procfs.PROC) -> socket.socket:
     """Connect to a monitor on TCP or an abstract socket, from the process's network namespace, and
-    prove that the process has the other end. Send nothing.
+    prove that the other end belongs to the process. Send nothing.
 
     Raises MonitorBusy, MonitorUnreachable.
     """
@@ -204,7 +206,8 @@ def _connect(endpoint: Endpoint) -> socket.socket:
 
 
 def _prove(connection: socket.socket, pid: int, endpoint: Endpoint, proc: Path) -> None:
-    """Raises MonitorBusy, MonitorUnreachable, OSError."""
+    """Prove that the other end belongs to the process. Raises MonitorBusy, MonitorUnreachable,
+    OSError."""
     until = time.monotonic() + ACCEPT_S
     while not ends_in(connection, pid, proc):
         if connection.family == socket.AF_UNIX:
@@ -229,14 +232,15 @@ def _enter(pid: int, proc: Path) -> None:
 
 
 def _address(address: tuple[str, int]) -> TcpAddress:
-    """Return the address as `read_tcp` does: an IPv4 address without its mapping to IPv6."""
+    """Return the address in the form of `read_tcp`: an IPv4 address that is not mapped to IPv6."""
     host, port = address[:2]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return TcpAddress(_text(socket.inet_pton(family, host.partition("%")[0])), port)
 
 
 def _parse_address(text: bytes) -> TcpAddress:
-    """Parse an address such as 0100007F:115C: words of 32 bits in the machine's order, the port."""
+    """Parse an address such as 0100007F:115C: words of 32 bits in the machine's byte order, and the
+    port."""
     host, _, port = text.partition(b":")
     words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
     packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)

@@ -12,7 +12,7 @@ from typing import Final
 from qkilld.monitor.starvation import times_of
 
 FULL_LOAD: Final = 1024
-"""The kernel's load average for a thread that always wants a processor."""
+"""The kernel's average (runnable_avg) for a thread that always wants a processor."""
 _FAIR: Final = frozenset({0, 3, 5})
 """SCHED_NORMAL, SCHED_BATCH and SCHED_IDLE: the policies for which the kernel has an average."""
 _POLICY: Final = re.compile(r"^policy\s*:\s*([0-9]{1,10})$", re.MULTILINE)
@@ -35,9 +35,10 @@ class VcpuThreads:
     def load(self) -> float | None:
         """Return how many processors of the host the threads have wanted lately.
 
-        This is the sum of the kernel's averages for the threads, in which the load of 32 ms ago
-        counts half. It includes the time that a thread waited for a processor. None if unreadable,
-        or if a thread has a scheduling policy without such an average, such as a real-time policy.
+        This is the sum of the kernel's averages for the threads. In an average, the load of 32 ms
+        ago counts half. Time in which a thread waited for a processor is included. Return None if
+        unreadable, or if a thread's scheduling policy has no such average, such as a real-time
+        policy.
         """
         load = 0
         for thread in self._threads:
@@ -52,8 +53,8 @@ class VcpuThreads:
 
 
 def own_threads(tasks: Path, threads: tuple[int, ...]) -> VcpuThreads | None:
-    """Return the threads; None if these are not ids of the process's threads here. A QEMU in
-    another PID namespace reports the ids that its threads have there."""
+    """Return the threads; None if these are not ids of the process's threads in our PID namespace.
+    In another PID namespace, QEMU reports other ids."""
     try:
         known = all((tasks / str(thread)).exists() for thread in threads)
     except OSError:
@@ -65,7 +66,7 @@ def parse_load(text: str) -> int | None:
     """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if the thread has
     no such average.
 
-    The first line has the thread's name, which may be any text, so the last match counts.
+    The first line contains the thread's name, which may be any text, so the last match counts.
     """
     policies, averages = _POLICY.findall(text), _RUNNABLE.findall(text)
     if not policies or not averages or int(policies[-1]) not in _FAIR:
