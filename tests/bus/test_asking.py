@@ -161,7 +161,7 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
         # more. Nobody can ask such a guest, so try another one.
         for number in range(4):
             disk = make_disk(lab_dir / f"disk{number}.qcow2")
-            guest = boot("work", append="lab.seconds=25", disk=disk)
+            guest = boot("work", append="lab.seconds=40", disk=disk)
             job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
             daemon.process.kill()
             daemon.wait_gone()
@@ -171,7 +171,7 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
                 break
         until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
         daemon = killed(daemon, start, guest)
-        for _ in range(3):
+        for _ in range(2):
             until(lambda: client.properties(job, JOB)["Verdict"], "guest-shutdown".__eq__)
             daemon = killed(daemon, start, guest)
         result, receipt = client.wait(job)
