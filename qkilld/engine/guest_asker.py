@@ -125,10 +125,13 @@ class GuestAsker:
         self._attempt = powerdown.note_request(self._attempt, method, self._clock.now())
         return _ORDERS[method]
 
-    def judge_exit(self) -> GuestAsked | None:
-        """After QEMU's exit, return the outcome of asking; None if the guest was not asked."""
+    def judge_exit(self, *, killed: bool) -> GuestAsked | None:
+        """After QEMU's exit, return the outcome of asking; None if the guest was not asked.
+
+        `killed`: a signal ended QEMU. Then the guest has only shut down if that was reported.
+        """
         signs, all_heard = self._link.read_rest()
-        return powerdown.judge_exit(self._attempt, signs, all_heard=all_heard)
+        return powerdown.judge_exit(self._attempt, signs, all_heard=all_heard or killed)
 
     def close(self) -> None:
         """Stop asking. The monitor stays open. May be called twice."""

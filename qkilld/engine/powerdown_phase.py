@@ -172,7 +172,8 @@ class PowerdownPhase:
             return
         if (order := self._asker.take_unanswered()) is not None:
             self._note_order(order)
-        self._job.guest_asked = self._asker.judge_exit() or self._job.guest_asked
+        killed = self._process.killed_by() != 0
+        self._job.guest_asked = self._asker.judge_exit(killed=killed) or self._job.guest_asked
 
     def close(self) -> None:
         """Stop asking. May be called twice."""

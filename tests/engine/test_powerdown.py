@@ -601,6 +601,22 @@ def test_a_qemu_that_crashes_has_not_shut_down() -> None:
     assert (job.result, job.guest_asked) == (Result.EXITED, GuestAsked.ASKED)
 
 
+@pytest.mark.parametrize(
+    ("killer", "outcome"), [(0, GuestAsked.SHUT_DOWN), (SIGKILL, GuestAsked.ASKED)]
+)
+def test_a_qemu_that_somebody_else_kills_has_not_shut_down(
+    killer: int, outcome: GuestAsked
+) -> None:
+    """A human monitor reports no shutdown, so the guest's reaction counts."""
+    world, process = asked_world(UP), FakeProcess()
+    job = world.stop(process, POWERDOWN)
+    world.clock.advance(2)
+    world.monitors.shows = lambda now: replace(UP, requests=100 + 30 * now // S)
+    world.clock.advance(8)
+    process.die(killer)
+    assert (job.result, job.guest_asked) == (Result.EXITED, outcome)
+
+
 def test_a_shutdown_is_read_of_a_monitor_whose_qemu_has_exited() -> None:
     """QEMU sends its last event and exits before the job has read the event."""
     world, process = asked_world(UP), FakeProcess()
