@@ -354,7 +354,7 @@ def judge_exit(
 def _judge_before(
     attempt: Attempt, last: GuestObservation, powerdown: int, agent: bool
 ) -> Judgement:
-    if last.press_pending and last.button is Button.LISTENED:
+    if last.press_pending and last.button in (Button.LISTENED, Button.NO_REGISTER):
         return Judgement(Conclusion.PRESSED, "somebody has pressed its power button already")
     if not agent and last.button is Button.NOT_LISTENED:
         return _judge_deafness(attempt, last, powerdown)

@@ -105,7 +105,8 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """Whether the button was pressed and the guest has not noticed yet; None if unknown."""
+    """Whether the button was pressed and the guest has not noticed yet, or somebody else pressed it
+    in the last seconds before the guest was asked; None if unknown."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     request_time: int | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qkilld.adapters import procfs
-from qkilld.debug_log import ignore
 from qkilld.model.block_state import YankInstance
+from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.errors import (
     CommandUnsent,
     MonitorBusy,
@@ -43,7 +42,15 @@ from qkilld.monitor.endpoints import (
 )
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
-from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_process
+from qkilld.monitor.reach import (
+    ListenerTable,
+    check_end,
+    connect,
+    is_stopped,
+    is_young,
+    prove,
+    read_process,
+)
 from qkilld.monitor.starvation import Starvation
 from qkilld.monitor.vcpu_threads import VcpuThreads, own_threads
 
@@ -52,8 +59,6 @@ if TYPE_CHECKING:
 
 BUSY_S: Final = 1.0
 """How long to wait for a busy monitor. Programs that poll a monitor use it for a shorter time."""
-START_S: Final = 5.0
-"""If QEMU has run for less than this time, it may not listen on its monitor yet."""
 START_WAIT_S: Final = 1.0
 """How long to wait for the monitor of a QEMU younger than START_S."""
 TRY_S: Final = 5.0
@@ -68,6 +73,8 @@ RESUME_S: Final = 30.0
 AGENT_REFUSAL_S: Final = 1.0
 """How long to wait for a refusal of guest-shutdown. If it succeeds, there is no reply."""
 AGENT_ORDER_S: Final = 10.0
+FOREIGN_PRESS_AGE: Final = 10 * USEC_PER_SEC
+"""How long (µs) a press of somebody else counts if the guest has noticed it."""
 
 PM1_POWER_BUTTON: Final = 0x100
 """The bit of the power button in PM1_STS and PM1_EN (ACPI specification, 4.8.4.1)."""
@@ -107,6 +114,8 @@ class GuestControl:
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
         """Whether a shutdown was requested. Only then do signs of a shutdown count."""
+        self._pressed_at = -FOREIGN_PRESS_AGE
+        """When somebody else pressed the power button (µs, CLOCK_MONOTONIC)."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The time of the last reply to query-chardev (s, time.monotonic()), and the reply."""
         self._agent_was_open: bool | None = None
@@ -178,10 +187,10 @@ class GuestControl:
                 not endpoints
                 and guest_endpoints.expected
                 and waited < START_WAIT_S
-                and _is_young(process)
+                and is_young(process)
             ):
                 await asyncio.sleep(START_WAIT_S / 50)
-            elif endpoints and _is_stopped(process, proc):
+            elif endpoints and is_stopped(process, proc):
                 # The obstacles may be wrong: a stopped QEMU seems to serve a client that has
                 # disconnected.
                 raise MonitorUnreachable(
@@ -363,6 +372,8 @@ class GuestControl:
         with contextlib.suppress(MonitorError):
             runstate = await self.runstate()
             button, pending = await self.read_button()
+            if at < self._pressed_at + FOREIGN_PRESS_AGE:
+                pending = True
             self.last_port = await self.agent_port(max_age_s=CACHE_AGE_S)
             if self._expects_shutdown:
                 self._note_agent(self.last_port)
@@ -541,7 +552,7 @@ class GuestControl:
             return
         with contextlib.suppress(MonitorError):
             self._note_agent(await self.agent_port(max_age_s=CACHE_AGE_S))
-        self._expects_shutdown = True
+        self._expects_shutdown, self._pressed_at = True, -FOREIGN_PRESS_AGE
 
     def _note_agent(self, port: AgentPort | None) -> None:
         if port is None:
@@ -564,6 +575,8 @@ class GuestControl:
             self._signs.add(ShutdownSign.POWERED_OFF)
         elif self._expects_shutdown:
             self._take_sign(kind, event, by_guest)
+        elif kind is EventKind.POWERDOWN:
+            self._pressed_at = event.received
         if self._on_event is not None:
             self._on_event(GuestEvent(kind, event.received, event.data))
 
@@ -584,17 +597,3 @@ class GuestControl:
 
     def _is_own(self, instance: YankInstance) -> bool:
         return instance.kind == "chardev" and instance.wire.get("id") in self.own_chardevs
-
-
-def _is_stopped(process: Process, proc: Path) -> bool:
-    """Return whether SIGSTOP or a debugger stops the process; False if unknown."""
-    pid = process.guest.identity.pid
-    with ignore(f"reading the state of process {pid}", OSError):
-        return procfs.read_stat(pid, proc).state in ("T", "t")
-    return False
-
-
-def _is_young(process: Process) -> bool:
-    """Return whether the process was started less than START_S ago."""
-    started_s = process.guest.identity.start_time / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s < START_S

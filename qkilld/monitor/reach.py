@@ -18,6 +18,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 REACH_TIMEOUT_S: Final = 1.0
 """Timeout of access to files: a path may lead to a file server that does not answer."""
+START_S: Final = 5.0
+"""If QEMU has run for less than this time, it may not listen on its monitor yet."""
 MAX_TABLE: Final = 64 << 20
 """A longer /proc/PID/net/unix is unreadable. This is enough for about 600,000 sockets; any user may
 have many."""
@@ -369,3 +372,17 @@ def _unreachable(endpoint: Endpoint, error: OSError) -> MonitorError:
 def _discard(work: asyncio.Future[socket.socket]) -> None:
     if not work.cancelled() and work.exception() is None:
         work.result().close()
+
+
+def is_stopped(process: Process, proc: Path) -> bool:
+    """Return whether SIGSTOP or a debugger stops the process; False if unknown."""
+    pid = process.guest.identity.pid
+    with ignore(f"reading the state of process {pid}", OSError):
+        return procfs.read_stat(pid, proc).state in ("T", "t")
+    return False
+
+
+def is_young(process: Process) -> bool:
+    """Return whether the process was started less than START_S ago."""
+    started_s = process.guest.identity.start_time / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s < START_S

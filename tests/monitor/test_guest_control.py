@@ -204,6 +204,17 @@ def test_the_signs_of_a_shutdown() -> None:
     assert signs == {ShutdownSign.AGENT_CLOSED, ShutdownSign.POWERED_OFF}
 
 
+async def press_as_somebody_else(guest: Guest) -> None:
+    """The press is seen although the guest has noticed it."""
+    async with controlled(guest) as control:
+        assert not (await control.observe()).press_pending
+        await control.hmp("system_powerdown")
+        await asyncio.sleep(0.5)
+        assert (await control.observe()).press_pending
+        await control.begin_watch()
+        assert not (await control.observe()).press_pending
+
+
 def test_a_guest_that_ignores_the_button() -> None:
     with boot_debian() as debian:
         debian.shell.run(
@@ -211,6 +222,7 @@ def test_a_guest_that_ignores_the_button() -> None:
             " printf '[Login]\\nHandlePowerKey=ignore\\n' >/etc/systemd/logind.conf.d/lab.conf;"
             " systemctl restart systemd-logind; systemctl stop qemu-guest-agent"
         )
+        run_for(60, press_as_somebody_else(debian.guest))
         conclusions, _ = run_for(600, ask_guest(debian.guest, powerdown_s=4))
         assert debian.guest.alive
     assert conclusions[-1] is Conclusion.IGNORED

@@ -654,8 +654,9 @@ def test_a_monitor_that_falls_silent_after_it_was_asked() -> None:
 
 
 def test_a_press_of_somebody_else_is_not_repeated() -> None:
-    course = Course(constantly(Moment(pending=True, agent=True))).run(5)
-    assert (course.asked, course.end) == ([], (0, Conclusion.PRESSED))
+    for button in (Button.LISTENED, Button.NO_REGISTER):
+        course = Course(constantly(Moment(pending=True, agent=True, button=button))).run(5)
+        assert (course.asked, course.end) == ([], (0, Conclusion.PRESSED))
     # Under the firmware, the bit may have any value.
     course = Course(constantly(Moment(pending=True, button=Button.NOT_LISTENED))).run(5)
     assert course.end == (3, Conclusion.DEAF)
