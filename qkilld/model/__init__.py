@@ -1,2 +1,1 @@
-"""Constants and data classes that every other package uses. Imports no other package of the
-project."""
+"""Constants and data classes that all other packages use. Imports none of them."""

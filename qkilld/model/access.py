@@ -23,7 +23,7 @@ class Answer(Enum):
     DENIED = "denied"
     """polkit denied the request, could not be asked, or did not answer."""
     CHALLENGE = "challenge"
-    """Interactive authorization could help, but the caller did not allow it."""
+    """polkit could ask for a password, but the caller did not allow that."""
 
 
 class Rank(IntEnum):

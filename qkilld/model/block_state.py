@@ -1,7 +1,7 @@
 """The state of a guest's disks, reported by its monitor before QEMU is told to exit.
 
-None means unreadable, never "nothing". Names that are sent back to QEMU are kept as received;
-titles are printable.
+None means unreadable, never "nothing". Names that are sent back to QEMU are kept as received.
+Titles are printable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from qkilld.model.dataclass import dataclass
 
 SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined"})
-"""States of a block job in which ending it loses nothing more."""
+"""States of a block job in which nothing is lost if the job ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class GuestDisk:
     """QEMU's name for the node."""
     title: str
     network: bool
-    """Whether the monitor reports a network connection below the disk."""
+    """Whether the monitor reports that the disk or a node below it uses a network connection."""
     failed: bool = False
     """The disk's I/O status is not "ok": a request of the guest failed, or the file system of the
     image is full."""
@@ -32,11 +32,11 @@ class GuestDisk:
     device: str | None = None
     """The path of the disk's device; None if unknown."""
     qdev: str = ""
-    """QEMU's name for its device; "" if unknown."""
+    """QEMU's name for the disk's device; "" if unknown."""
     connections: tuple[str, ...] = ()
     """The names of the nodes below the disk's node that use a network connection."""
     names: tuple[str, ...] = ()
-    """The names of the disk and of its nodes, printable; () unless only statistics were read."""
+    """The printable names of the disk and of its nodes. () unless only statistics were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class BackgroundJob:
     title: str
     status: str
     progress: int
-    """Bytes or another unit; grows while the job makes progress."""
+    """A number of bytes or of another unit. It grows while the job makes progress."""
     migration: bool = False
 
 
@@ -69,14 +69,14 @@ class BlockState:
     """CLOCK_MONOTONIC, µs."""
     runstate: str
     disks: tuple[GuestDisk, ...]
-    """Disks open for writing; all disks if only statistics were read."""
+    """The disks open for writing. If only statistics were read, all disks."""
     queues: tuple[RequestQueue, ...] | None = None
     """The queues of all virtio disks."""
     foreign: tuple[str, ...] = ()
     """Disks whose requests do not pass through QEMU (vhost-user)."""
     unused: tuple[str, ...] = ()
-    """Images open for writing that no disk uses: their device was unplugged, or an export uses
-    them. They are not flushed, so QEMU may still hold data for them."""
+    """Images open for writing that no disk uses: their device was unplugged, or only an export uses
+    them. These images are not flushed, so QEMU may still hold data for them."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 
@@ -100,6 +100,6 @@ class YankInstance:
     kind: str
     """block-node, chardev or migration."""
     name: str
-    """Printable; the name for the command is in `wire`."""
+    """The printable name. The command needs the name in `wire`."""
     wire: Mapping[str, Any]
     """The instance as QEMU sent it."""

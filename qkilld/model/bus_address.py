@@ -25,7 +25,7 @@ class BusAddress:
 
     @property
     def is_system_bus(self) -> bool:
-        """Whether it is the system bus of this host."""
+        """Whether this is the system bus of this host."""
         return not self.user and not self.address and not self.is_remote
 
     @property
@@ -43,7 +43,7 @@ POLICY_ADVICE: Final = (
     "/usr/share/dbus-1/system.d/org.qkilld1.conf (`make install` does), and run "
     "`systemctl reload dbus`"
 )
-"""Advice for a system bus that denies qkilld its name, or denies every call to qkilld."""
+"""Advice if the system bus denies qkilld its name, or denies every call to qkilld."""
 
 SYSTEM_BUS: Final = BusAddress()
 SESSION_BUS: Final = BusAddress(user=True)

@@ -1,10 +1,10 @@
-"""Convert our dataclasses to plain JSON types and back, driven by their type hints.
+"""Convert our data classes to plain JSON types and back, as their type hints require.
 
 A Flag becomes a list of names. Any other Enum becomes its value, and a tuple or set becomes a list.
 A Policy becomes an object of time spans as in systemd.time(7).
 
-Each type gets a function that converts its values. The functions are kept, because examining a type
-takes longer than converting a value, and a job has 300 values.
+For each type, a function is made that converts its values. The functions are kept, because it takes
+longer to examine a type than to convert a value, and a job has 300 values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.policy import Policy
 
 _ENDLESS: Final = INFINITY // 2
-"""Spans of at least this (µs) are written as infinity, because systemd.time(7) cannot express all
-of them."""
+"""Time spans of this length (µs) or more are written as infinity, because systemd.time(7) cannot
+express all of them."""
 
 _Convert = Callable[[Any], Any]
 
@@ -35,9 +35,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(hint: Any, value: Any, place: str, *, strict: bool = False) -> Any:
-    """Convert `value` to the type `hint`. Raises ValueError, which names `place`.
+    """Convert `value` to the type `hint`. Raises ValueError, whose text names `place`.
 
-    A missing field gets its default and an unknown one is ignored; with `strict` both are errors.
+    A missing field gets its default, and an unknown field is ignored. With `strict`, both are
+    errors.
     """
     try:
         return _decoder(hint, strict)(value)
@@ -47,13 +48,13 @@ def from_json(hint: Any, value: Any, place: str, *, strict: bool = False) -> Any
 
 
 class _Mismatch(Exception):
-    """A value is not of its type."""
+    """A value is not of the required type."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.problem = problem
         self.fields: list[str] = []
-        """The names of the fields that lead to the value, the innermost first."""
+        """The names of the fields around the value, the innermost first."""
 
 
 class _Encoders(dict[type, _Convert]):
@@ -98,7 +99,7 @@ def _object_encoder(kind: Any) -> _Convert:
 
 @functools.cache
 def _decoder(hint: Any, strict: bool) -> _Convert:
-    """Return the function that converts JSON to this type. It raises _Mismatch."""
+    """Return the function that converts JSON to this type. The function raises _Mismatch."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         (hint,) = (one for one in arguments if one is not types.NoneType)
@@ -154,7 +155,8 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """Return for each field the function that converts its value, and whether it may be missing.
 
-    Call it when the class is first used, not earlier: a class may have fields of its own type.
+    Do not call this before the class is first used, because a class may have fields of its own
+    type.
     """
     hints = typing.get_type_hints(cls)
     return {

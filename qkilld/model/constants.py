@@ -1,6 +1,6 @@
 """The words of the interface: flags, phases, verdicts, results, exit codes, bus names.
 
-Every value here is part of the public contract and never changes its meaning.
+Every value here is part of the public interface. Its meaning never changes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ GUEST_PATH_PREFIX: Final = "/org/qkilld1/guest/"
 
 UINT64_MAX: Final = 2**64 - 1
 INFINITY: Final = UINT64_MAX
-"""A span (µs) that never ends or a time that never comes, as on the bus."""
+"""A time span (µs) that never ends, or a time that never comes. The bus uses the same value."""
 UNKNOWN: Final = UINT64_MAX
-"""An unknown number of bytes, as on the bus."""
+"""An unknown number of bytes. The bus uses the same value."""
 
 USEC_PER_SEC: Final = 1_000_000
 
@@ -35,8 +35,8 @@ class Flag(IntFlag):
     FORCE = 1
     """The ladder may end in SIGKILL. Without FORCE, SIGKILL is never sent."""
     NOWAIT = 2
-    """Only send SIGTERM (with FORCE: SIGKILL; with POWERDOWN: only ask), and do not watch the
-    process afterwards."""
+    """Only send SIGTERM (with FORCE, only SIGKILL; with POWERDOWN, only ask the guest), and do not
+    watch the process after that."""
     POWERDOWN = 4
     """First ask the guest's own operating system to shut down."""
     FIXED = 8
@@ -79,7 +79,7 @@ class Result(StrEnum):
     KILLED = "killed"
     """The process exited after SIGKILL."""
     SURVIVED = "survived"
-    """The process still ran when the job gave up. qkilld logs the exit when it comes."""
+    """The process still ran when the job gave up. qkilld logs its exit later."""
     SIGNALLED = "signalled"
     """With NOWAIT: one signal was sent, or the guest was asked. Its effect is unknown."""
     CANCELLED = "cancelled"
@@ -98,13 +98,13 @@ class GuestAsked(StrEnum):
     """The guest could not be asked."""
     NOT_ASKED = "not-asked"
     ASKED = "asked"
-    """The guest was asked, but whether it shut down was not observed."""
+    """The guest was asked. It was not observed whether it shut down."""
     NOT_RUNNING = "not-running"
     """The guest was paused, suspended or crashed."""
 
 
 class MonitorKind(StrEnum):
-    """The monitor of a guest, as far as qkilld can use it."""
+    """The kind of monitor through which qkilld can reach a guest."""
 
     QMP = "qmp"
     HMP = "hmp"
@@ -115,7 +115,7 @@ class MonitorKind(StrEnum):
 
 
 class AgentKind(StrEnum):
-    """The port of a guest's agent, as far as qkilld can use it without the monitor."""
+    """Whether qkilld can reach the port of a guest's agent without the monitor."""
 
     PORT = "port"
     """The port is on a unix socket of the guest."""
@@ -149,9 +149,9 @@ class ExitCode(IntEnum):
     SURVIVED = 4
     """The guest still runs: the job gave up or was cancelled."""
     NOT_QEMU = 5
-    """Not a QEMU process, or a different process by now."""
+    """The process is not QEMU, or is another process by now."""
     NOT_PERMITTED = 6
     NOT_FOUND = 7
-    """No such process, guest, unit or job."""
+    """There is no such process, guest, unit or job."""
     UNSAFE = 8
-    """qkillctl check-unit and adopt: a unit loses data, or may lose data."""
+    """From qkillctl check-unit and adopt: stopping a unit loses data, or may lose data."""

@@ -1,13 +1,13 @@
-"""Data classes that are cheap to define. With Python's own, defining them took an eighth of the
-daemon's start.
+"""Data classes that are cheap to define. With Python's dataclasses, defining them took an eighth of
+the time of the daemon's start.
 
-Python's dataclasses compiles the text of six methods for each class, one by one before Python 3.13.
-Here, frozen classes and those with slots share all methods but `__init__`. A class with slots gets
-its `__init__` at its first use, because few classes are used at the start. The shared methods
-compare, hash and show objects as those of dataclasses do.
+The module dataclasses compiles the text of six methods for each class, one by one before Python
+3.13. Here, frozen classes and those with slots share all methods except `__init__`. A class with
+slots gets its `__init__` at its first use, because few classes are used at the start. The shared
+methods compare, hash and show objects like those of dataclasses.
 
-At run time, nothing prevents an assignment to a field of a frozen class; mypy does. Without a
-__setattr__ that forbids this, an object is made in half the time.
+Only mypy prevents assignments to fields of a frozen class. Without a `__setattr__` that forbids
+them at run time, an object is made in half the time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ else:
 
 _LOCK = threading.RLock()
 _INCOMPLETE: dict[type, tuple[dict[str, Any], bool]] = {}
-"""Classes that have not been used yet: each with its namespace, which has the default values of the
-fields, and whether these are keyword-only. The class without slots is not kept: 3 kB each."""
+"""For each class that was not used yet: its namespace, which has the default values of the fields,
+and whether the fields are keyword-only. The class without slots is not kept, because it would take
+3 kB."""
 
 
 def _namespace_of(cls: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _with_slots(cls: Any, namespace: dict[str, Any]) -> Any:
 
 
 def _complete_later(made: Any, namespace: dict[str, Any], kw_only: bool) -> None:
-    """Arrange that the first use of `made` completes it."""
+    """Make the first use of the class `made` complete it."""
     _INCOMPLETE[made] = namespace, kw_only
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +78,7 @@ def _complete_later(made: Any, namespace: dict[str, Any], kw_only: bool) -> None
 
 
 def _complete_now(made: type) -> None:
-    """Complete a class unless it is complete."""
+    """Complete a class that is not complete yet."""
     with _LOCK:
         if made in _INCOMPLETE:
             namespace, kw_only = _INCOMPLETE[made]
@@ -87,7 +88,7 @@ def _complete_now(made: type) -> None:
 
 
 class _Later:
-    """An attribute of all incomplete classes: reading it completes the class."""
+    """An attribute of all incomplete classes. Reading it completes the class."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -100,14 +101,14 @@ class _Later:
 
 _FROM_DATACLASSES = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
 _LATER = [_Later(name) for name in (*_FROM_DATACLASSES, "_values")]
-"""The attributes that are completed, with `__init__`, at the first use of the class."""
+"""The attributes that a class gets at its first use, together with `__init__`."""
 
 
 def _complete(made: Any, cls: Any, kw_only: bool) -> None:
-    """Let dataclasses make what `made` lacks from `cls`, the same class without slots."""
+    """Let the module dataclasses make what `made` lacks. `cls` is the same class without slots."""
     if not cls.__doc__:
-        # Without this, dataclasses would write the signature here, which takes as long as all the
-        # rest.
+        # Without this line, dataclasses would set __doc__ to the signature, which takes as long as
+        # all the rest.
         cls.__doc__ = made.__name__
     full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
     made._values = _values_of(dataclasses.fields(full))
@@ -116,7 +117,7 @@ def _complete(made: Any, cls: Any, kw_only: bool) -> None:
 
 
 def _values_of(fields: tuple[dataclasses.Field[Any], ...]) -> Any:
-    """Return a function that returns the values by which an object is compared."""
+    """Return a function that returns those values of an object that are compared."""
     names = [field.name for field in fields if field.compare]
     return attrgetter(*names) if names else staticmethod(lambda obj: ())
 

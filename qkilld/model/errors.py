@@ -40,7 +40,8 @@ ERROR_PREFIX: Final = "org.qkilld1.Error."
 
 
 class QkilldError(Exception):
-    """The root. `bus_name` is the D-Bus error name, `exit_code` the exit code of a client."""
+    """The base of all errors. `bus_name`: the D-Bus error name. `exit_code`: the exit code of a
+    client."""
 
     bus_name: ClassVar[str] = ERROR_PREFIX + "Failed"
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
@@ -57,7 +58,7 @@ class NoSuchProcess(QkilldError):
 
 
 class ExitInProgress(NoSuchProcess):
-    """The bus reports it as a plain NoSuchProcess."""
+    """The process is exiting. On the bus, this is a plain NoSuchProcess."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(f"Process {pid} is exiting: no signal reaches it any more")
@@ -92,7 +93,7 @@ class Failed(QkilldError):
 
 
 class UnknownIdentity(Failed):
-    """The bus reports it as a plain Failed. No signal was sent."""
+    """The executable is unreadable, so no signal was sent. On the bus, this is a plain Failed."""
 
     def __init__(self, text: str, *, exiting: bool = False) -> None:
         super().__init__(text)
@@ -101,7 +102,7 @@ class UnknownIdentity(Failed):
 
     @classmethod
     def blocked(cls, pid: int, why: str | None) -> UnknownIdentity:
-        """Make the error for a process that blocks the reading of its identity."""
+        """Return the error for a process that blocks the reading of its identity."""
         return cls(f"Cannot identify process {pid} at the moment: {why}. Try again later")
 
 
@@ -111,7 +112,7 @@ class AccessDenied(QkilldError):
 
 
 class RefusedByBus(AccessDenied):
-    """The policy of the bus forbids a message, whatever its destination."""
+    """The policy of the bus forbids a message, to qkilld or to another service."""
 
 
 class InteractiveAuthorizationRequired(AccessDenied):
@@ -119,7 +120,7 @@ class InteractiveAuthorizationRequired(AccessDenied):
 
 
 class MonitorError(QkilldError):
-    """A guest's monitor or agent cannot be used. Texts from the other end are made printable."""
+    """A guest's monitor or agent cannot be used. Texts from its end are made printable."""
 
 
 class MonitorUnreachable(MonitorError):
@@ -155,15 +156,16 @@ class CommandRefused(MonitorError):
 
 
 class ConfigError(QkilldError):
-    """For a configuration file, the text has one line for each mistake. It begins with FILE:LINE:,
-    and says what is wrong and what was expected."""
+    """For a configuration file, the text has one line for each mistake. Each line begins with
+    FILE:LINE:, and says what is wrong and what was expected."""
 
     exit_code = ExitCode.USAGE
 
     def __init__(self, text: str, *, place: str = "") -> None:
         super().__init__(text)
         self.place = place
-        """FILE:LINE of the first mistake, without its text, for those who may not read the file."""
+        """FILE:LINE of the first mistake, for users who may not read the file and so must not see
+        the text."""
 
 
 class BusError(QkilldError):
@@ -189,4 +191,4 @@ BY_BUS_NAME: Final[dict[str, type[QkilldError]]] = {
         InteractiveAuthorizationRequired,
     )
 }
-"""For clients: the class for each D-Bus error name."""
+"""The class for each D-Bus error name. Clients use it."""

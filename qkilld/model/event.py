@@ -68,6 +68,6 @@ class Event:
     id: MessageId
     priority: Priority
     message: str
-    """One line, printable."""
+    """One printable line."""
     guest: Guest | None = None
     fields: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Exit codes for the result of one job and of several."""
+"""Exit codes for the results of one or several jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qkilld.model.constants import ExitCode, Result
 from qkilld.model.errors import BY_BUS_NAME
 
 INTERRUPTED: Final = 128 + 2
-"""The exit code that a shell reports for a program ended by SIGINT."""
+"""The exit code that a shell reports if SIGINT has ended a program."""
 
 WORST_FIRST: Final = (
     INTERRUPTED,
@@ -23,8 +23,8 @@ WORST_FIRST: Final = (
     ExitCode.UNSAFE,
     ExitCode.OK,
 )
-"""The exit codes from worst to best. With several targets, the worst counts. A guest that may still
-be running is worse than one that was killed."""
+"""The exit codes, from the worst to the best. If there are several targets, the worst code is used.
+A guest that may still be running is worse than one that was killed."""
 
 RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
     Result.EXITED: ExitCode.OK,
@@ -37,10 +37,10 @@ RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
 
 
 def exit_code_of(result: str, error_name: str = "") -> ExitCode:
-    """Return the exit code of a job's result. A result that only a newer daemon knows counts as
+    """Return the exit code for a job's result. A result that only a newer daemon knows counts as
     failure.
 
-    `error_name` is the receipt's `error-name`, which decides the exit code of a failed job.
+    `error_name`: `error-name` in the receipt. It decides the exit code of a failed job.
     """
     if result == Result.FAILED and (error := BY_BUS_NAME.get(error_name)) is not None:
         return error.exit_code

@@ -12,23 +12,23 @@ class Identity:
 
     pid: int
     start_time: int
-    """Clock ticks since boot: field 22 of /proc/PID/stat, proc(5)."""
+    """Clock ticks since boot (field 22 of /proc/PID/stat, proc(5))."""
     uid: int
     """The real uid."""
     command: str
     """The kernel's name of the process (comm), at most 15 bytes, printable."""
     state: str
-    """One letter, proc(5): R, S, D, T, t, Z, …"""
+    """One letter (proc(5)): R, S, D, T, t, Z, …"""
     executable: str
     """The target of /proc/PID/exe, without " (deleted)"; "" if there is none."""
     executable_deleted: bool
     """The file no longer exists at its path: an upgrade replaced it."""
     exiting: bool = False
-    """The whole process is exiting, so it has no executable any more."""
+    """All threads of the process are exiting, so it has no executable any more."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """(pid, start time): no two processes of one boot share it."""
+        """The pid and the start time. No other process since the boot has the same two values."""
         return (self.pid, self.start_time)
 
 
@@ -46,7 +46,8 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The systemd unit in which a process runs; Unit() if it runs in none. None if unknown."""
+    """The systemd unit in which a process runs; Unit() if it runs in no unit. An unknown unit is
+    None."""
 
     system: str = ""
     user: str = ""
@@ -54,13 +55,13 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of the unit of the user manager, if there is one; otherwise `system`."""
+        """`user` if the process runs in a unit of a user manager; otherwise `system`."""
         return self.user or self.system
 
 
 @dataclass(frozen=True, slots=True)
 class Unidentified:
-    """A process that the kernel does not show at the moment, so that it may be a guest."""
+    """A process whose executable the kernel does not show at the moment. It may be a guest."""
 
     pid: int
     uid: int
@@ -70,19 +71,19 @@ class Unidentified:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The names of a guest. All except the unit are claims of the process itself."""
+    """The names of a guest. All except the unit come from its command line, which may lie."""
 
     name: str | None = None
-    """The argument of -name, printable; "" if there is none, None if unknown."""
+    """The printable argument of -name; "" if there is none, None if unknown."""
     uuid: str = ""
     """The argument of -uuid in its canonical form."""
     unit: Unit | None = None
     """None if unknown."""
     qmp: bool = False
-    """Whether the command line has a QMP monitor that is not libvirt's; also False if it was not
-    read in time."""
+    """Whether the command line has a QMP monitor that is not libvirt's. False if the command line
+    was not read in time."""
     remote: bool = False
-    """Whether the command line names storage on a network; also True if it was not read in time."""
+    """Whether the command line names storage on a network. True if it was not read in time."""
 
     @property
     def shown_name(self) -> str:
@@ -97,7 +98,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A QEMU process. Before engine.checks has checked it, it may be any process."""
+    """A QEMU process. Before engine.checks has checked the process, it may be any process."""
 
     identity: Identity
     label: Label
@@ -114,14 +115,15 @@ class AskingWays:
     """How a guest can be asked to shut down."""
 
     texts: tuple[str, ...] = ()
-    """The ways and the obstacles."""
+    """Descriptions of the ways to ask the guest, and of what prevents others."""
     may_work: bool = True
-    """False only if it is certain that the guest cannot be asked."""
+    """Whether one of the ways may work. False only if it is certain that the guest cannot be
+    asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestChannels:
-    """The channels to a guest, as far as its sockets and its command line show."""
+    """The channels to a guest that its sockets and its command line show."""
 
     monitor: MonitorKind = MonitorKind.UNKNOWN
     agent: AgentKind = AgentKind.UNKNOWN

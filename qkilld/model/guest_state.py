@@ -1,4 +1,4 @@
-"""The state of a guest's operating system, as shown by its monitor and its threads.
+"""The state of a guest's operating system, as the monitor and QEMU's threads show it.
 
 None and UNKNOWN mean unreadable, never "nothing".
 """
@@ -15,7 +15,7 @@ from qkilld.model.dataclass import dataclass
 RUNNING: Final = "running"
 """The only runstate in which a guest can shut itself down."""
 POWERED_OFF: Final = "shutdown"
-"""The runstate after the guest has powered off, if QEMU has -no-shutdown or -action
+"""The runstate after the guest has powered off, if QEMU was started with -no-shutdown or -action
 shutdown=pause."""
 PAUSED: Final = frozenset({"paused", "io-error", "save-vm", "restore-vm", "finish-migrate"})
 """The runstates in which a guest may run again soon: QEMU or somebody else has paused it, for
@@ -29,7 +29,8 @@ class Button(StrEnum):
     NOT_LISTENED = "not-listened"
     """No operating system listens, so QEMU would drop a press."""
     NO_REGISTER = "no-register"
-    """The machine (arm64 virt, microvm) has no register that shows whether one listens."""
+    """The machine (arm64 virt, microvm) has no register that shows whether an operating system
+    listens."""
     UNKNOWN = "unknown"
 
 
@@ -41,7 +42,7 @@ class GuestOrder(StrEnum):
     BUTTON = "button"
     """Press the power button."""
     WATCH = "watch"
-    """Watch for signs of a shutdown, which somebody else has requested."""
+    """Watch for signs of a shutdown that somebody else has requested."""
     RESUME = "resume"
     WAKE = "wake"
     THAW = "thaw"
@@ -50,19 +51,20 @@ class GuestOrder(StrEnum):
 
 
 class ShutdownSign(StrEnum):
-    """A sign that only a guest that is shutting down gives."""
+    """A sign that a guest gives only while it is shutting down."""
 
     AGENT_CLOSED = "agent-closed"
     """The agent was stopped: its port was open when the guest was asked, and is closed now."""
     PVSHUTDOWN = "pvshutdown"
     """The guest reported its shutdown (pvpanic device, QEMU 9.1)."""
     RESTARTED = "restarted"
-    """The guest has reset itself since the last observation: it shut down and boots again."""
+    """The guest has reset itself since the last observation: it has shut down and is booting
+    again."""
     POWERED_OFF = "powered-off"
 
 
 class EventKind(StrEnum):
-    """The QMP events that concern a shutdown, by their names."""
+    """The names of the QMP events that concern a shutdown."""
 
     POWERDOWN = "POWERDOWN"
     SHUTDOWN = "SHUTDOWN"
@@ -83,7 +85,7 @@ class GuestEvent:
     at: int
     """µs, CLOCK_MONOTONIC."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Hostile data: callers must check types and contents."""
+    """Hostile data. Callers must check its types and contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class KeptMonitor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestObservation:
-    """A guest at one instant. Counters only grow while the same QEMU runs."""
+    """What was observed of a guest at one instant. While the same QEMU runs, counters only grow."""
 
     at: int
     """µs, CLOCK_MONOTONIC."""
@@ -105,12 +107,12 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """Whether the button was pressed and the guest has not noticed yet, or somebody else pressed it
-    in the last seconds before the guest was asked; None if unknown."""
+    """Whether the guest has not noticed a press of the button yet, or somebody else pressed the
+    button in the last seconds before the guest was asked; None if unknown."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     request_time: int | None = None
-    """The total time that these requests took, µs."""
+    """The total time of these requests, µs."""
     disks_idle: int | None = None
     """µs since the last request of any disk."""
     vcpu_time: int | None = None
@@ -120,10 +122,10 @@ class GuestObservation:
     vcpus: int | None = None
     """The number of virtual processors; None if unknown."""
     vcpu_load: float | None = None
-    """The number of processors that the virtual processors wanted in the last tenth of a second.
-    Read only before the guest is asked."""
+    """How many processors the virtual processors wanted in the last tenth of a second. Read only
+    before the guest is asked."""
     agent_open: bool | None = None
-    """Whether the guest's agent has its port open."""
+    """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs since the guest was first asked, as far as they still hold. POWERED_OFF also counts
-    before that."""
+    """The signs since the guest was first asked, without those that have disappeared. POWERED_OFF
+    counts even before that."""

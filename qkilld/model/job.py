@@ -15,7 +15,7 @@ from qkilld.model.guest_state import GuestOrder
 class Request:
     flags: Flag
     spans: Mapping[str, int] = field(default_factory=dict)
-    """Fields of Policy in µs that override the configured ones."""
+    """Fields of Policy that override the configured ones (µs)."""
     reason: str = ""
     """Printable."""
     uid: int = 0
@@ -23,11 +23,12 @@ class Request:
     powerdown_only: bool = False
     """Only ask the guest: send no signal even if it does not shut down."""
     help: tuple[GuestOrder, ...] = ()
-    """Orders that may be given so that the guest can react to being asked: RESUME, WAKE, THAW."""
+    """Orders that may be given so that the guest can react when it is asked: RESUME, WAKE, THAW."""
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
-    """If the guest is asked first, asking ends this long (µs) after the start of the job."""
+    """If the guest is asked first, asking ends at the latest this long (µs) after the start of the
+    job."""
 
     @property
     def asks_alone(self) -> bool:
@@ -42,13 +43,13 @@ class Control:
     held: bool = False
     """Whether the job is held, so that the next rung waits until it is released."""
     not_before: int = 0
-    """The earliest time of SIGKILL; CLOCK_MONOTONIC, µs."""
+    """The earliest time of SIGKILL (CLOCK_MONOTONIC, µs)."""
     held_until: int = INFINITY
-    """When the hold expires; CLOCK_MONOTONIC, µs."""
+    """When the hold expires (CLOCK_MONOTONIC, µs)."""
     hold_outranks: bool = False
-    """Whether root or an authorized user, not the owner, holds the job."""
+    """Whether root or an authorized user holds the job, not the owner."""
     outranking: int = 0
-    """The latest `not_before` that root or an authorized user requested; 0 for none."""
+    """The latest `not_before` that root or an authorized user has requested; 0 for none."""
 
 
 UNCONTROLLED: Final = Control()
@@ -90,7 +91,7 @@ class FlushReport:
     outcome: str = "not-tried"
     """`complete`, `failed`, `partial`, `left-out`, `not-tried`."""
     reason: str = ""
-    """Why the flush is not complete, printable."""
+    """The printable reason why the flush is not complete."""
     proven: bool = False
     """Whether it is proven that QEMU held no data of the guest after the flush, and that the guest
     could not write any more."""

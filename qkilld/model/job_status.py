@@ -1,4 +1,4 @@
-"""The status of a job, and its presentation to users. Pure."""
+"""The status of a job, and how it is shown to users. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASKED: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "it could not be asked to shut down",
     GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
 }
-"""Phrases for the result of asking. Results without one are not mentioned."""
+"""Phrases for the result of asking. Results without a phrase are not mentioned."""
 _BEFORE_SIGNALS: Final[dict[str, str]] = {
     GuestAsked.NOT_ASKED: "is about to be asked",
     GuestAsked.SHUT_DOWN: "has shut down",
@@ -38,7 +38,7 @@ _BEFORE_SIGNALS: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "cannot be asked",
     GuestAsked.NOT_RUNNING: "cannot be asked",
 }
-"""Phrases for the time before signals, by the result of asking so far."""
+"""Phrases for the time before the first signal, by the result of asking so far."""
 _ASKED_BY: Final = {
     "agent": "its agent was asked to shut it down",
     "button": "its power button was pressed",
@@ -55,16 +55,17 @@ _STATES: Final[dict[str, str]] = {
     Verdict.ZOMBIE: "has exited",
     Verdict.GONE: "is gone",
 }
-"""Phrases for the time after SIGTERM, by verdict."""
+"""Phrases for the time after SIGTERM, by the verdict."""
 _GIVES_UP: Final = "gives up"
 _SHOWN_RISKS: Final = 3
 MOVES_FOR: Final = 6 * USEC_PER_SEC
-"""Progress within this time (µs) counts as current: disks write back in bursts up to 5 s apart."""
+"""Progress within this time (µs) is current: disks write data back in bursts up to 5 s apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """A job at one moment, in the daemon or elsewhere. Times are CLOCK_MONOTONIC in µs.
+    """A job at one moment, as the daemon or another program runs it. Times are CLOCK_MONOTONIC in
+    µs.
 
     `phase`, `verdict` and `result` may be words that only a newer daemon knows.
     """
@@ -93,29 +94,32 @@ class JobStatus:
     bytes_pending: int | None = None
     held: bool = False
     not_before: int = 0
-    """No SIGKILL before this time, set by Extend; 0 if it was never extended."""
+    """Extend has forbidden SIGKILL before this time; 0 if the job was never extended."""
     guest_asked: str = GuestAsked.NOT_ASKED
-    """The result of asking the guest, as in the receipt's `guest-asked`; `asked` until it is known.
-    Printable."""
+    """The result of asking the guest, as in `guest-asked` of the receipt; `asked` until the result
+    is known. Printable."""
     powerdown_only: bool = False
-    """No signal follows if the guest does not shut down."""
+    """The guest is only asked: no signal follows if it does not shut down."""
     next_rung: str = ""
-    """A NextRung, or a newer daemon's word, printable; "" if the daemon does not report it."""
+    """A NextRung, or a printable word of a newer daemon; "" if an older daemon does not report
+    it."""
     standstill: int = 0
-    """The time (µs) without progress before the next rung; 0 if progress does not delay it."""
+    """The next rung follows after this time (µs) without progress; 0 if progress does not delay
+    it."""
     reasons: tuple[str, ...] = ()
-    """The reasons of the verdict, printable; () if the caller may not see them."""
+    """The printable reasons for the verdict; () if the caller may not see them."""
     rate: int | None = None
     """Bytes per second."""
     reason: str = ""
-    """The reason of the stop, printable."""
+    """The printable reason of the stop."""
     requested_by: int | None = None
     ended: int | None = None
     receipt: dict[str, Any] | None = None
     """The receipt that Wait returns; None while the job runs, or if it was not read."""
 
     def __post_init__(self) -> None:
-        # Correct the deadline after an extension. The daemon updates it only at its next decision.
+        # Correct the deadline after an extension, because the daemon updates it only at its next
+        # decision.
         if self.phase == Phase.TERMINATE and self.deadline < self.not_before:
             object.__setattr__(self, "deadline", self.not_before)
 
@@ -133,7 +137,7 @@ class JobStatus:
             return "has shut down" if down else "is flushing its disks"
         if self.phase == Phase.POWERDOWN:
             return self._doing_before_signals()
-        # In phase kill, SIGKILL may not have been sent yet: the next rung says that.
+        # In the phase kill, the next rung shows whether SIGKILL was sent already.
         is_sent = self.phase == Phase.KILL and self.next_rung in ("", NextRung.GIVE_UP)
         if is_sent or self.phase == Phase.REAP:
             return "SIGKILL sent"
@@ -144,7 +148,7 @@ class JobStatus:
             return "shuts down"
         if self.verdict == Verdict.FLUSHING and self.guest_asked == GuestAsked.NOT_ASKED:
             return "waits for a backup or migration"
-        # A job that is held stays in this phase after the end of asking.
+        # A job that is held stays in this phase even after asking has ended.
         return _BEFORE_SIGNALS.get(self.guest_asked, "was asked to shut down")
 
     @property
@@ -170,8 +174,9 @@ class JobStatus:
     def outlook(self, now: int, *, short: bool = False) -> str:
         """Describe the next step and its earliest time: `SIGKILL in 7s unless it moves`.
 
-        "" if nothing follows. While there is progress, no time is shown, because none counts down:
-        `SIGKILL only after 1min without progress`. `short` uses fewer words.
+        Return "" if no step follows. While there is progress, no remaining time is shown, because
+        progress delays the step: `SIGKILL only after 1min without progress`. With `short`, use
+        fewer words.
         """
         if self.result or self.phase == Phase.DONE:
             return ""
@@ -198,7 +203,8 @@ class JobStatus:
 
     @property
     def _next_step(self) -> str:
-        """Name the next step; if an older daemon does not report it, infer it from the phase."""
+        """Return the name of the next step. If an older daemon does not report it, infer it from
+        the phase."""
         if self.next_rung and self.next_rung not in (NextRung.ASK, NextRung.GIVE_UP):
             return self.next_rung
         if self.phase in BEFORE_SIGNALS and not self.asks_alone:
@@ -218,7 +224,8 @@ class JobStatus:
         return " unless it moves" if self.standstill else ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the document for --json. Unknown values and times that never come are null."""
+        """Return the JSON object for --json. Unknown values, and times that never come, are
+        null."""
         return {
             "id": self.id,
             "path": self.path,
@@ -256,7 +263,7 @@ def known(value: int) -> int | None:
 
 
 def flag_names(flags: int) -> list[str]:
-    """Return the names of flags in lower case, and unknown bits as one hexadecimal number."""
+    """Return the names of flags in lower case. Unknown bits become one hexadecimal number."""
     names = [str(flag.name).lower() for flag in Flag if flags & flag]
     unknown = flags & ~sum(Flag)
     return [*names, hex(unknown)] if unknown else names
@@ -268,7 +275,7 @@ def verdict_of(word: str) -> Verdict:
 
 
 def guest_asked_of(word: str) -> GuestAsked:
-    """Return the value; a word of a newer daemon means that the guest was asked."""
+    """Return the GuestAsked for a word. A word of a newer daemon means that the guest was asked."""
     return GuestAsked(word) if word in set(GuestAsked) else GuestAsked.ASKED
 
 
@@ -280,7 +287,7 @@ def label(pid: int, name: str) -> str:
 def ending(result: str, receipt: dict[str, Any]) -> str:
     """Describe the end of a job, as a sentence without its subject."""
     asking = _ASKED.get(str(receipt.get("guest-asked", "")), "")
-    # The error of a job that only asks says why the guest could not be asked.
+    # If a job that only asks has failed, its error says why the guest could not be asked.
     is_said = result == Result.FAILED and "SIGTERM" not in _actions(receipt)
     if not asking or is_said or result == Result.SIGNALLED:
         return _ending(result, receipt)
@@ -336,15 +343,14 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
 
 
 def _risks(receipt: dict[str, Any]) -> str:
-    """Return a colon and the first reasons why data may be lost; "" if the caller may not see
-    them."""
+    """Return ": " and the first reasons why data may be lost; "" if the caller may not see them."""
     texts = [printable(str(text)) for _, text in receipt.get("at-risk", ()) if text]
     more = f" and {len(texts) - _SHOWN_RISKS} more" if len(texts) > _SHOWN_RISKS else ""
     return f": {'; '.join(texts[:_SHOWN_RISKS])}{more}" if texts else ""
 
 
 def rounded(usec: int) -> int:
-    """Round down for readers: to µs below 1 ms, to ms below 1 minute, else to seconds."""
+    """Round a time down for people: to µs below 1 ms, to ms below 1 minute, else to seconds."""
     step = USEC_PER_SEC
     if usec < 60 * USEC_PER_SEC:
         step = 1 if usec < 1000 else 1000
@@ -366,5 +372,5 @@ def receipt_as_json(receipt: dict[str, Any]) -> dict[str, Any]:
 
 
 def rungs_as_json(rungs: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return the rungs of a receipt or a plan for --json. `at_usec` counts from the start."""
+    """Return the rungs of a receipt or a plan for --json. `at_usec` is relative to the start."""
     return [{"phase": phase, "action": action, "at_usec": at} for phase, action, at in rungs]

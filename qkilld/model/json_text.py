@@ -1,4 +1,4 @@
-"""Decode untrusted JSON. The depth is bounded, and every error is a ValueError."""
+"""Decode untrusted JSON. The depth is limited, and every error is a ValueError."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from typing import Any, Final, NoReturn
 
 MAX_DEPTH: Final = 64
-"""Greatest depth of nested arrays and objects. QEMU allows 1024; block graphs need about 20."""
+"""The maximum depth of nested arrays and objects. QEMU allows 1024; block graphs need about 20."""
 
-# A string without an end reaches to the end of the text, so that it is searched only once.
+# If a string has no end, take the rest of the text as the string, so that it is searched only once.
 _BRACKET: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 

@@ -1,5 +1,5 @@
 """The policy: the time spans of the ladder, and switches for rungs that are not signals. Spans are
-in µs; INFINITY means never."""
+in µs. INFINITY means never."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ DEFAULT_EXECUTABLES: Final = (
     "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
     "/usr/lib/xen-*/bin/qemu-system-*",
 )
-"""Paths of packages, of snaps (mounted read-only) and of stores: only root can write to them.
-/home/linuxbrew, AppImages and the /app of flatpaks are left out, because users can create these."""
+"""Paths of distribution packages, of snaps (mounted read-only) and of package stores. Only root can
+write to them. /home/linuxbrew, AppImages and the /app of flatpaks are left out, because users can
+create files there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """`[Policy]` of qkilld.conf. Every field is a time span in µs."""
+    """The time spans in `[Policy]` of qkilld.conf. Every field is in µs."""
 
     grace: int = 10 * USEC_PER_SEC
-    """Least time between SIGTERM and SIGKILL."""
+    """The shortest time between SIGTERM and SIGKILL."""
     stall: int = 10 * USEC_PER_SEC
     """SIGKILL follows after this time without progress and without outstanding I/O."""
     storage_stall: int = 60 * USEC_PER_SEC
     """SIGKILL follows after this time with outstanding I/O that does not move."""
     max: int = INFINITY
-    """SIGKILL after this time, whatever the evidence."""
+    """SIGKILL follows this long after the start of the job, whatever the evidence shows."""
     reap: int = 5 * USEC_PER_SEC
     """How long to wait for the process to exit after SIGKILL."""
     powerdown: int = 60 * USEC_PER_SEC
-    """The next rung follows after this time without a sign that the guest is shutting down."""
+    """The next rung follows after this time without signs that the guest is shutting down."""
 
 
 class Span(NamedTuple):
@@ -56,9 +57,9 @@ class Span(NamedTuple):
     field: str
     help: str
     of_job: bool = True
-    """Whether a job can override the configured value."""
+    """Whether a request can override the configured value."""
     word: str = ""
-    """The word for the command line, if it differs from the field's name."""
+    """The word for command lines, if it is not the name of the field."""
 
     @property
     def words(self) -> str:
@@ -102,13 +103,13 @@ SPANS: Final = (
         word="powerdown-sec",
     ),
 )
-"""One for each field of Policy, in the same order."""
+"""One Span for each field of Policy, in the same order."""
 JOB_SPANS: Final = tuple(span for span in SPANS if span.of_job)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switches:
-    """The yes-or-no keys of `[Policy]`."""
+    """The keys of `[Policy]` that are yes or no."""
 
     powerdown: bool = True
     """qkilld-stop asks the guest to shut down before it sends a signal."""
@@ -122,7 +123,7 @@ class Config:
 
     policy: Policy = field(default_factory=Policy)
     executables: tuple[str, ...] = DEFAULT_EXECUTABLES
-    """Globs; `*` does not match a `/`."""
+    """Globs. `*` does not match `/`."""
     guests: dict[str, Policy] = field(default_factory=dict)
     """The complete policy of each guest with its own `[Guest NAME]` section."""
     switches: Switches = field(default_factory=Switches)
@@ -130,8 +131,8 @@ class Config:
     """The complete switches of each guest with its own `[Guest NAME]` section."""
 
     def policy_for(self, name: str | None) -> Policy:
-        """Return the policy for the guest of that name, "" for a guest without a name. If the name
-        is unknown (None), each span is the longest of all sections.
+        """Return the policy for the guest with this name ("" for a guest without a name). If the
+        name is unknown (None), each span is the longest one of all sections.
         """
         if name is None:
             every = (self.policy, *self.guests.values())
@@ -140,13 +141,13 @@ class Config:
         return self.guests.get(name, self.policy) if name else self.policy
 
     def asks(self, name: str | None) -> bool:
-        """Return Powerdown= for the guest of that name; if the name is unknown, whether Powerdown=
-        is yes for any guest."""
+        """Return Powerdown= for the guest with this name. If the name is unknown, return whether
+        Powerdown= is yes for any guest."""
         return any(switches.powerdown for switches in self._switches(name))
 
     def yanks(self, name: str | None) -> bool:
-        """Return Yank= for the guest of that name; if the name is unknown, whether Yank= is yes for
-        all guests."""
+        """Return Yank= for the guest with this name. If the name is unknown, return whether Yank=
+        is yes for all guests."""
         return all(switches.yank for switches in self._switches(name))
 
     def _switches(self, name: str | None) -> tuple[Switches, ...]:
@@ -157,12 +158,13 @@ class Config:
 
 
 def is_qemu(executable: str, globs: Iterable[str]) -> bool:
-    """Return whether the path matches one of the globs; `*` does not match a `/`."""
+    """Return whether the path matches one of the globs. `*` does not match `/`."""
     return _matches(executable, tuple(globs))
 
 
 @functools.lru_cache(maxsize=1024)
 def _matches(executable: str, globs: tuple[str, ...]) -> bool:
-    # This is cached, because a scan calls it for all processes, many of which share an executable.
+    # Results are cached: a scan calls this for all processes, and many of them have the same
+    # executable.
     path = PurePosixPath(executable)
     return path.is_absolute() and any(path.match(glob) for glob in globs)

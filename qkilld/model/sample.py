@@ -1,7 +1,7 @@
 """Raw counters of a process, read from outside at one moment, without judgement.
 
 None always means unreadable, never "nothing", so it never counts as idle. Counters start at any
-value and only grow, so only the difference of two samples has a meaning.
+value and only grow, so only their difference between two samples has a meaning.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from qkilld.model.dataclass import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Io:
-    """/proc/PID/io of all threads, bytes and calls (kernel Documentation/filesystems/proc.rst)."""
+    """/proc/PID/io: bytes and calls of all threads (kernel Documentation/filesystems/proc.rst)."""
 
     rchar: int
     wchar: int
-    """Bytes passed to write(2) and similar calls, without sendmsg, io_submit and io_uring."""
+    """Bytes passed to write(2) and similar calls, but not to sendmsg, io_submit and io_uring."""
     syscr: int
     syscw: int
     read_bytes: int
     write_bytes: int
-    """Bytes dirtied in the page cache, or written without it. It does not count the bytes that
-    reached the disk."""
+    """Bytes dirtied in the page cache, or written without the page cache. Dirtied bytes need not
+    have reached the disk."""
     cancelled_write_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that is in uninterruptible sleep, waits in a call that is not for events, or is
-    stopped although the first thread is not."""
+    """A thread that waits: it is in uninterruptible sleep, is in a call that waits for something
+    other than events, or is stopped although the first thread is not."""
 
     tid: int
     name: str
@@ -36,25 +36,26 @@ class Thread:
     state: str
     """proc(5): R, S, D, T, t, Z, …"""
     syscall: int | None
-    """The number of the system call, by this architecture's table; -1 for none, None if unknown."""
+    """The number of the system call on this architecture; -1 if the thread is in none, None if
+    unknown."""
     io_call: bool | None
     """Whether the call reads, writes, syncs or closes a file or disk."""
     wchan: str | None
-    """The kernel function that it sleeps in; "" if it does not sleep."""
+    """The kernel function in which the thread sleeps; "" if it does not sleep."""
     call: str = ""
-    """The name of the system call, "" if it is not in our list."""
+    """The name of the system call; "" if unknown or none."""
     descriptor: int | None = None
     """The descriptor that the call works on."""
     target: str = ""
-    """The kind of that descriptor: disk, mount, pipe, socket, other; "" if unknown."""
+    """The kind of file behind this descriptor: disk, mount, pipe, socket, other; "" if unknown."""
     disks: tuple[str, ...] = ()
-    """MAJOR:MINOR of each block device under that descriptor."""
+    """MAJOR:MINOR of each block device under the file."""
     mount: str = ""
-    """MAJOR:MINOR of the file system under that descriptor, if it has no block device."""
+    """MAJOR:MINOR of the file system of the file, if it has no block device."""
     switches: int | None = None
     """The thread's voluntary context switches."""
     first: bool = False
-    """Whether it is the process's first thread, which takes SIGTERM and runs QEMU's main loop."""
+    """Whether this is the process's first thread, which takes SIGTERM and runs QEMU's main loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class Device:
     """A block device under an image. Its counters are those of the whole host: other processes move
     them, too.
 
-    Each layer is a Device of its own, from the logical volume, partition or loop device that the
-    image is or lies on, down to the disks. So several Devices may count the same write.
+    Each layer is a separate Device: the logical volume, partition or loop device that holds the
+    image, and all layers below it down to the disks. So several Devices may count the same write.
     """
 
     number: str
@@ -71,32 +72,33 @@ class Device:
     name: str
     """The name under /sys/block, printable."""
     writes: int
-    """Completed writes, flushes and discards. /sys/dev/block/*/stat, kernel
-    Documentation/block/stat.rst."""
+    """Completed writes, flushes and discards (/sys/dev/block/*/stat, kernel
+    Documentation/block/stat.rst)."""
     sectors_written: int
-    """In units of 512 bytes."""
+    """The written data in units of 512 bytes."""
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above it. A deeper device has more other users. But it may be at work
-    while an upper device stands still, such as a loop device that waits for one flush."""
+    """The number of layers above the device. A deeper device has more other users. But it may be
+    active while the counters of an upper device do not change, such as those of a loop device that
+    waits for a flush."""
     own: bool = False
-    """Whether the process has the device itself open, without a file system between, so that other
-    users are unlikely."""
+    """Whether the process has opened the device itself, not a file on it, so that other users are
+    unlikely."""
     writable: bool = True
     """Whether an image on the device is open for writing, not only for reading."""
     above: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices with depth 0 that lie on this one; () if its own depth is 0, or if
-    they are unknown."""
+    """MAJOR:MINOR of the devices with depth 0 that lie on this device; () if its own depth is 0, or
+    if they are unknown."""
     accounting: bool | None = None
-    """Whether the kernel counts its requests: an administrator can switch that off, and some
+    """Whether the kernel counts the device's requests: an administrator can disable this, and some
     drivers do not count. None if unknown, as in older traces."""
     only_reads: bool = False
-    """Whether reads are in flight, and no writes. Then a flush may also be in flight, which nothing
-    shows. This is only read for a device with layers below it."""
+    """Whether reads are in flight, but no visible writes. A flush may also be in flight then, which
+    nothing shows. This is read only for devices with layers below them."""
     hides_flush: bool = False
-    """Whether it may be flushing although it has no request in flight: a loop device before Linux
-    6.16, which may write its whole backing file for a flush."""
+    """Whether the device may be flushing although it shows no request in flight. This is true of
+    loop devices before Linux 6.16. A flush of these may write the whole backing file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,11 @@ class Cgroup:
     """The control group that the process is in."""
 
     own: bool
-    """Whether the group contains only this guest, judging by its name and its processes."""
+    """Whether the group contains only this guest, according to its name and its processes."""
     dirty: int | None
-    """Bytes of page cache not yet written."""
+    """Bytes of the page cache that are not written yet."""
     writeback: int | None
-    """Bytes being written to a disk."""
+    """Bytes of the page cache that are being written to a disk."""
     written: int | None
     """Bytes written to disks (io.stat, blkio.throttle.io_service_bytes)."""
     writes: int | None
@@ -125,7 +127,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process at the other end of a local connection, and its activity."""
+    """A server on this host, such as the process at the other end of a connection, and its
+    activity."""
 
     pid: int
     command: str
@@ -138,72 +141,74 @@ class Peer:
     devices: tuple[Device, ...] | None
     """The block devices under its open files."""
     shared: bool | None = None
-    """Whether the peer has other clients than this process."""
+    """Whether the peer has clients other than this process; None if unknown."""
     place: tuple[str, ...] = ()
     """MAJOR:MINOR of the storage under the image that the peer serves to this process: block
-    devices, or a file system without one. () if unknown."""
+    devices, or a file system without block device. () if unknown."""
     behind: tuple[Peer, ...] = ()
-    """Servers on this host that the peer uses itself, and processes that it has started and may
-    wait for."""
+    """Servers on this host that the peer uses itself, and processes that the peer has started and
+    may wait for."""
     unread: int | None = None
-    """Bytes that the process has sent to the peer, and that the peer has not read."""
+    """Bytes that this process has sent to the peer and that the peer has not read yet."""
     parent: int = 0
-    """The parent of the peer if it runs the same program; 0 if it does not. Such a parent has most
-    likely forked the peer for this connection."""
+    """The parent process of the peer, if it runs the same program; otherwise 0. Such a parent has
+    most likely forked the peer for this connection."""
     leaves: bool | None = False
     """Whether the peer exits by itself when its client disconnects, according to its command line;
-    None if that was not read in time."""
+    None if the command line was not read in time."""
     behind_unknown: bool = False
     """Whether `behind` may lack servers: the process at the other end of a connection was not
-    found, the connections could not be read, or the sample has no room for more servers."""
+    found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
-    """MAJOR:MINOR of the FUSE file systems that the peer serves to the process before it, if it is
-    part of `behind` and serves only that process; () if not."""
+    """If the peer is part of `behind` of another peer: MAJOR:MINOR of the FUSE file systems that it
+    serves to that peer; () if it also serves others."""
     certain: bool = True
-    """Whether it certainly works for the process before it. Otherwise the kernel does not tell
-    which process serves the file system, or that process has started it."""
+    """If the peer is part of `behind` of another peer: whether it certainly works for that peer. If
+    not, the kernel does not show which process serves a file system, or that peer has only started
+    it."""
     unseen_requests: bool | None = None
-    """Whether the peer may have requests to its files in flight without a thread that waits for
-    them: on an io_uring, or asynchronous ones."""
+    """Whether the peer may have requests to files in flight for which no thread waits: on an
+    io_uring, or in Linux AIO."""
 
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """A connected stream socket of the process, by sock_diag(7)."""
+    """A connected stream socket of the process (sock_diag(7))."""
 
     inode: int
     family: str
     """unix or tcp."""
     client: bool
-    """Whether the process made the connection with connect(2), as QEMU does for storage. Otherwise
-    it accepted the connection."""
+    """Whether the process has made the connection with connect(2), as QEMU does for storage."""
     send_queue: int
-    """Bytes. 0 does not mean idle, because a request may wait for its reply."""
+    """Bytes in the send queue. Even if it is 0, a request may be waiting for its reply."""
     receive_queue: int
     unacked: int | None = None
-    """TCP: segments sent and not acknowledged."""
+    """TCP: segments that were sent and are not acknowledged yet."""
     acked: int | None = None
-    """TCP: bytes acknowledged so far, tcp_info."""
+    """TCP: bytes acknowledged so far (tcp_info)."""
     received: int | None = None
     """TCP: bytes received so far."""
     role: str = "unknown"
     """The purpose of the connection, according to the command line: storage, other, or unknown."""
     node: str = ""
-    """The name of the node, in Sample.nodes, that the connection belongs to."""
+    """The name of the connection's node in Sample.nodes; "" for none."""
     peer: Peer | None = None
-    """None if the peer is not local, or was not searched for."""
+    """The server at the other end; None if it is not on this host, was not found, or was not
+    searched for."""
     accepted: bool = False
-    """Whether the connection was accepted. On a unix socket, the process itself must have accepted
-    it and still listen; on TCP, any process may have listened on the local port. False for a pair
-    of sockets."""
+    """Whether the connection was accepted. For a unix socket, this means that the process itself
+    still listens on the socket's path; for TCP, that a process listened on the local port. False
+    for a socketpair(2)."""
     tcp_id: str = ""
     """For a TCP connection that is known to be for storage: both addresses in the form of
-    sock_diag(7), as hexadecimal digits. "" for others."""
+    sock_diag(7), in hexadecimal digits. "" for other connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of QEMU's block graph whose storage is remote, by the command line."""
+    """A node of QEMU's block graph whose storage is behind a connection, according to the command
+    line."""
 
     name: str
     """Printable."""
@@ -212,29 +217,29 @@ class Node:
     export: str = ""
     """For NBD: the export that QEMU requests from the server. Printable."""
     reconnect: int | None = None
-    """How many seconds QEMU keeps requests for a lost server. This is the reconnect-delay of NBD,
-    and almost infinite with iSCSI. None if unknown."""
+    """For how many seconds QEMU keeps requests if it has lost the server: the reconnect-delay of
+    NBD; for iSCSI, almost infinite. None if unknown."""
     served: bool | None = None
     """Whether a process on this host listens at the server's address; None if unknown."""
     read_only: bool = False
-    """Whether QEMU never writes to it."""
+    """Whether QEMU never writes to the node."""
     group: str = ""
-    """A name that nodes share if their connections cannot be told apart, because their servers have
-    the same path or port. It is the name of the first of them; "" if there is no other."""
+    """If the connections of several nodes cannot be told apart, because their servers have the same
+    path or port: the name of the first of these nodes. Otherwise ""."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A file system under an image without a block device: a network file system, FUSE, …
+    """A file system without a block device that contains an image: a network file system, FUSE, …
 
-    Only NFS has counters (/proc/PID/mountstats). For FUSE, its servers show progress. For other
-    types, nothing does.
+    Only NFS has counters (/proc/PID/mountstats). For FUSE, the servers show progress. For other
+    types, nothing shows it.
     """
 
     kind: str
     """nfs, nfs4, fuse.sshfs, 9p, ceph, cifs, zfs, … Printable."""
     operations: int | None
-    """Operations that the server answered with success; None if not counted or unreadable."""
+    """Operations that the server has answered with success; None if not counted or unreadable."""
     written: int | None
     """Bytes."""
     number: str = ""
@@ -242,22 +247,23 @@ class Mount:
     waiting: int | None = None
     """FUSE: requests that the server has not answered."""
     servers: tuple[Peer, ...] | None = None
-    """FUSE: the processes that serve it; None if they were not searched for or not found."""
+    """FUSE: the processes that serve the file system; None if they were not searched for or not
+    found."""
     certain: bool = False
-    """Whether all of `servers` serve it. If not, it is unknown which of them do."""
+    """Whether all of `servers` serve the file system. If not, it is unknown which of them do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """The place of an image that is open for writing. This is only read if Sample.mounts is not
+    """Where an image that is open for writing lies. This is read only if Sample.mounts is not
     empty."""
 
     names: tuple[str, ...]
     """The names of the nodes that use the image, according to the command line; () if the image was
     added later, or if the command line names a link to it."""
     mount: str
-    """MAJOR:MINOR of its file system, if that has no block device; "" if the image lies on block
-    devices."""
+    """MAJOR:MINOR of the image's file system, if this has no block device; "" if the image lies on
+    block devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,26 +273,27 @@ class Sample:
     state: str
     """The state of the main thread, proc(5)."""
     missed: bool = False
-    """Whether qkilld had no thread to take the sample, because processes of other users block them.
-    Then all else is unknown, and nothing can be concluded from the time since the last sample."""
+    """Whether qkilld had no thread for the sample, because processes of other users block its
+    threads. All other values are unknown then, and the time since the last sample proves
+    nothing."""
     term_pending: bool | None = None
-    """Whether SIGTERM was sent and is not handled yet (ShdPnd in /proc/PID/status)."""
+    """Whether the process has got SIGTERM and has not taken it yet (ShdPnd in /proc/PID/status)."""
     tracer: int | None = None
-    """The process id of a debugger, 0 for none."""
+    """The process id of the debugger; 0 for none."""
     cpu: int | None = None
-    """Clock ticks of all threads."""
+    """The processor time of all threads, in clock ticks."""
     switches: int | None = None
-    """Voluntary context switches of all threads: they grow when a thread is woken."""
+    """Voluntary context switches of all threads. The number grows when a thread is woken."""
     io: Io | None = None
     threads: tuple[Thread, ...] | None = None
-    """() if no thread waits in a call or in uninterruptible sleep."""
+    """The waiting threads; () if none waits."""
     exiting: bool | None = None
-    """Whether the process is exiting: the kernel frees its memory or waits for its I/O, and no
-    signal has an effect."""
+    """Whether the process is exiting: the kernel frees its memory or waits for its I/O, so signals
+    have no effect."""
     rings: int | None = None
-    """Requests in flight on its io_urings; 0 if it has none."""
+    """Requests in flight on the process's io_urings; 0 if it has no io_uring."""
     timers: int = 0
-    """How many of `rings` may be timers rather than requests to disks."""
+    """How many of these requests may be timers instead of requests to disks."""
     direct: bool | None = None
     """Whether the process has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None
@@ -295,26 +302,26 @@ class Sample:
     cgroup: Cgroup | None = None
     host: Memory | None = None
     running: int | None = None
-    """Threads that are running or runnable."""
+    """The number of threads that are running or runnable."""
     dumping: bool | None = None
-    """Whether the kernel is writing its core dump."""
+    """Whether the kernel is writing a core dump of the process."""
     completions: int | None = None
-    """The sum of the tails of its AIO rings: it changes when requests complete."""
+    """The sum of the tails of the process's AIO rings. It changes when requests complete."""
     nodes: tuple[Node, ...] | None = None
-    """() if the command line names no storage behind a connection."""
+    """The nodes behind connections; () if the command line names none."""
     pluggable: bool | None = None
-    """Whether storage may have been added that the command line does not name."""
+    """Whether storage that the command line does not name may have been added."""
     shared_memory: bool | None = None
-    """Whether other processes may use the guest's memory, as vhost-user needs, by the command
-    line."""
+    """Whether other processes may use the guest's memory, as vhost-user requires, according to the
+    command line."""
     formatted: int | None = None
-    """Images open for writing that are not known to be raw: QEMU may keep data of them in
-    memory."""
+    """The number of images open for writing that are not known to be raw. QEMU may keep data of
+    such images in memory."""
     images: tuple[ImagePlace, ...] | None = None
-    """() if `mounts` is empty."""
+    """The images open for writing; () if `mounts` is empty."""
     searching: bool = False
-    """Whether the search for the servers of connections goes on, so that a later sample may have
-    servers that this one lacks."""
+    """Whether a search for the servers of connections is in progress, so that a later sample may
+    have servers that are missing in this one."""
     ringless: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices on which no image has its requests on an io_uring, according to
-    the command line. Also () if no ring has requests, or if that is unknown."""
+    """MAJOR:MINOR of the devices to which no io_uring has requests, according to the command line.
+    () also if no ring has requests at all, or if this is unknown."""

@@ -5,28 +5,28 @@ from __future__ import annotations
 from typing import Final
 
 MAX_TEXT: Final = 256
-"""The maximum number of characters kept of a string that a process claims."""
+"""At most this many characters of a string from an untrusted process are kept."""
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
     """Return `text` in a form that is safe in a log line and on the bus.
 
-    Control and format characters, bidirectional overrides, line breaks, surrogates (bytes that are
-    not UTF-8) and unassigned code points each become one U+FFFD. Text longer than `limit`
-    characters is cut and ends in an ellipsis.
+    Each control or format character, bidirectional override, line break, surrogate (a byte that is
+    not UTF-8) and unassigned code point becomes U+FFFD. Text that is longer than `limit` characters
+    is cut, and ends in an ellipsis.
     """
     cleaned = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
     return cleaned[: limit - 1] + "…" if len(text) > limit else cleaned
 
 
 def format_bytes(count: int) -> str:
-    """`312 bytes`, `4.1 kB`, `12.3 MB`; MB are 10^6 bytes."""
+    """Return `312 bytes`, `4.1 kB`, `12.3 MB`. 1 MB is 10^6 bytes."""
     if count < 1000:
         return f"{count} bytes"
     size = float(count)
     for unit in ("kB", "MB", "GB", "TB"):
         size /= 1000
-        # Avoid "1000.0 kB", which rounding could give.
+        # Not 1000, because rounding could give "1000.0 kB".
         if size < 999.95 or unit == "TB":
             break
     return f"{size:.1f} {unit}"

@@ -9,7 +9,7 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.text import printable
 
 ENDLESS: Final = 100 * 365 * 86_400 * USEC_PER_SEC
-"""A time span in a call that has this length (µs) or more is infinite."""
+"""A time span of this length (µs) or more is infinite in a call."""
 
 _US: Final = {
     "us": 1,
@@ -22,7 +22,7 @@ _US: Final = {
     "month": 2_629_800 * 1_000_000,
     "y": 31_557_600 * 1_000_000,
 }
-"""µs in each unit; a year has 365.25 days, a month a twelfth of that."""
+"""The length of each unit in µs. A year has 365.25 days, and a month is a twelfth of a year."""
 
 _SPELLINGS: Final = {
     "us": ("usec", "us", "µs", "μs"),
@@ -45,15 +45,16 @@ _PART: Final = re.compile(
     rf"(?P<space>[{_BLANKS}]*)(?:(?P<unit>{_UNIT})[{_BLANKS}]*)?"
 )
 _LONG_MAX: Final = 2**63 - 1
-"""The greatest number before a unit: systemd reads it with strtoll(3)."""
+"""The greatest number before a unit, because systemd reads it with strtoll(3)."""
 _SHOWN: Final = 80
 """The maximum number of characters of a wrong text that a message repeats."""
 
 
 def parse(text: str) -> int:
-    """Return the span in µs: `10`, `1.5s`, `2h 30min`, `infinity`. Without a unit it is seconds.
+    """Return the span in µs of a text such as `10`, `1.5s`, `2h 30min` or `infinity`. A number
+    without a unit is in seconds.
 
-    Raises ValueError, whose text can be shown and says what was expected.
+    Raises ValueError. Its text can be shown, and says what was expected.
     """
     bare = text.strip(_BLANKS)
     if bare == "infinity":
@@ -70,10 +71,10 @@ def parse(text: str) -> int:
         if whole is None and fraction is None:
             raise _wrong(text)
         if unit is None and not part["space"] and position < len(bare):
-            raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`.
+            raise _wrong(text)  # This refuses `1.2.3` and `5x`, but not `1 2`.
         size = _BY_SPELLING[unit] if unit else _US["s"]
         digits = (whole or "").lstrip("+0") or "0"
-        # Refuse very long numbers here: int() would refuse them with another message.
+        # Refuse very long numbers here, because int() would refuse them with another message.
         if len(digits) > len(str(_LONG_MAX)):
             raise _too_long(text)
         number = int(digits)
@@ -89,7 +90,7 @@ def parse(text: str) -> int:
 
 
 def from_call(usec: int) -> int:
-    """Return the span that a caller of D-Bus or Varlink means."""
+    """Return the span (µs) for a number in a call over D-Bus or Varlink (ENDLESS)."""
     return INFINITY if usec >= ENDLESS else usec
 
 
@@ -99,7 +100,7 @@ def parse_seconds(text: str) -> float:
 
 
 def format_usec(usec: int) -> str:
-    """Return `1min 30s`, `1.5s`, `infinity`, `0`: as systemd, but without trailing zeros."""
+    """Return `1min 30s`, `1.5s`, `infinity`, `0`: the form of systemd without trailing zeros."""
     if usec == INFINITY:
         return "infinity"
     if usec == 0:

@@ -1,14 +1,15 @@
-"""The record of one job, for people to read and for a replay.
+"""The record of one job, for people and for a replay.
 
 A trace is a file of JSON lines in ASCII. The first line is the header: the format and its version,
 the job, its flags and its policy. Every other line is one record: its `at`, its `kind`, and the
 fields of the class of that kind, by name. A sample has every field; null means unreadable.
 
-In the file, `at` counts from the job's start, which is easier to read; in objects it is
-CLOCK_MONOTONIC in µs like every other time. Time spans of the policy are as in systemd.time(7).
+In the file, `at` is relative to the job's start, which is easier to read. In objects, it is
+CLOCK_MONOTONIC in µs, like every other time. Time spans of the policy have the form of
+systemd.time(7).
 
-Unknown fields and kinds are ignored, and a missing field gets its default. Changes that these rules
-do not cover get a new version, which older programs refuse.
+Unknown fields and kinds are ignored, and a missing field gets its default. Any other change of the
+format gets a new version number, which older programs refuse.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-trace"
 VERSION: Final = 2
-"""The only version that can be read. Version 1 lacks facts that the verdict needs now: which
-sockets lead to storage according to the command line, and for which descriptors threads wait."""
+"""The only version that can be read. Version 1 lacks facts that the verdict needs: which sockets
+are for storage according to the command line, and for which descriptors threads wait."""
 MAX_BYTES: Final = 64 * 1024 * 1024
-"""Greatest size of a trace in bytes."""
+"""The maximum size of a trace in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The job of a trace. The guest's name is the only part of its command line that is
-    included."""
+    """The job of a trace. The guest's name is the only part of the command line in it."""
 
     job: int
     started: int
@@ -47,7 +47,7 @@ class Header:
     """The start of the process, in clock ticks since boot."""
     command: str
     name: str
-    """The guest's name, printable; "" for none."""
+    """The guest's printable name; "" for none."""
     flags: Flag
     policy: Policy
 
@@ -120,7 +120,7 @@ class Trace:
     header: Header
     records: tuple[Record, ...]
     """The records in the order of recording. Their times may be in another order, because a sample
-    is recorded only when it is complete."""
+    is recorded when it is complete."""
 
     def of(self, cls: type[_R]) -> list[_R]:
         """Return the records of one class."""
@@ -142,8 +142,8 @@ def record_line(header: Header, record: Record) -> str:
 def decode(text: str) -> Trace:
     """Decode the text of a trace file.
 
-    A last line without a line break is incomplete and ignored. Raises ValueError, whose text names
-    the line and says what is wrong with it, without quoting the file.
+    A last line without a line break is incomplete, and is ignored. Raises ValueError. Its text
+    names the line and says what is wrong, without quoting the file.
     """
     lines = text.split("\n")[:-1]
     if not lines:

@@ -1,4 +1,4 @@
-"""The properties of a systemd unit that matter for stopping a guest in it."""
+"""The properties of a systemd unit that matter when a guest in it is stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 
 HELPER_CALLS: Final = ("pidfd_open", "pidfd_send_signal")
-"""The system calls that qkilld-stop needs, and other programs of a unit do not."""
+"""System calls that qkilld-stop needs, but other programs of a unit usually do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Command:
 
     path: str
     arguments: tuple[str, ...]
-    """Including argv[0]."""
+    """The words of the command, including argv[0]."""
     ignores_failure: bool = False
     """The line begins with `-`."""
     flags: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Command:
 class UnitFacts:
     """Properties of a loaded .service or .scope: org.freedesktop.systemd1(5).
 
-    For a scope, the properties that it lacks (commands and processes) have their defaults.
+    A scope lacks some properties (commands and processes). These have their defaults.
     """
 
     id: str
@@ -48,9 +48,9 @@ class UnitFacts:
     drop_ins: tuple[str, ...] = ()
     transient: bool = False
     after: tuple[str, ...] = ()
-    """Units that this one is ordered after, so that it is stopped before them."""
+    """The units after which this unit is started. It is stopped before them."""
     before: tuple[str, ...] = ()
-    """Units that are ordered after this one, so that they are stopped first."""
+    """The units that are started after this unit. They are stopped before it."""
     default_dependencies: bool = True
     job_timeout: int = INFINITY
     """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
@@ -59,10 +59,10 @@ class UnitFacts:
     kill_mode: str = "control-group"
     kill_signal: int = 15
     restart_kill_signal: int = 0
-    """RestartKillSignal=, sent instead of KillSignal= at a restart; 0 for KillSignal=."""
+    """RestartKillSignal=, which replaces KillSignal= at a restart; 0 if it does not."""
     sends_sigkill: bool = True
     final_kill_signal: int = 9
-    """FinalKillSignal=, sent instead of SIGKILL."""
+    """FinalKillSignal=, which systemd sends last, normally SIGKILL."""
     timeout_stop: int = INFINITY
     """TimeoutStopUSec, µs; INFINITY for never."""
     type: str = ""
@@ -74,39 +74,40 @@ class UnitFacts:
     pid_file: str = ""
     """PIDFile=, "" for none."""
     root: str = ""
-    """RootDirectory= or RootImage=, "" for the system's own."""
+    """RootDirectory= or RootImage=; "" for the root directory of the system."""
     main_pid: int = 0
-    """0 for none."""
+    """The main process; 0 for none."""
     control_pid: int = 0
-    """The ExecStop= (or other control) process that is running, 0 for none."""
+    """The running ExecStop= process or other control process; 0 for none."""
     notify_access: str = "none"
-    """none, main, exec or all."""
+    """NotifyAccess=: none, main, exec or all."""
     user: str = ""
-    """User=, "" for the manager's own."""
+    """User=; "" for the user of the manager."""
     environment_files: tuple[str, ...] = ()
     """EnvironmentFile=: files with variables for every command of the unit."""
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
     """The families that RestrictAddressFamilies= allows; None for all. For a deny list, only
-    AF_UNIX matters: None if it is allowed, otherwise some list without it."""
+    AF_UNIX matters: this is None if AF_UNIX is allowed, otherwise some list without it."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     noexec_paths: tuple[str, ...] = ()
-    """NoExecPaths=: nothing below them can be executed, except below `exec_paths`."""
+    """NoExecPaths=: files below these paths cannot be executed, except those below `exec_paths`."""
     exec_paths: tuple[str, ...] = ()
     private_pids: bool = False
     """PrivatePIDs=: each command runs in a PID namespace of its own (systemd 257)."""
     private_users: bool = False
     """PrivateUsers=: each command runs in a user namespace of its own."""
     denied_calls: tuple[str, ...] = ()
-    """Those of HELPER_CALLS that SystemCallFilter= denies."""
+    """The calls of HELPER_CALLS that SystemCallFilter= denies."""
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     other_commands: tuple[tuple[str, Command], ...] = ()
-    """The lines of ExecStartPre=, ExecStartPost= and ExecStopPost=, each with its setting."""
+    """The lines of ExecStartPre=, ExecStartPost= and ExecStopPost=, each after the name of its
+    setting."""
     runtime_max: int = INFINITY
-    """RuntimeMaxUSec, µs: systemd stops the unit after this time."""
+    """RuntimeMaxUSec: systemd stops the unit after this time (µs)."""
 
     @property
     def exists(self) -> bool:
@@ -114,9 +115,9 @@ class UnitFacts:
 
     @property
     def cares_for_guests(self) -> bool:
-        """Whether the unit has an ExecStop=, which systemd runs before it signals the unit's
-        processes. The ExecStop= of a user manager does not count, because it stops units, not
-        guests."""
+        """Whether the unit has an ExecStop=, which systemd runs before it sends signals to the
+        unit's processes. The ExecStop= of a user manager does not count, because it stops units,
+        not guests."""
         return bool(self.exec_stop) and not is_user_manager(self.id)
 
     @property
@@ -166,8 +167,8 @@ SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "other_commands": ("ExecStartPre", "ExecStartPost", "ExecStopPost", "ExecSearchPath"),
     "runtime_max": ("RuntimeMaxSec",),
 }
-"""For each field of UnitFacts, the settings in unit files that it depends on; none for names, files
-and the state of a unit: systemd.unit(5)."""
+"""For each field of UnitFacts, the settings in unit files on which it depends (systemd.unit(5)).
+Names, files and the state of a unit depend on no setting."""
 
 
 def is_user_manager(name: str) -> bool:
@@ -182,4 +183,4 @@ class UnitProcess:
     pid: int
     control_group: str
     command: str
-    """The command line as systemd shows it; may be any text."""
+    """The command line as systemd shows it. It may be any text."""

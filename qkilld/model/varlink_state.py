@@ -1,4 +1,4 @@
-"""Convert the State and the Receipt of a job (org.qkilld1.varlink) to those of D-Bus."""
+"""Convert the State and the Receipt of a job from Varlink (org.qkilld1.varlink) to D-Bus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLAGS: Final = {str(flag.name).lower(): flag for flag in Flag}
 
 
 def flags_of(names: Iterable[str]) -> Flag:
-    """Return the flags with these names, without those that only a newer daemon knows."""
+    """Return the flags with these names. Names that only a newer daemon knows are ignored."""
     flags = Flag(0)
     for name in names:
         flags |= _FLAGS.get(name, Flag(0))
@@ -54,7 +54,7 @@ def status_of(state: Mapping[str, Any]) -> JobStatus:
 
 
 def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the receipt as Wait on D-Bus returns it, without missing values."""
+    """Return the receipt in the form in which Wait on D-Bus returns it, without missing values."""
     values = {
         _CAPITAL.sub(lambda word: f"-{word[0].lower()}", key.replace("USec", "Usec")): value
         for key, value in receipt.items()
