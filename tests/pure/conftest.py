@@ -11,7 +11,7 @@ from qkilld.engine.fair_shares import set_subordinate_uids
 
 @pytest.fixture
 def subordinate_uids() -> Iterator[None]:
-    """Uid 1000 has the subordinate uids from 100000 to 165535."""
+    """Give uid 1000 the subordinate uids from 100000 to 165535."""
     set_subordinate_uids([(100_000, 165_535, 1000)])
     yield
     set_subordinate_uids([])

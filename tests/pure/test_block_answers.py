@@ -1,4 +1,4 @@
-"""Parsing the monitor's replies about disks: QEMU's forms, and garbage."""
+"""Parsing the monitor's replies about disks: those of QEMU, and garbage."""
 
 from __future__ import annotations
 

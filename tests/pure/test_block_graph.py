@@ -124,7 +124,7 @@ UNIX = ConnectionEnd(path="/run/nbd.sock")
         ("-vnc 127.0.0.1:3", set(), {ConnectionEnd(port=5903): None}),
         ("-vnc unix:/v.sock", set(), {ConnectionEnd(path="/v.sock"): None}),
         ("-spice port=5930,disable-ticketing=on", set(), {ConnectionEnd(port=5930): None}),
-        # Text that looks like storage, where QEMU does not read it as storage
+        # Text that looks like storage, but is not storage for QEMU
         ("-smbios type=1,serial=ds=nocloud-net;s=http://10.0.2.2:8000/", set(), {}),
         ("-name nbd:unix:/run/nbd.sock", set(), {}),
     ],
@@ -381,7 +381,7 @@ TWO = "-drive file=nbd:unix:/run/a.sock:exportname=two,if=none,id=b"
     [
         (f"{ONE} {TWO}", ["a", "a"]),
         (f"{ONE} {TWO} -drive file=nbd:unix:/run/c.sock,id=c", ["a", "a", ""]),
-        # The kernel shows no host names and, of a relative path, no directory.
+        # The kernel shows no host names, and no directory if a path is relative.
         ("-drive file=nbd://one,id=a -drive file=nbd://two:10809/x,id=b", ["a", "a"]),
         ("-drive file=nbd://one,id=a -drive file=nbd://one:10810,id=b", ["", ""]),
         (f"{ONE} -drive file=nbd:unix:a.sock,id=b", ["a", "a"]),
@@ -407,5 +407,5 @@ def test_nodes_whose_connections_look_the_same(text: str, groups: list[str]) -> 
     ],
 )
 def test_the_export_over_a_connection(text: str, exports: dict[str, str | None]) -> None:
-    """A wrong one would show the progress of another image."""
+    """With a wrong export, the progress of another image would count."""
     assert requested_exports(graph_of(text).nodes) == exports

@@ -1,4 +1,4 @@
-"""The uids of callers on the bus: each is asked for once, and 4,096 are remembered."""
+"""The uids of callers on the bus: each is requested once, and 4,096 are cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FakeConnection:
     def __init__(self) -> None:
         self.on_call: Callable[[IncomingMessage], None]
         self.asked: Counter[str] = Counter()
-        """How often the uid of a name was asked for."""
+        """How often the uid of each name was requested."""
         self.answered: list[tuple[str, int]] = []
         """Sender and serial of each call."""
         self.connected = True
@@ -92,13 +92,13 @@ def test_the_most_recent_4096_names_are_remembered() -> None:
             await call(number)
         assert len(bus.answered) == 4096
         # Within the limit, no uid is requested twice. This call makes the first name the most
-        # recent.
+        # recently used.
         await call(0)
         assert set(bus.asked.values()) == {1}
         await call(4096)
         assert bus.asked[name(4096)] == 1
         assert len(server._uids) == 4096 == MAX_NAMES
-        # The first name is still known. The second one was dropped, so its uid is requested again.
+        # The first name is still cached. The second was dropped, so its uid is requested again.
         await call(0)
         assert bus.asked[name(0)] == 1
         await call(1)
@@ -130,7 +130,7 @@ def test_a_name_whose_calls_wait_is_not_forgotten() -> None:
         bus.answered.clear()
         for _ in range(3):
             bus.call(name(0))
-        # Before these are served, 4,096 others are introduced.
+        # Before these calls are served, 4,096 other names are cached.
         for number in range(1, 4097):
             server._remember(name(number), UID)
         bus.call(name(0))

@@ -1,7 +1,7 @@
-"""A dead disk, a client that QEMU serves all the time, and perhaps a healthy disk beside them.
+"""A dead disk, a client that QEMU serves all the time and, in some cases, a healthy disk.
 
-A healthy disk is never killed, whatever the client does. What only the client causes delays SIGKILL
-for a limited time.
+While a healthy disk makes progress, there is no SIGKILL, whatever the client does. Work that QEMU
+does only for the client delays SIGKILL for a limited time.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def writer(second: int) -> Socket:
 
 
 def unix(second: int) -> Socket:
-    """A client whose bytes nobody counts."""
+    """A client on a unix socket, which does not count bytes."""
     return replace(CLIENT, family="unix", acked=None, received=None, send_queue=second)
 
 
 def calls(thread: Thread, second: int, *, writes: int = 0, reads: int = 0) -> dict[str, Any]:
-    """A call in each sample, perhaps never the same one."""
+    """There is a call in each sample, but each sample may show another call."""
     device = replace(HEALTHY, writes=1_000 + writes * second, reads=500 + reads * second)
     return {"threads": (replace(thread, switches=second),), "devices": (device,)}
 
@@ -85,14 +85,14 @@ def flush_of_server(second: int) -> dict[str, Any]:
 
 
 def worker_of_server(second: int) -> dict[str, Any]:
-    """A thread of the kernel flushes one of the server's disks, perhaps."""
+    """A thread of the kernel may be flushing one of the server's disks."""
     disks = (Device("7:1", "loop1", 40 * second, 0, 0, 1), Device("7:2", "loop2", 5, 0, 0, 0))
     worker = replace(WORKER, tid=91, switches=second)
     return far(replace(BEHIND, peer=replace(SERVES, threads=(worker,), devices=disks)))
 
 
 def stuck_worker(second: int) -> dict[str, Any]:
-    """The server writes to another disk than that for which the guest waits."""
+    """The server writes to a disk, but the guest waits for another one."""
     moved = worker_of_server(second)
     (socket,) = moved["sockets"]
     stuck = replace(socket.peer, threads=(replace(WORKER, tid=91, switches=5),))
@@ -100,7 +100,7 @@ def stuck_worker(second: int) -> dict[str, Any]:
 
 
 def flush_uncounted(second: int) -> dict[str, Any]:
-    """The disk counts nothing, and only what the process writes shows the flush."""
+    """The disk has no counters. Only the writes of the process show the flush."""
     moved = calls(FDATASYNC, 0)
     device = replace(HEALTHY, in_flight=0, accounting=False)
     io = replace(NO_IO, write_bytes=second * MIB)
@@ -159,7 +159,7 @@ def samples(
 
 
 def killed_at(listed: Sequence[Sample]) -> int | None:
-    """Return when a forced stop, whose SIGTERM was sent at 0, sends SIGKILL; None for never."""
+    """Return when a stop with FORCE sends SIGKILL, None for never. SIGTERM was sent at 0."""
     evidence: Assessment | None = None
     promised = 0
     for sample in listed:

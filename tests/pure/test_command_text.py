@@ -1,4 +1,5 @@
-"""Commands of unit files as written: split as systemd does, and compared with what it reports."""
+"""Commands as they are written in unit files: split as systemd does, and compared with systemd's
+report."""
 
 from __future__ import annotations
 
@@ -59,12 +60,12 @@ def test_a_text_that_systemd_has_parsed(values: list[str], commands: list[Comman
 @pytest.mark.parametrize(
     ("values", "commands"),
     [
-        # Either a line has two commands, or systemd ignores a line. The number of commands does not
-        # show which, so their texts are compared.
+        # One line may have two commands, or systemd may ignore a line. The number of commands
+        # cannot tell these cases apart, so the texts are compared.
         (["/bin/a ; /bin/b", "-nonsense/"], [command("/bin/a"), command("/bin/b")]),
         (["-nonsense/", "/bin/b"], [command("/bin/b"), command("/bin/c")]),
         (["/bin/a %i"], [command("/bin/a", "web"), command("/bin/b")]),
-        # Not reloaded.
+        # systemd has not reloaded the file.
         (["/bin/a old"], [command("/bin/a", "new")]),
         (["/bin/a x%i"], [command("/bin/a", "yweb")]),
         (["/bin/a %ix%i"], [command("/bin/a", "web")]),

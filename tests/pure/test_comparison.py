@@ -1,4 +1,4 @@
-"""The verdict about a unit: what its stops keep now, and after adopting."""
+"""The verdict on a unit: what its stops keep now, and after adoption."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_signal_of_a_restart_counts() -> None:
     killed = replace(BARE, restart_kill_signal=signal.SIGKILL)
     assert judge(killed).now[Occasion.RESTART].disks is Patience.NONE
     assert judge(killed).now[Occasion.STOP].disks is Patience.TIMED
-    # An asked guest has the time until SIGKILL, because QEMU ignores the signal.
+    # A guest that was asked can shut down until SIGKILL, because QEMU ignores this signal.
     asked = replace(BARE, exec_stop=(POWERDOWN,), restart_kill_signal=signal.SIGWINCH)
     found = judge(asked)
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
@@ -120,7 +120,8 @@ def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -
 
 @pytest.mark.parametrize("program", ["systemd-nspawn", "lxc-start"])
 def test_a_container_is_left_alone(program: str) -> None:
-    """KillMode=control-group would end a database in it without its own shutdown."""
+    """With KillMode=control-group, a database in the container would be ended without its own
+    shutdown."""
     facts = replace(starting(f"/usr/bin/{program}", "-b"), kill_mode="mixed")
     running = replace(ASKABLE, main_executable=f"/usr/bin/{program} (deleted)")
     script = replace(facts, exec_start=(Command("/opt/run", ("/opt/run",)),))
@@ -156,7 +157,7 @@ def test_a_wait_by_sigcont_is_not_made_a_power_cut() -> None:
     assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
     refused = judge(facts, MUTE)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
-    # Without a timeout, the unit cannot become better, so nothing is written.
+    # Without a timeout, adoption would be no improvement, so nothing is written.
     endless = judge(replace(facts, timeout_stop=INFINITY), MUTE)
     assert not endless.writes and endless.keeps_data
 
@@ -188,7 +189,7 @@ def test_an_unknown_line_stays_and_stays_unknown() -> None:
             "ExecStop=-/opt/vm-stop web",
             "ExecStop=-/usr/bin/qkilld-stop",
         ]
-    # The line may ask the guest, and systemd then waits because of SIGCONT.
+    # The line may ask the guest. In this case systemd waits, because QEMU ignores SIGCONT.
     waits = judge(replace(facts, kill_signal=signal.SIGCONT), MUTE)
     assert (waits.word, waits.writes) == (UnitVerdict.UNKNOWN, False)
 
@@ -222,7 +223,7 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     assert "daemon-reload" in found.advice
     for surroundings in (ASKABLE, replace(ASKABLE, is_template=True, stop_texts=("a %i", "b %i"))):
         assert judge(facts, surroundings).writes
-    # None of the lines is from the instance.
+    # Here, no line is from the instance.
     assert judge(BARE, replace(ASKABLE, is_template=True)).writes
 
 
@@ -295,7 +296,7 @@ def test_lines_that_need_the_guest_to_be_gone_come_after_the_helper(
 
 @pytest.mark.parametrize("later", ["kill -9 $MAINPID", "virsh destroy web", "rm -f /run/x"])
 def test_what_follows_a_helper_that_may_fail_may_find_the_guest_running(later: str) -> None:
-    """qkilld-stop fails if its job is cancelled, and the `-` hides that from systemd."""
+    """qkilld-stop fails if its job is cancelled. With `-`, systemd ignores this failure."""
     facts = replace(SAFE, exec_stop=(replace(STOP, ignores_failure=True), line(later)))
     found = judge(facts, ASKABLE)
     kills = "rm" not in later
@@ -321,7 +322,7 @@ def test_a_helper_with_options_keeps_only_what_they_allow() -> None:
         for timeout in (90 * S, INFINITY):
             assert stopped(*words, timeout=timeout).now[Occasion.STOP].disks is Patience.TIMED
             assert stopped(*words, timeout=timeout).word is not UnitVerdict.SAFE
-    # A line that asks the guest is not replaced by a helper that does not.
+    # A helper that does not ask the guest does not replace a line that asks it.
     mute_stop = Command(STOP.path, (STOP.path, "--no-powerdown"))
     assert any("system_powerdown" in each for each in written(
         replace(SAFE, exec_stop=(LOOP, mute_stop)), ASKABLE
@@ -347,23 +348,24 @@ IGNORED_UNKNOWN = replace(UNKNOWN, ignores_failure=True)
 @pytest.mark.parametrize(
     ("stops", "lines"),
     [
-        # Now systemd skips the copy if the line before has failed and the guest still runs.
+        # Before adoption, systemd skips the copy if the previous line fails and the guest still
+        # runs.
         ((UNKNOWN, COPY), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
         ((POWERDOWN, COPY, line("logger x")), ["-POWERDOWN", "/usr/bin/qkilld-stop", "COPY",
                                                '/bin/sh -c "logger x"']),
         ((line("logger x"), UNKNOWN), None),
         ((UNKNOWN, COPY, STOP), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
         ((UNKNOWN, COPY, line("kill -9 1")), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
-        # The copy already followed a line that ends the guest.
+        # Before adoption, the copy already follows a line that ends the guest.
         ((line("kill -9 1"), COPY, STOP), ["/usr/bin/qkilld-stop", "COPY"]),
         ((line("kill 1"), line("while kill -0 1; do sleep 1; done"), COPY, STOP),
          ["/usr/bin/qkilld-stop", "COPY"]),
-        # The line after the copy must come before the helper.
+        # The line after the copy must run before the helper.
         ((UNKNOWN, COPY, line("sleep 9")), None),
         ((POWERDOWN, COPY, line("sleep 9")), None),
         ((POWERDOWN, line("echo > /run/x; sleep 9")), None),
         ((UNKNOWN, UNKNOWN), None),
-        # systemd already runs these lines after a failure.
+        # Before adoption, systemd already runs these lines after a failure.
         ((IGNORED_UNKNOWN, IGNORED_UNKNOWN),
          ["-/opt/vm-stop web", "-/opt/vm-stop web", "-/usr/bin/qkilld-stop"]),
         ((POWERDOWN, line("sleep 9"), line("kill -0 1")),
@@ -391,7 +393,7 @@ def test_no_line_runs_after_a_failure_that_prevents_it_now(
 
 @pytest.mark.parametrize("saves", ["savevm auto\\nquit", "migrate exec:gzip\\nquit"])
 def test_a_line_that_saves_the_state_of_the_guest_is_not_replaced(saves: str) -> None:
-    """With -loadvm, the next start returns to the state that was saved last."""
+    """With -loadvm, the next start continues from the state that was saved last."""
     facts = replace(BARE, exec_stop=(line(f"printf '{saves}' | socat - UNIX:/m"),))
     found = judge(facts, ASKABLE)
     assert found.word is UnitVerdict.UNKNOWN
@@ -415,7 +417,7 @@ def test_lines_that_kill_are_replaced(killing: str) -> None:
         ("test ! -d /proc/$MAINPID ||", True),
         ("[ ! -d /proc/$MAINPID ] ||", True),
         ("! kill -0 $MAINPID ||", True),
-        # These kill only if the guest is gone.
+        # These lines kill only if the guest is gone.
         ("kill -0 $MAINPID ||", False),
         ("! test ! -d /proc/$MAINPID ||", False),
     ],
@@ -432,7 +434,8 @@ def test_a_server_of_this_host_needs_the_order() -> None:
     found = judge(BARE, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert "After=lval.service" in written(BARE, surroundings)
-    # A unit cannot be ordered after such a scope, so with the helper the server would exit first.
+    # A unit cannot be ordered after such a scope. So with the helper, the server would exit before
+    # the guest.
     session = replace(surroundings, storage=(replace(NBD, server="session-3.scope"),))
     refused = judge(BARE, session)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
@@ -484,7 +487,7 @@ def test_a_sandbox_that_hides_the_bus() -> None:
     assert finding.key == "helper-sandbox"
     assert judge(plain).now[Occasion.STOP].disks is Patience.TIMED
     assert "ExecStop=-+/usr/bin/qkilld-stop" in written(plain, MUTE)
-    # The unit's user can write a file that sets the environment of a root process.
+    # Here, the unit's user can write a file that sets the environment of a root process.
     theirs = replace(facts, user="vm", environment_files=("/home/vm/env",))
     assert "ExecStop=-/usr/bin/qkilld-stop" in written(theirs, MUTE)
     assert judge(theirs).word is not UnitVerdict.SAFE
@@ -493,7 +496,7 @@ def test_a_sandbox_that_hides_the_bus() -> None:
 THEIRS = replace(
     BARE, user="vm", environment_files=("/home/vm/env",), address_families=("AF_INET",)
 )
-"""qkilld-stop cannot extend the timeout of this unit, and adopt cannot change that."""
+"""A unit whose timeout qkilld-stop cannot extend, even after adoption."""
 
 
 def test_what_is_better_but_not_safe_is_written() -> None:
@@ -547,7 +550,7 @@ def test_a_later_drop_in_that_adds_to_the_stop_is_moved_first() -> None:
 
 
 def test_adopting_is_never_worse_under_any_assumption() -> None:
-    """For every combination of units' settings, adopting keeps at least as much."""
+    """For every combination of settings, a unit keeps at least as much after adoption as before."""
     stops = [(), (POWERDOWN,), (LOOP,), (UNKNOWN,), (line("kill -9 1"),), (line("kill 1"),),
              (POWERDOWN, UNKNOWN), (line("pkill qemu"), UNKNOWN), (line("sleep 20"),)]  # fmt: skip
     seen = set()

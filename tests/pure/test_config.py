@@ -1,4 +1,4 @@
-"""qkilld.conf: precedence, syntax, and every complaint with its file and line."""
+"""qkilld.conf: precedence, syntax, and error messages with file and line."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_mask_may_be_any_link_that_ends_at_dev_null(tmp_path: Path, target: st
 
 
 def test_a_relative_link_to_the_real_dev_null_masks(tmp_path: Path) -> None:
-    """As `ln -sr` writes it, and read with / as the root, as the daemon does."""
+    """The link is as `ln -sr` makes it. It is read with / as the root, as in the daemon."""
     mask = tmp_path / "50-x.conf"
     mask.symlink_to(os.path.relpath("/dev/null", tmp_path))
     assert _real(mask, Path("/")) == Path("/dev/null")
@@ -373,7 +373,7 @@ def test_a_complaint_is_one_line_and_fit_to_be_shown(tmp_path: Path, text: str) 
 
 
 def test_a_directory_closed_to_the_reader_is_told(tmp_path: Path) -> None:
-    """Otherwise the file of the next directory would be used unintentionally."""
+    """Otherwise, the file of the next directory would be used by mistake."""
     write(tmp_path, LIB, grace(1))
     closed = write(tmp_path, ETC, grace(2)).parent
     closed.chmod(0)

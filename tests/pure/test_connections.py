@@ -1,4 +1,4 @@
-"""A server that breaks each connection: what is sent again is no progress."""
+"""A server that breaks each connection. Data that is sent again is no progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVER = Peer(90, "nbdkit", (), 1_000, NO_IO, (), shared=False)
 
 
 def run(sockets: Iterable[Socket | None]) -> Assessment:
-    """Follow the connection of a node, one sample a second; None for no connection."""
+    """Judge the connection of a node, with one sample a second. None means no connection."""
     now = None
     for second, socket in enumerate(sockets):
         connected = () if socket is None else (socket,)
@@ -74,7 +74,7 @@ def test_replies_are_progress_however_often_connections_break() -> None:
 
 
 def test_a_handshake_is_no_reply() -> None:
-    """A server that lets each client wait during the handshake, before any request."""
+    """The server keeps each client waiting during the handshake, before any request."""
     sockets = []
     for connection in range(30):
         for second in range(4):

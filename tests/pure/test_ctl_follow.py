@@ -15,7 +15,7 @@ from qkilld.model.constants import INFINITY, Flag, Phase
 from tests.pure.test_job_status import JOB, NOW, S
 
 OVERDUE = {"held": False, "deadline": INFINITY}
-"""The announced state after a long hold, until the daemon has taken a sample."""
+"""The state that the daemon announces after a long hold, until it has taken a sample."""
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> list[str]:

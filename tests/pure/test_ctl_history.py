@@ -1,4 +1,4 @@
-"""Times that qkillctl history understands, and receipts that it believes."""
+"""Times that qkillctl history accepts, and receipts that it trusts."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def exit_code(*arguments: str) -> int:
         (["terminate", "--grace", "", "web"], "--grace"),
         (["terminate", "--reason", "x" * 257, "web"], "--reason"),
         (["terminate", "--reason", "\udcff", "web"], "--reason"),
-        (["terminate", "--for", "web"], "--for"),  # an abbreviation may come to mean another option
+        (["terminate", "--for", "web"], "--for"),  # later, an abbreviation may mean another option
         (["--user", "--system", "list"], "--system"),
         (["list", "--user", "--bus", NOWHERE], "--bus"),
         (["list", "--bus", ""], "--bus"),
@@ -101,7 +101,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it as a separate program, because dbus_next keeps the socket of a failed connection."""
+    """Run qkillctl as a separate program, because dbus_next keeps the socket of a failed
+    connection."""
     return subprocess.run(
         [sys.executable, "-m", "qkilld.ctl", *arguments],
         env=os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": NOWHERE, "DBUS_SESSION_BUS_ADDRESS": NOWHERE},

@@ -1,4 +1,4 @@
-"""Numbers about stops, as the OpenMetrics specification has them."""
+"""Figures about stops, in the format of the OpenMetrics specification."""
 
 from __future__ import annotations
 

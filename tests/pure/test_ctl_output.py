@@ -60,7 +60,7 @@ def test_hostile_names(
 
 
 def _without_styles(lines: list[str], rich: bool) -> list[str]:
-    """With NO_COLOR, rich itself still writes bold headings."""
+    """Remove the styles: even with NO_COLOR, rich writes bold headings."""
     if not rich:
         return lines
     return [line.replace("\x1b[1m", "").replace("\x1b[0m", "") for line in lines]

@@ -60,7 +60,7 @@ def test_of_a_zombie() -> None:
     "method",
     [
         "Process.create_time",
-        # oneshot() needs these of Process itself unchanged.
+        # Replace these in _pslinux, because oneshot() needs those of Process unchanged.
         "_pslinux.Process.cpu_times",
         "_pslinux.Process.memory_info",
         "_pslinux.Process.uids",

@@ -1,4 +1,4 @@
-"""Targets: what kind a word is, and which guest it stands for."""
+"""Targets: the kind of a word, and the guest that it means."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OTHER_UUID = "00000000-0000-4000-8000-000000000001"
         ("web 1", TargetKind.WORD, "web 1"),
         ("-1", TargetKind.WORD, "-1"),
         ("4711a", TargetKind.WORD, "4711a"),
-        ("٤٧", TargetKind.WORD, "٤٧"),  # digits, but none that a pid is written with
+        ("٤٧", TargetKind.WORD, "٤٧"),  # digits, but not those of a pid
         ("name:4711", TargetKind.NAME, "4711"),
         ("name:a/b", TargetKind.NAME, "a/b"),
         ("name:name:x", TargetKind.NAME, "name:x"),
@@ -60,7 +60,7 @@ OTHER_UUID = "00000000-0000-4000-8000-000000000001"
         ("machine-qemu\\x2d1.scope", TargetKind.UNIT, "machine-qemu\\x2d1.scope"),
         ("unit:web", TargetKind.UNIT, "web.service"),
         ("unit:4711.scope", TargetKind.UNIT, "4711.scope"),
-        ("job:3", TargetKind.WORD, "job:3"),  # not where a guest is wanted
+        ("job:3", TargetKind.WORD, "job:3"),  # a job is no guest
         ("/org/qkilld1/job/3", TargetKind.PIDFILE, "/org/qkilld1/job/3"),
     ],
 )
@@ -120,7 +120,7 @@ DB_BY_NAME = GuestRow(16, "db", "", 1000, "")
         ("unit:web-vm", [WEB, DB], 10),
         ("db.service", [DB, IMPOSTOR], 11),  # a guest's name cannot pass for a unit
         ("name:db.service", [DB, IMPOSTOR], 14),
-        ("db", [WEB, DB], 11),  # by its name and by its unit: one guest all the same
+        ("db", [WEB, DB], 11),  # by its name and by its unit, but one guest
         ("unit:db", [DB, DB_BY_NAME], 11),
         ("name:4711", [WEB, NUMBER], 15),
     ],
@@ -203,7 +203,8 @@ ME = WEB._replace(pid=os.getpid())
 
 
 def test_pin_holds_the_process_by_its_start() -> None:
-    """The start time comes from /proc; the list shows whether it still belongs to the name."""
+    """The start time is read from /proc. The list then shows whether the process still has the
+    name."""
     found = TargetProcess(ME.pid, "web", procfs.read_stat(ME.pid).start_time)
     assert pin("web", Answers([[ME, DB], [DB, ME]])) == found
     assert pin("10", Answers([])) == TargetProcess(10)

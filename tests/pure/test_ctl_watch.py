@@ -1,4 +1,4 @@
-"""What watch draws: a table and a screen that fit any terminal, and the keys that it takes."""
+"""The output of watch: a table and a screen that fit any terminal. Its keys."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_time_and_what_comes_next_are_there(columns: int) -> None:
     after = "SIGKILL only after 1min without progress" if columns > 100 else "SIGKILL if still 1min"
     assert after in moving
     assert "web" in moving and "flushes" in moving
-    # A less important cell is never shown without a more important one.
+    # A less important cell is shown only if the more important ones are.
     assert ("2.1 MB/s" in still) <= ("12.3 MB" in still)
 
 
@@ -164,7 +164,7 @@ def test_keys(text: str, keys: list[str]) -> None:
 
 
 def test_nothing_is_called_if_the_terminal_cannot_be_given_away() -> None:
-    """Otherwise a call would be made that nobody awaits."""
+    """Otherwise, nobody would await the call."""
 
     class LostScreen:
         def suspended(self) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The flush before a question to a file system that may not answer: which disks, in which order."""
+"""The flush before QEMU asks a file system that may not answer: which disks, and in which order."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ STATISTICS = [
     },
     {"device": "", "qdev": "/machine/peripheral-anon/device[3]", "stats": {}},
 ]
-"""From QEMU 7.2, shortened; the last one is a drive without a medium."""
+"""A shortened reply of QEMU 7.2. Its last entry is a drive without a medium."""
 
 
 def test_disks_from_statistics() -> None:

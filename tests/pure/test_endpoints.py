@@ -1,4 +1,4 @@
-"""The roles of a QEMU's sockets, by its command line."""
+"""The roles of a QEMU's sockets, according to its command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ AGENT = "-device virtio-serial -device virtserialport,chardev=g,id=p,name=org.qe
         ("-chardev socket,id=m,path=/a,server=on -object monitor-qmp,chardev=m", [("qmp", 1)]),
         ("-chardev socket,id=m,path=/a,server=on -object monitor-hmp,chardev=m", [("hmp", 1)]),
         (f"{AGENT} -chardev socket,id=g,path=/b,server=on", [("agent", 2)]),
-        # Without a role, with two roles, or with another role: left alone.
+        # Sockets without a role, with two roles, or with another role are not used.
         ("", []),
         ("-chardev socket,id=m,path=/a,server=on", []),
         ("-serial unix:/a,server", []),
@@ -153,7 +153,7 @@ PADDED = UnixListener(6, ("@y".ljust(108, "@"),))
         ("-chardev socket,id=m,fd=13,server=on -mon m,mode=control", [("qmp", 5)]),
         ("-qmp unix:y,abstract=on,tight=off,server", [("qmp", 6)]),
         ("-monitor unix:x,abstract=on,server -qmp tcp::4444,server", [("qmp", 3), ("hmp", 5)]),
-        # QEMU connects instead of listening, encrypts, listens elsewhere, or uses the socket also
+        # QEMU connects instead of listening, encrypts, listens elsewhere, or also uses the socket
         # for something else.
         ("-qmp tcp:127.0.0.1:4444", []),
         ("-chardev socket,id=m,port=4444,host=h,server=on,tls-creds=t -mon m", []),

@@ -121,7 +121,7 @@ def test_calls_of_many_users_and_strangers_have_a_limit_in_bytes(size: int) -> N
     for number in range(count):
         name, uid = f"n{number}", None if number % 2 else number + 1
         accepted = [queue.put(name, uid, "x", size) for _ in range(SPARE)]
-        # Each connection may have at least one waiting call, even of the greatest length.
+        # Each connection may have at least one waiting call, even one of the maximum length.
         assert accepted[0]
     assert queue._size <= fair_queue.MAX_TOTAL_BYTES + count * SPARE_BYTES
 
@@ -172,7 +172,7 @@ def test_nothing_is_lost_or_doubled_or_kept() -> None:
 
 
 def test_subordinate_uids_share_the_turn_of_their_user(subordinate_uids: None) -> None:
-    """But they call by their own right."""
+    """But access is decided for the subordinate uid itself."""
     queue: FairQueue[str] = FairQueue()
     for number in range(6):
         queue.put(f"n{number}", 100_000 + number, f"s{number}", 10)

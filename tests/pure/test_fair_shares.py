@@ -15,7 +15,7 @@ def shares() -> FairShares:
 
 
 def fill(shares: FairShares, uid: int) -> int:
-    """Take all places that the user may have; return how many these were."""
+    """Take all places that the user may have; return their number."""
     count = 0
     while shares.has_room(uid):
         shares.take(uid)
@@ -76,7 +76,7 @@ def test_many_subordinate_uids_of_one_user_leave_room_for_others(shares: FairSha
 def test_known_subordinate_uids_count_for_their_user(
     shares: FairShares, subordinate_uids: None
 ) -> None:
-    """So the subordinate uids leave room for users whose own uids are in their range."""
+    """So they leave room for other users whose own uids are in the same range of numbers."""
     assert [fill(shares, uid) for uid in (100_000, 100_001, 1000)] == [5, 0, 0]
     assert [fill(shares, uid) for uid in (200_000, 200_001, 1001, 1002)] == [1, 1, 1, 1]
     assert user_of(0) == 0 and user_of(99_999) == 99_999 and user_of(165_536) == 165_536

@@ -86,7 +86,7 @@ def test_a_real_qemu_starts_with_the_port(lab_dir: Path, program: str, machine: 
     file = parse(f"{path}\n-nodefaults\n" + (f"-M {machine}\n" if machine else ""), "x.conf")
     qmp, agent = lab_dir / "qmp", lab_dir / "agent"
     words = command(file, name="web", machine="x86_64", qmp=str(qmp), agent=str(agent))
-    # QEMU exits after it has created everything, because its monitor is told to quit.
+    # QEMU creates everything, and then exits, because the monitor gets `quit`.
     words = [word.replace(f"unix:{qmp},server=on,wait=off", "stdio") for word in words]
     done = run(words, input='{"execute": "qmp_capabilities"}{"execute": "quit"}')
     assert (done.returncode, done.stderr) == (0, "")

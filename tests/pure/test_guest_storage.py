@@ -92,7 +92,8 @@ def test_servers(words: list[str], protocols: list[str]) -> None:
 def test_a_socket_whose_name_breaks_the_table_of_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any user can bind one, and psutil raises RuntimeError for it. The server is found anyway."""
+    """Any user can bind such a socket. psutil raises RuntimeError for it, but the server is
+    found."""
     path = tmp_path / f"server-{os.getpid()}"
     monkeypatch.setattr(procfs, "read_unit", lambda pid: Unit(system=f"{pid}.service"))
     with socket.socket(socket.AF_UNIX) as hostile, socket.socket(socket.AF_UNIX) as server:
@@ -118,7 +119,7 @@ def test_a_server_that_cannot_be_seen(
         monkeypatch.setattr(procfs, "read_unit", lambda pid: None)
         (place,) = places("-drive", f"file={disk}")
         assert f"the unit of process {os.getpid()}" in place.unseen and not place.server
-        # What a user sees of another user's process, or a container of one outside.
+        # The same for a user and another user's process, or for a container and a process outside.
         monkeypatch.setattr(procfs, "pids", list)
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
         (place,) = places("-drive", f"file={disk}")
@@ -134,7 +135,8 @@ def unit_is_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unit_is_process")
 def test_a_forged_row_makes_no_server() -> None:
-    """A user's abstract socket whose name is a row of /proc/net/unix for another socket of his."""
+    """The name of a user's abstract socket is a row of /proc/net/unix for another socket of this
+    user."""
     path = f"/run/{os.getpid()}.nbd"
     with socket.socket(socket.AF_UNIX) as mine, socket.socket(socket.AF_UNIX) as hostile:
         mine.bind(f"\0{path}")
@@ -160,7 +162,7 @@ def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
         first.stdout.readline()
         disk = f"file=nbd+unix:///?socket={path}"
         assert [place.server for place in places("-drive", disk)] == [f"{first.pid}.service"]
-        # Its socket keeps the name, but not the file.
+        # The first server's socket keeps the name, but loses the file.
         path.unlink()
         second.bind(str(path))
         assert places("-drive", disk) == []
@@ -228,7 +230,7 @@ CONFIG = """\
 
 
 def test_configuration_files_of_qemu(tmp_path: Path) -> None:
-    """For a QEMU that is not running; files that are not regular are not opened."""
+    """The QEMU does not run. Files that are not regular are not opened."""
     (tmp_path / "web.cfg").write_text(CONFIG)
     os.mkfifo(tmp_path / "fifo")
     words = (QEMU, "-readconfig", f"{tmp_path}/web.cfg", "-readconfig", f"{tmp_path}/fifo")
@@ -291,7 +293,8 @@ def test_templates_do_not_get_the_server_of_one_instance() -> None:
 def test_a_mount_that_its_target_does_not_order(
     answer: bool | BusError | None, ordered: bool
 ) -> None:
-    """As with the option nofail. At shutdown, it is unmounted while the guest still writes."""
+    """This is so with the option nofail. At shutdown, such a mount is unmounted while the guest
+    still writes."""
     systemd = Mock()
     systemd.is_before = AsyncMock(side_effect=[answer])
     place = asyncio.run(with_target(systemd, Storage(mount_point="/srv", unit="srv.mount")))

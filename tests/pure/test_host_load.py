@@ -1,4 +1,4 @@
-"""Guests that are asked to shut down on a host that becomes faster or slower meanwhile."""
+"""Guests that are asked to shut down, on a host that becomes faster or slower meanwhile."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SLOW = seconds(
     (5.0, 0.039, 0.110, 1.320),
 )
 """Measured values, one for each second: a Debian guest that writes and syncs forever, on a fast or
-slow disk of the host."""
+a slow disk of the host."""
 STARVED_WRITER = seconds(
     (96, 0.107, 0.795, 0.061),
     (84, 0.100, 0.812, 0.009),
@@ -63,8 +63,8 @@ FREE_WRITER = seconds(
     (2230, 0.698, 0.244, 0.143),
     (2472, 0.645, 0.266, 0.165),
 )
-"""The same for a guest that writes as fast as it can, on a host that is busy (a load of 35) or
-idle."""
+"""The same for a guest that writes as fast as possible, on a busy host (a load of 35) or an idle
+one."""
 STARVED_LOAD = seconds(
     (0, 0.054, 0.986, 0),
     (0, 0.041, 1.057, 0),
@@ -81,8 +81,8 @@ FREE_STOP_JOB = seconds(
     (5.9, 0.282, 0.065, 0.012),
     (8.9, 0.203, 0.071, 0.013),
 )
-"""The same for a guest that writes and syncs forever, and shuts down: its load on a busy host (a
-load of 45), and then a service that writes while it stops, on an idle host."""
+"""The same for a guest that shuts down: first its usual load, writing and syncing, on a busy host
+(a load of 45); then a service that writes while it stops, on an idle host."""
 STARVED_IDLE = seconds(
     (0, 0.003, 0.076, 0),
     (0, 0.004, 0.112, 0),
@@ -91,8 +91,8 @@ STARVED_IDLE = seconds(
     (0, 0.003, 0.112, 0),
     (0, 0.003, 0.102, 0),
 )
-"""The same for an idle guest on a busy host. On an idle one, its processors ran for 0.003 of a
-second, and waited for 0.001."""
+"""The same for an idle guest on a busy host. On an idle host, its processors ran for 0.003 s of
+each second, and waited for 0.001 s."""
 
 
 @pytest.mark.parametrize("start", range(len(SLOW)))
@@ -105,8 +105,8 @@ def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_slow(start: int) ->
 
 
 def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_fast() -> None:
-    """On a slow disk, a second may show so little work that later work seems new. qkilld then waits
-    too long for such a guest."""
+    """On a slow disk, the guest may do so little work in a second that later work seems new. In
+    this case, qkilld waits too long."""
     seconds = []
     for start in range(len(SLOW)):
 
@@ -124,7 +124,7 @@ def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_fast() -> None:
 def changing(
     earlier: Sequence[Moment], later: Sequence[Moment], start: int, at: float
 ) -> Callable[[float, float | None], Moment]:
-    """Return a guest that does this, and from the time `at` on, that."""
+    """Return a guest that behaves like `earlier` and, from the time `at` on, like `later`."""
 
     def moments(now: float, since: float | None) -> Moment:
         rows = earlier if now < at else later
@@ -136,7 +136,8 @@ def changing(
 @pytest.mark.parametrize("start", range(len(STARVED_WRITER)))
 @pytest.mark.parametrize("at", [3, 20])
 def test_a_guest_that_writes_on_a_host_that_becomes_idle(start: int, at: float) -> None:
-    """Then it makes up to 80 times as many requests, and gets 6 times as much processor time."""
+    """On the idle host, the guest makes up to 80 times as many requests, and gets 6 times as much
+    processor time."""
     course = Course(changing(STARVED_WRITER, FREE_WRITER, start, at), idle_disks=False).run(400)
     assert course.end == (course.ignored_at, Conclusion.IGNORED)
 
@@ -151,7 +152,7 @@ def test_a_guest_that_writes_on_a_host_that_becomes_busy(start: int, at: float) 
 @pytest.mark.parametrize("later", [0.05, 0.5])
 @pytest.mark.parametrize("earlier", [0.05, 0.5, 1.0])
 def test_a_guest_that_computes_on_a_host_whose_load_changes(earlier: float, later: float) -> None:
-    """The guest always wants the same processor time, however much it gets."""
+    """The guest always wants the same processor time, no matter how much it gets."""
 
     def computes(now: float, since: float | None) -> Moment:
         share = earlier if now < 20 else later
@@ -162,8 +163,8 @@ def test_a_guest_that_computes_on_a_host_whose_load_changes(earlier: float, late
 
 
 def test_a_wait_that_began_before_the_guest_was_measured() -> None:
-    """The kernel counts it when it ends, so the guest seems to want more than its one processor,
-    and to want less afterwards."""
+    """The kernel counts a wait when the wait ends. So the guest seems to want more than its one
+    processor, and less afterwards."""
 
     def computes(now: float, since: float | None) -> Moment:
         if since is None:
@@ -175,9 +176,9 @@ def test_a_wait_that_began_before_the_guest_was_measured() -> None:
 
 
 def test_an_idle_guest_that_ignores_it_on_a_host_that_becomes_busy() -> None:
-    """It does the same as before, but waits for the processors more."""
+    """The guest does the same as before, but waits longer for the processors."""
     idle = seconds((0, 0.003, 0.001, 0))
-    # Its disks had just worked, so it was measured before it was asked.
+    # The guest was measured before it was asked, because its disks had just been used.
     course = Course(changing(idle, STARVED_IDLE, 0, 20), idle_disks=False).run(400)
     assert course.end == (course.ignored_at, Conclusion.IGNORED)
 
@@ -208,8 +209,8 @@ def test_a_shutdown_that_works_on_a_busy_host(later: Sequence[Moment]) -> None:
 
 @pytest.mark.parametrize("start", range(len(STARVED_LOAD)))
 def test_a_long_shutdown_on_a_host_that_becomes_idle(start: int) -> None:
-    """The service makes more requests than the load did, but far less than the load would make with
-    what the host gives now."""
+    """The service makes more requests than the load did, but far fewer than the load would make on
+    the idle host."""
     moments = changing(STARVED_LOAD, FREE_STOP_JOB, start, 10)
 
     def goes_down(now: float, since: float | None) -> Moment:
@@ -230,7 +231,7 @@ def test_a_guest_with_many_requests_in_flight_on_a_disk_that_becomes_fast() -> N
 
 
 def test_a_busy_guest_that_ignores_it_on_a_starved_host() -> None:
-    """The guest makes so few requests that the second before the press may have had none."""
+    """The guest makes so few requests that there may be none in the second before the press."""
     requests = (0, 3.8, 1.6, 2.9, 7.7, 0, 2.6, 1.8, 4.4, 0.9, 3.6, 0, 1.9, 3.8, 3.7, 0.9, 3.5, 4.5)
 
     def works(now: float, since: float | None) -> Moment:

@@ -1,7 +1,7 @@
-"""Hostile text of a target must not cost more time than its length explains.
+"""Parsing hostile text of a target must take time only in proportion to its length.
 
-Each case took from 5 s to hours, or gigabytes, before the parser was corrected. The limit is in
-processor time and a hundred times what the case takes now.
+Before the parsers were corrected, each case took 5 s to hours, or gigabytes. The limit is a hundred
+times the processor time that the case takes now.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qkilld.monitor.endpoints import MAX_CLAIMS, TcpListener, UnixListener, find
 
 SECONDS = 3.0
 WORD = 120_000
-"""The kernel allows 128 KiB for one word."""
+"""The length of one word. The kernel allows 128 KiB."""
 
 
 def cost(function: Callable[[], Any]) -> float:

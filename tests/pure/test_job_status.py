@@ -49,7 +49,7 @@ GIVES_UP = "gives up in 7s unless it can be asked"
         ({"flags": Flag.FORCE}, "SIGKILL in 7s"),
         ({"flags": Flag.FORCE, "next_rung": "yank"}, "yank in 7s"),
         ({"next_rung": "give-up"}, "gives up in 7s"),
-        # While there is progress, nothing counts down.
+        # While there is progress, no time is shown.
         ({"flags": Flag.FORCE, "standstill": 60 * S, "deadline": NOW + 55 * S}, ONLY_AFTER),
         ({"flags": Flag.FORCE, "standstill": 60 * S, "deadline": NOW + 60 * S}, ONLY_AFTER),
         ({"flags": Flag.FORCE, "standstill": 60 * S}, "SIGKILL in 7s unless it moves"),

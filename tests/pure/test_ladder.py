@@ -43,12 +43,12 @@ def wait(seconds: float) -> Decision:
         (FORCE, None, None, 0, Decision(Action.TERMINATE)),
         (NOWAIT, None, None, 0, Decision(Action.TERMINATE)),
         (FORCE | NOWAIT, None, None, 0, Decision(Action.KILL)),
-        # SIGTERM sent, not forced: 15 s in all and never a SIGKILL
+        # SIGTERM sent, without FORCE: 15 s in all, and never SIGKILL
         (NONE, 0, None, 0, wait(15)),
         (NONE, 0, None, 14.999999, wait(15)),
         (NONE, 0, None, 15, Decision(Action.GIVE_UP)),
         (NONE, 0, None, 1e6, Decision(Action.GIVE_UP)),
-        # SIGTERM sent, forced: SIGKILL at 10 s
+        # SIGTERM sent, with FORCE: SIGKILL at 10 s
         (FORCE, 0, None, 0, wait(10)),
         (FORCE, 0, None, 9.999999, wait(10)),
         (FORCE, 0, None, 10, Decision(Action.KILL)),
@@ -58,7 +58,7 @@ def wait(seconds: float) -> Decision:
         (FORCE, 0, 10, 14.999999, wait(15)),
         (FORCE, 0, 10, 15, Decision(Action.GIVE_UP)),
         (FORCE, 0, 12.5, 15, wait(17.5)),
-        # One signal and no more
+        # NOWAIT: one signal, and no more
         (NOWAIT, 0, None, 0, Decision(Action.LEAVE)),
         (FORCE | NOWAIT, None, 0, 0, Decision(Action.LEAVE)),
     ],
@@ -154,7 +154,7 @@ def seen(
     outstanding_at: float | None = None,
     state: str = "S",
 ) -> Assessment:
-    """Return the assessment at this many seconds after SIGTERM."""
+    """Return the assessment `at` seconds after SIGTERM."""
 
     def point(seconds: float | None) -> int | None:
         return None if seconds is None else T0 + int(seconds * S)
@@ -178,19 +178,19 @@ def seen(
 @pytest.mark.parametrize(
     ("evidence", "policy", "due"),
     [
-        # Nothing outstanding, nothing moved: the grace.
+        # Nothing is outstanding, and nothing moved: GraceSec counts.
         (seen(1), Policy(), 10),
         (seen(1), Policy(grace=20 * S), 20),
         (seen(1), Policy(stall=15 * S), 15),
-        # Progress holds SIGKILL off for StallSec, outstanding I/O for StorageStallSec.
+        # Progress delays SIGKILL by StallSec, outstanding I/O by StorageStallSec.
         (seen(9, progress=9), Policy(), 19),
         (seen(9, progress=9, outstanding=True), Policy(), 69),
         (seen(9, outstanding=True), Policy(), 60),
         (seen(9, outstanding=True), Policy(storage_stall=5 * S), 10),
         (seen(9, progress=9, outstanding=True), Policy(storage_stall=5 * S), 19),
-        # A process that was waiting a moment ago is not idle yet.
+        # A process that waited a moment ago is not yet idle.
         (seen(40, outstanding_at=39), Policy(), 49),
-        # Unknown is never idle; before the first sample, the earliest time counts.
+        # Unknown is never idle. Before the first sample, the earliest possible time counts.
         (None, Policy(), 10),
         (None, Policy(stall=15 * S), 15),
         (seen(1, outstanding=None), Policy(), 60),
@@ -226,7 +226,8 @@ def test_a_due_time_once_told_does_not_become_earlier() -> None:
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
-    """No samples were taken, because the host was paused or the daemon got no processor."""
+    """For some time, no samples were taken, because the host was paused or the daemon got no
+    processor."""
     late = replace(seen(40), unsampled=30 * S)
     assert (
         kill_due(JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=late)) == T0 + 40 * S
@@ -323,8 +324,8 @@ def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
 def test_samples_without_a_thread_bring_sigkill_no_nearer(
     missed: bool, max_s: int, expected: int | None
 ) -> None:
-    """If other users block all threads, missing samples prove nothing, but MaxSec= still limits the
-    job."""
+    """If other users block all threads, samples are missing. This proves nothing, but MaxSec= still
+    limits the job."""
     evidence, promised = None, 0
     policy = replace(Policy(), max=max_s * S)
     for second in range(1, 600):

@@ -76,7 +76,7 @@ def test_imports(path: Path) -> None:
 
 
 def test_no_circle_of_imports() -> None:
-    """Imports for types (TYPE_CHECKING) and inside functions count too."""
+    """Imports for types (TYPE_CHECKING) and inside functions count, too."""
     try:
         tuple(graphlib.TopologicalSorter(_graph()).static_order())
     except graphlib.CycleError as error:
@@ -108,7 +108,8 @@ def _module(path: Path) -> str:
 
 
 def _imported(name: str, path: Path, modules: Set[str]) -> set[str]:
-    """Return our modules; `from package import module` is an import of that module."""
+    """Return the modules of ours that are imported. `from package import module` is an import of
+    that module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -126,7 +127,7 @@ def test_modules_stay_small(path: Path) -> None:
 
 
 def test_every_dependency_is_used() -> None:
-    """The programs must use it, not only the tests."""
+    """The programs themselves must use each dependency, not only the tests."""
     modules = {"systemd-python": "systemd"}
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[^\w.-]", each)[0] for each in project["dependencies"]]
@@ -135,8 +136,8 @@ def test_every_dependency_is_used() -> None:
 
 
 def test_no_two_classes_share_a_name() -> None:
-    """An underscore does not count as a difference, so that a name in a message or a review is
-    unambiguous."""
+    """A name in a message or a review must be unambiguous, so names that differ only in an
+    underscore count as the same."""
     places: dict[str, list[str]] = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -22,7 +22,7 @@ ROOT, ALICE, BOB = 0, 1000, 1001
 
 
 class EagerPace(Pace):
-    """Lets the loop go on after each element."""
+    """Lets the event loop run after each element."""
 
     async def rest(self) -> None:
         await asyncio.sleep(0)
@@ -62,7 +62,7 @@ def test_the_bytes_are_those_of_the_library(signature: str, values: Any, count: 
 
 
 class Objects:
-    """Objects with a text each, which change while they are listed."""
+    """Objects that change while they are listed. Each has a text."""
 
     def __init__(self, count: int) -> None:
         self.texts = {f"/job/{number}": "old" for number in range(count)}
@@ -131,7 +131,7 @@ def test_objects_that_change_too_fast_are_not_listed_for_ever() -> None:
                 await asyncio.sleep(0)
             answer.result()
         assert not objects.listings._unfinished
-        # The next one, without such changes, succeeds.
+        # The next listing, without such changes, succeeds.
         assert await objects.encode() == objects.texts
 
     asyncio.run(run())
@@ -162,8 +162,8 @@ def test_many_objects_that_come_or_go_at_once_do_not_end_a_listing() -> None:
 def test_many_objects_are_listed_while_they_change(
     monkeypatch: pytest.MonkeyPatch, changes: int
 ) -> None:
-    """`changes`: the number of objects that change in each turn of the loop. At first, 20 elements
-    are encoded in one turn."""
+    """`changes`: how many objects change between two steps. At first, a step encodes 20
+    elements."""
     count, element_s = 1000, 0.0001
     now = longest = 0.0
     monkeypatch.setattr(long_replies, "time", SimpleNamespace(monotonic=lambda: now))

@@ -1,4 +1,4 @@
-"""The manual pages describe exactly what the programs have."""
+"""The manual pages describe exactly the options, commands and settings of the programs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_option_is_in_the_page_and_no_other(name: str) -> None:
 
 
 def test_every_option_of_a_command_is_described_for_it() -> None:
-    """Options of several commands, such as --dry-run, have one description for each."""
+    """An option of several commands, such as --dry-run, has a description for each of them."""
     text = section(page("qkillctl.1"), "OPTIONS")
     parts = re.split(r"^\.SS Options of (.*)$", text, flags=re.MULTILINE)[1:]
     described = {

@@ -1,4 +1,4 @@
-"""Parsing the monitor's replies, and rejecting others."""
+"""Parsing replies of monitors, and rejecting invalid ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def disk(**stats: object) -> dict[str, Any]:
         ([disk(rd_operations=1, wr_operations=2, flush_operations=3)], BlockTotals(6, 0, None)),
         ([disk(rd_total_time_ns=1999, unmap_total_time_ns=4001)], BlockTotals(0, 6, None)),
         ([disk(rd_operations=1, idle_time_ns=5000)], BlockTotals(1, 0, 5)),
-        # A disk that was never used says nothing about the others.
+        # A disk that was never used does not change the result.
         ([disk(rd_operations=1, idle_time_ns=5000), disk()], BlockTotals(1, 0, 5)),
         (
             [disk(rd_operations=1, idle_time_ns=5000), disk(wr_operations=1)],

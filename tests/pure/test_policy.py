@@ -1,4 +1,4 @@
-"""The names that the policy's spans have on the bus, in files and on command lines."""
+"""The names of the policy's time spans on the bus, in files and on command lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_names_of_a_span() -> None:
 
 
 def test_where_a_span_can_be_given() -> None:
-    """Fixed, as part of the interface."""
+    """These names are part of the interface, so they must not change."""
     assert [span.bus_property for span in SPANS] == [
         "GraceUSec",
         "StallUSec",

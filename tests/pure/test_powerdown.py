@@ -1,4 +1,4 @@
-"""When a guest is asked to shut down, and the conclusions from its reaction."""
+"""When a guest is asked to shut down, and what its reaction means."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Moment:
     signs: frozenset[ShutdownSign] = frozenset()
     agent: bool = False
     load: float | None = None
-    """The kernel's average of what the virtual processors want."""
+    """The kernel's average of the processor time that the virtual processors want."""
 
 
 @dataclass
 class Course:
-    """A guest observed every second, and when a conclusion may change."""
+    """A guest that is observed every second, and at each time when the conclusion may change."""
 
     moments: Callable[[float, float | None], Moment]
     """Returns the state, given the seconds since the start and since it was first asked."""
@@ -101,7 +101,7 @@ class Course:
 
     @property
     def ignored_at(self) -> float:
-        """When asking ends if the guest was asked once and does not react (seconds)."""
+        """When asking ends (s) if the guest was asked once and does not react."""
         return min(self.asked[0][0] + 60, 60.7)
 
     @property
@@ -198,7 +198,7 @@ def test_a_deaf_guest_that_writes_its_journals_is_known_in_under_five_seconds(
 
 @pytest.mark.parametrize("every", [0.75, 1.0, 1.75])
 def test_a_guest_that_boots_from_a_slow_disk_is_not_deaf(every: float) -> None:
-    """Between its requests, the guest's processors wait for the disk."""
+    """Between its requests, the guest waits for the disk, so its processors are idle."""
 
     def boots(now: float, since: float | None) -> Moment:
         if now >= 30:
@@ -213,12 +213,12 @@ def test_a_guest_that_boots_from_a_slow_disk_is_not_deaf(every: float) -> None:
 @pytest.mark.parametrize(
     ("moment", "end"),
     [
-        # It works, but not on its disks: PowerdownSec.
+        # The guest works, but not on its disks: the limit is PowerdownSec.
         (Moment(button=Button.NOT_LISTENED, vcpus=1.0), 60),
         # Unknown is not idle.
         (Moment(button=Button.NOT_LISTENED, vcpus=None), 60),
         (Moment(button=Button.NOT_LISTENED, requests=None), 60),
-        # It works on its disks for ever: five minutes.
+        # The guest works on its disks forever: the limit is five minutes.
         (Moment(button=Button.NOT_LISTENED, requests=5), 300),
     ],
 )
@@ -319,8 +319,8 @@ def test_an_ignoring_guest_that_writes_its_log() -> None:
 
 
 def test_a_shutdown_without_an_agent() -> None:
-    """As in a measurement, there are bursts with seconds of silence in between, and then the guest
-    is off."""
+    """As was measured, the guest works in bursts with pauses of some seconds, and then it is
+    off."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 9:
@@ -367,15 +367,15 @@ def test_work_that_begins_in_a_guest_that_was_asked_at_once() -> None:
 
 @pytest.mark.parametrize("vcpus", [0.1, 0.4])
 def test_an_ignoring_guest_that_was_asked_at_once(vcpus: float) -> None:
-    """The average covers a short time, so a moment without work before the press must not make
-    later work a sign."""
+    """The average covers only a short time. A moment without work before the press must not make
+    later work a sign of a shutdown."""
     course = Course(constantly(Moment(vcpus=vcpus, load=0.01))).run(200)
     assert course.end == (60, Conclusion.IGNORED)
 
 
 def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
-    """Return an attempt for a guest that was resumed at START, was busy for `busy_s`, and was asked
-    when that was the conclusion."""
+    """Return an attempt for a guest that was resumed at START and was busy for `busy_s`. The guest
+    was asked when qkilld concluded so."""
     attempt = powerdown.start(START - 9 * S)
     for second in range(-9, 1):
         seen = GuestObservation(
@@ -402,7 +402,8 @@ def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
 
 @pytest.mark.parametrize(("busy_s", "asked"), [(0, 1.25), (4, 5.0), (100, 11.0)])
 def test_a_guest_that_was_resumed_is_measured_first(busy_s: float, asked: float) -> None:
-    """qkilld waits until the guest has caught up, but not forever, and then measures it."""
+    """qkilld waits until the guest has caught up, though not forever. Then it measures the
+    guest."""
     asked_at: list[float] = []
     resumed(busy_s, asked_at)
     assert asked - 0.5 <= asked_at[0] <= asked + 0.5
@@ -410,8 +411,8 @@ def test_a_guest_that_was_resumed_is_measured_first(busy_s: float, asked: float)
 
 @pytest.mark.parametrize("busy_s", [0, 4])
 def test_the_shutdown_of_a_guest_that_was_resumed_shows(busy_s: float) -> None:
-    """The host provides hardly any processor time, and the guest's disks do nothing for a long
-    time."""
+    """The host gives the guest hardly any processor time, and the guest's disks are not used for a
+    long time."""
     attempt = resumed(busy_s, [])
     last = attempt.last
     assert last is not None and last.vcpu_time is not None
@@ -437,7 +438,8 @@ def test_a_stop_job_that_stands_still_at_last() -> None:
         return Moment(requests=30 if since and since < 80 else 0)
 
     at, conclusion = Course(hangs).run(300).end
-    # Lasting work was seen for some seconds after the last request.
+    # The conclusion comes some seconds after the last request, because lasting work is still
+    # assumed then.
     assert conclusion is Conclusion.IGNORED and 139 <= at <= 145
 
 
@@ -463,7 +465,7 @@ def test_a_sign_and_then_nothing() -> None:
 
 
 def test_an_agent_that_is_only_restarted() -> None:
-    """The guest writes its log every few seconds, which is not a shutdown."""
+    """The guest writes to its log every few seconds. This is not a shutdown."""
 
     def restarts(now: float, since: float | None) -> Moment:
         closed = since is not None and 2 <= since < 5
@@ -482,7 +484,7 @@ def test_a_guest_that_restarts_is_asked_once_more() -> None:
         if now < 40:
             signs = {ShutdownSign.AGENT_CLOSED} | ({ShutdownSign.RESTARTED} if now == 10 else set())
             return Moment(button=Button.NOT_LISTENED, requests=50, vcpus=1, signs=frozenset(signs))
-        # The agent is back, and the guest writes its log and ignores the request.
+        # The agent is back. The guest writes to its log, and ignores the request.
         return Moment(requests=1 if now % 20 == 0 else 0)
 
     course = Course(restarts).run(1000)
@@ -523,7 +525,7 @@ def test_a_guest_that_restarted_was_reached(then: Moment) -> None:
 
 
 def test_a_load_that_began_by_chance_is_no_shutdown_for_ever() -> None:
-    """The load began after the press, and grows."""
+    """The load begins after the press, and grows."""
 
     def builds(now: float, since: float | None) -> Moment:
         return Moment(vcpus=0.1 * now if since else IDLE, requests=now)
@@ -564,7 +566,7 @@ def test_the_end_of_a_guest_that_shut_down_unheard() -> None:
 
 
 def test_an_attempt_goes_on_in_the_next_daemon() -> None:
-    """The next daemon has the baseline, and sees what the guest did in the gap."""
+    """The next daemon has the baseline, and the counters show what the guest did meanwhile."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 150:
@@ -586,7 +588,7 @@ def test_an_attempt_goes_on_in_the_next_daemon() -> None:
     after = powerdown.observe(after, seen)
     judgement = powerdown.judge(after, powerdown=POWERDOWN, agent=False)
     assert (judgement.conclusion, judgement.until) == (Conclusion.SHUTTING_DOWN, at + POWERDOWN)
-    # A guest that did nothing in the gap is not shutting down.
+    # A guest that did nothing meanwhile is not shutting down.
     idle = powerdown.observe(powerdown.go_on(kept, at), replace(last, at=at))
     assert powerdown.judge(idle, powerdown=POWERDOWN, agent=False).conclusion is Conclusion.IGNORED
 

@@ -1,4 +1,4 @@
-"""Reading /proc from a fake tree, with processes that try to mislead."""
+"""Reading a fake /proc, with processes that try to deceive qkilld."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_unit_that_cannot_be_read_is_not_no_unit(tmp_path: Path) -> None:
     make_process(tmp_path)
     (tmp_path / str(PID) / "cgroup").write_text("0::/\n")
     assert procfs.read_unit(PID, tmp_path) == Unit()
-    # As ProtectProc=invisible and hidepid=2 leave it.
+    # With ProtectProc=invisible or hidepid=2, process 1 is missing.
     (tmp_path / "1" / "cgroup").unlink()
     assert procfs.read_unit(PID, tmp_path) is None
 

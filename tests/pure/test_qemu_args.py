@@ -132,12 +132,12 @@ def test_the_protocol_of_a_monitor(text: str, protocol: str) -> None:
 @pytest.mark.parametrize(
     ("text", "is_there"),
     [
-        # As libvirt 9.0 starts QEMU, also with a monitor of the user's beside its own.
+        # libvirt 9.0 starts QEMU like this, also with a monitor of the user beside its own.
         ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
          "-mon chardev=charmonitor,id=monitor,mode=control", False),
         ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
          "-mon chardev=charmonitor,id=monitor,mode=control -qmp unix:/a,server=on", False),
-        # Not libvirt's, or only seen to be libvirt's by the path of the socket.
+        # Not libvirt's monitor, or recognisable as libvirt's only by the path of the socket.
         ("-chardev socket,id=charmonitor,path=/a,server=on -mon charmonitor,mode=control", True),
         ("-chardev socket,id=mine,fd=29,server=on,wait=off -mon mine,mode=control", True),
         ("-readconfig /a", True),

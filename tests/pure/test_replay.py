@@ -1,4 +1,4 @@
-"""Replays with the recorded policy and with others, of synthetic samples and recorded jobs."""
+"""Replays of synthetic samples and of recorded jobs, with the recorded policy and with others."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def traced(
     kill: float | None = None,
     **spans: int,
 ) -> Trace:
-    """Return the trace of a job that got SIGTERM at 0 s and ended like this."""
+    """Return the trace of a job that sent SIGTERM at 0 s, and then ended in this way."""
     header = Header(1, T0, 17, 99, "qemu", "web", flags, replace(Policy(), **spans))
     found = [RungRecord(T0, Phase.TERMINATE, "SIGTERM"), *records]
     if kill is not None:
@@ -123,7 +123,8 @@ def test_outcomes(trace: Trace, terms: Overrides, expected: tuple[Result | None,
 
 
 def test_the_look_that_a_deadline_asked_for_counts() -> None:
-    """A sample right after the deadline shows movement; a much later one is too late."""
+    """A sample right after the deadline counts if it shows movement. A much later sample is too
+    late."""
     idle = looks(IDLE, [0.1, *range(1, 10)])
     moved = [10.2, *range(11, 16)]
     held = traced(idle + looks(IDLE, moved, rate=4096), 15.5)

@@ -1,4 +1,4 @@
-"""In which units qkilld-stop runs, by the names of processes."""
+"""Finding the units in which qkilld-stop runs, by the names of processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_units_of_qkilld_stop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "name"), [((), "qkilld-stop"), (("--dry-run",), "python")])
 def test_the_name_of_a_stop_that_an_interpreter_runs(options: tuple[str, ...], name: str) -> None:
-    """As in ExecStop=/usr/bin/python3 -m qkilld.stop, or behind the wrapper of a distribution."""
+    """Examples are ExecStop=/usr/bin/python3 -m qkilld.stop, and the wrapper of a distribution."""
     top = Path(qkilld.__file__).parents[1]
     command = [sys.executable, "-I", "-S", "-c", STOP, str(top), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The safety matrix, if a row's storage did not behave as described."""
+"""The safety matrix: attempts in which the storage of a row did not behave as described."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_it_is_measured_again_and_not_for_ever(
         assert attempts == ATTEMPTS
     else:
         assert cell.measure(CASE, COLUMN, tmp_path) is GOOD
-        # A repeated attempt leaves no trace.
+        # The trace of an earlier attempt is removed.
         assert [path.name for path in tmp_path.iterdir()] == [f"{bad + 1}.jsonl"]

@@ -1,4 +1,4 @@
-"""Recorded jobs of the safety matrix, judged again: the verdicts at every sample."""
+"""Recorded jobs of the safety matrix are judged again, with the verdict at every sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.safety.policies import OURS
 
 DIRECTORY = TRACES / "matrix"
 CLOCK_USEC = 10 * USEC_PER_SEC
-"""When FIXED sends SIGKILL, after SIGTERM."""
+"""The time from SIGTERM to SIGKILL with FIXED."""
 
 
 def trace_of(case: Case) -> Trace:
@@ -23,7 +23,7 @@ def trace_of(case: Case) -> Trace:
 
 
 def ticks(replayed: Replay) -> list[tuple[float, str]]:
-    """Return the verdict at each sample, as a caller would have seen it."""
+    """Return the verdict at each sample, as a caller would have got it."""
     started = replayed.recorded.started
     return [
         ((step.at - started) / USEC_PER_SEC, step.assessment.verdict.value)
@@ -41,7 +41,7 @@ def test_every_verdict_of_a_row_is_right(case: Case) -> None:
     seconds = (recorded.ended - recorded.started) / USEC_PER_SEC
     outcome = Outcome(recorded.result.value, seconds, ticks=ticks(replayed))
     assert wrong(case, Cell(case.name, OURS, 0, 0, 0, outcome, wrong=[])) == []
-    # The decision now is the decision then.
+    # The decision is the same as in the recording.
     exited = recorded.result is Result.EXITED
     assert replayed.result is (Result.EXITED if exited else Result.KILLED)
 
@@ -56,7 +56,7 @@ def test_a_fixed_clock_kills_guests_that_have_not_exited(case: Case) -> None:
         return
     assert replayed.result is Result.KILLED
     assert due <= replayed.at <= due + 10_000
-    # None of them had handled SIGTERM and finished, so nothing is proven.
+    # No process had handled SIGTERM and finished, so nothing proves that its data is safe.
     assert replayed.data_at_risk
 
 

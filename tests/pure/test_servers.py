@@ -1,4 +1,4 @@
-"""Which data is at risk because of the servers of a guest's network disks."""
+"""The data that is at risk because of the servers of a guest's network disks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SECOND: dict[str, Any] = {"closed_first": {"disk": False}}
         # The kernel proves that the guest closed the connection first.
         (sample(TCP), {**FIRST, **ENDED}, ""),
         (sample(TCP), {**FIRST, **STOPPING}, ""),
-        # The opposite proves nothing if the server is on this host.
+        # If the server is on this host, it proves nothing that the server closed first.
         (sample(TCP), SECOND, ""),
         (sample(TCP), {**SECOND, **ENDED}, "ended before the guest"),
         # The kernel was asked, but too busy to answer.
@@ -85,13 +85,14 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
     [
         # The server exits because the guest disconnects.
         (replace(PEER, leaves=True), 90, False),
-        # So does a process that was forked for the connection, but its parent should remain.
+        # A process that was forked for the connection exits, too. But its parent should remain.
         (replace(PEER, parent=80), 90, False),
         (replace(PEER, parent=80), 80, True),
         # A proxy, and the server behind it.
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 90, False),
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 95, True),
-        # The server has its files on FUSE. The FUSE server is certain in the first case only.
+        # The server has its files on FUSE. Only in the first case, the FUSE server is known for
+        # certain.
         (replace(PEER, behind=(OF_FUSE,)), 95, True),
         (replace(PEER, behind=(replace(OF_FUSE, certain=False),)), 95, False),
     ],
@@ -99,7 +100,8 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
 def test_whose_end_counts(peer: Peer, pid: int, is_risk: bool) -> None:
     shown = sample(replace(UNIX, peer=peer))
     assert bool(risk(shown, before=frozenset({pid}))) is is_risk
-    # Even a server that exits with its client closes its connections early if it is stopped.
+    # A server that exits with its client is a risk, too, if it is stopped: it then closes its
+    # connections early.
     assert risk(shown, stopping=frozenset({90}))
 
 
@@ -120,7 +122,7 @@ def test_a_node_for_which_qemu_holds_no_data(node: Node) -> None:
         (sample(pluggable=None), False),
         (sample(node=replace(NODE, served=True), pluggable=True), False),
         (sample(node=replace(NODE, served=False), pluggable=True), True),
-        # The command line does not say where its server is.
+        # The command line does not name the server.
         (sample(node=Node("disk", "rbd")), False),
         (sample(node=Node("disk", "iscsi", served=False)), True),
     ],
@@ -133,7 +135,7 @@ def test_a_node_without_a_connection_before_sigterm(shown: Sample, is_risk: bool
 def test_qemu_keeps_data_until_the_reconnect_delay_is_over(ended: int, is_risk: bool) -> None:
     shown = sample(UNIX, node=replace(NODE, reconnect=30))
     assert bool(risk(shown, guest_ended=ended, **ENDED)) is is_risk
-    # The time of the loss is unknown; it was not before the start.
+    # The time of the loss is unknown, but it was after the guest's start.
     lost = sample(node=replace(NODE, reconnect=30))
     assert bool(risk(lost, guest_ended=ended, guest_started=10 * S)) is is_risk
 
@@ -152,7 +154,8 @@ def test_connections_are_followed() -> None:
     found = follow_servers(late, sample(UNIX, at=11 * S))
     assert found is not None and not found.unfound and found.lasting == {90}
     assert found.connected["disk"].at == 10 * S
-    # An exiting QEMU has closed the connection, and a sample without detail shows no servers.
+    # These samples change nothing: an exiting QEMU has closed the connection, and a sample without
+    # detail does not read servers.
     assert follow_servers(found, sample()) == found
     assert follow_servers(found, sample(replace(UNIX, peer=None))) == found
     assert follow_servers(found, replace(SHOWN, sockets=None)) == found
@@ -166,7 +169,7 @@ SECOND_OF_A = replace(UNIX, node="a", inode=8)
 
 
 def test_two_nodes_with_one_server() -> None:
-    """The command line cannot tell the nodes apart, so both connections have the name of one
+    """The nodes cannot be told apart by the command line, so both connections have the name of one
     node."""
     both = replace(SHOWN, nodes=(A, B), sockets=(FIRST_OF_A, SECOND_OF_A))
     servers = follow_servers(None, both)
@@ -188,7 +191,7 @@ def test_two_nodes_with_one_server() -> None:
     [
         ((A, B), False, True),
         ((A, B), True, False),
-        # Which of them is connected is unknown.
+        # It is unknown which of the nodes is connected.
         ((replace(A, read_only=True), B), False, True),
         ((replace(A, reconnect=30), B), False, True),
         ((replace(A, reconnect=30), replace(B, reconnect=30)), False, False),
@@ -279,7 +282,7 @@ def test_only_a_lasting_server_without_proof_takes_time() -> None:
 
 
 def test_servers_that_share_those_behind_them_take_little_time() -> None:
-    """The event loop follows them with each sample."""
+    """The event loop judges these servers at each sample."""
     last = tuple(replace(PEER, pid=200 + number) for number in range(30))
     middle = tuple(replace(PEER, pid=100 + number, behind=last) for number in range(30))
     first = replace(PEER, behind=middle)
@@ -320,7 +323,7 @@ def test_many_connections_to_the_server_of_many_nodes_take_little_time() -> None
     ],
 )
 def test_whether_a_server_listens_may_be_known_late(later: list[Sample], is_risk: bool) -> None:
-    """A sample without detail does not look for servers."""
+    """A sample without detail does not search for servers."""
     servers = None
     for shown in (sample(), *later):
         servers = follow_servers(servers, replace(shown, pluggable=True))

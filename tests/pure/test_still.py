@@ -1,4 +1,4 @@
-"""The short judgement of a guest without movement has the same result as the full one."""
+"""For a guest without movement, the short judgement has the same result as the full one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_still_guest_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("path", sorted(TRACES.rglob("*.jsonl")), ids=lambda path: path.stem)
 def test_recorded_jobs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sample three times, as if nothing had moved for a while."""
+    """Judge every sample three times, as if nothing had moved for a while."""
     recorded = decode(path.read_text()).of(Sample)
     samples = [
         replace(sample, at=sample.at + (3 * number + again) * S)

@@ -1,4 +1,4 @@
-"""The modules that qkilld-stop loads, and those that it can do without."""
+"""The modules that qkilld-stop imports, and those that it does not need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ assert not [name for name in sys.modules if name.startswith("qkilld.bus")]
 
 
 def test_it_starts_without_the_library_for_the_bus() -> None:
-    """It uses the library only if it is there and works."""
+    """qkilld-stop uses the D-Bus library only if it is installed and works."""
     assert "qkilld.stop.fallback" in MODULES
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *MODULES], capture_output=True, text=True, check=False
@@ -56,7 +56,7 @@ ALLOWED = {
 
 
 def test_the_way_of_an_idle_guest_imports_next_to_nothing() -> None:
-    """A host that shuts down pays for these imports once for each guest."""
+    """When a host shuts down, each guest costs the time of these imports."""
     command = [sys.executable, "-I", "-S", "-c", FAST, str(Path(qkilld.stop.__file__).parents[2])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
@@ -97,7 +97,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_waiting_for_the_daemon_imports_nothing(lab_dir: Path) -> None:
-    """The daemon may be starting, on a host with no processor to spare."""
+    """The daemon may be starting, and the host may have no free processor."""
     top = str(Path(qkilld.stop.__file__).parents[2])
     with NotifySocket(lab_dir) as notify:
         command = [sys.executable, "-I", "-S", "-c", WAITING, top, str(notify.path)]

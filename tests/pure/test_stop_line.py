@@ -85,7 +85,7 @@ def kinds(line: StopLine) -> list[ActKind]:
         ("socat SYSTEM:'kill \"' STDOUT", [UNKNOWN]),
         ("socat -u FILE:/etc/stop.txt UNIX-CONNECT:/run/m", [UNKNOWN]),
         ("socat -u OPEN:/dev/null UNIX-CONNECT:/run/m", [NOTHING]),
-        # State that the next start may need.
+        # These save a state that the next start may need.
         (f"printf 'savevm a\\nquit\\n' | {MONITOR}", [UNKNOWN]),
         (f"echo 'migrate \"exec:cat > /srv/state\"' | {MONITOR}", [UNKNOWN]),
         ("pkill -9 qemu", [KILLS]),
@@ -135,7 +135,7 @@ def kinds(line: StopLine) -> list[ActKind]:
         (f"while test -d /proc/$MAINPID; do echo system_powerdown | {MONITOR}; sleep 60; done",
          [ASKS, WAITS]),
         ("tail --pid=$MAINPID -f /dev/null &", [NOTHING]),
-        # An unknown program does something unknown, never nothing.
+        # An unknown program is never taken for one that does nothing.
         ("/opt/vm-stop web", [UNKNOWN]),
         ("${HALT}", [UNKNOWN]),
         ("eval $HALT", [UNKNOWN]),

@@ -98,7 +98,7 @@ def lines(*records: Record, header: Header = HEADER) -> str:
 
 
 def changed(line: str, **values: Any) -> str:
-    """Return the line with other values; ... removes one."""
+    """Return the line with other values. The value `...` removes a key."""
     document = json.loads(line) | values
     return json.dumps({k: v for k, v in document.items() if v is not ...}) + "\n"
 

@@ -1,4 +1,4 @@
-"""The guest that a unit's name means, and whether a unit stops its guests itself."""
+"""The guest of the unit with a given name, and whether a unit stops its guests itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def guest(pid: int, unit: Unit | None) -> Guest:
         (WEB, [(11, SYSTEMS)], 11),  # a shell around it
         (replace(WEB, main_pid=0), [(11, SYSTEMS)], 11),  # a scope
         (replace(WEB, id="site.service"), [(10, Unit("site.service"))], 10),  # an alias
-        (WEB, [(11, SYSTEMS), (12, USERS)], 11),  # a user's of the same name is another one
+        (WEB, [(11, SYSTEMS), (12, USERS)], 11),  # a user's unit of this name is another unit
         (OWN, [(10, USERS)], 10),
         (None, [(12, USERS)], 12),
         (None, [(11, SYSTEMS), (12, USERS)], 11),
@@ -50,7 +50,7 @@ def guest(pid: int, unit: Unit | None) -> Guest:
         (WEB, [(10, Unit("db.service"))], NotQemu),
         (replace(WEB, main_pid=0, control_group=""), [], NoSuchProcess),
         (None, [], NoSuchUnit),
-        # An unreadable unit has no known name, and may be any.
+        # An unreadable unit may be the one with this name.
         (WEB, [(10, None), (11, SYSTEMS)], 11),
         (WEB, [(10, None)], Failed),
         (None, [(10, None)], Failed),

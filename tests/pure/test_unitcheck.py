@@ -1,4 +1,4 @@
-"""The findings for a unit: a safe one, and everything that makes it unsafe."""
+"""The findings for a safe unit, and for everything that makes a unit unsafe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NFS = Storage(mount_point="/srv/vm images", unit="srv-vm\\x20images.mount")
 
 
 def line(text: str) -> Command:
-    """An ExecStop= of one shell line."""
+    """Return an ExecStop= command with a shell line."""
     return Command("/bin/sh", ("/bin/sh", "-c", text))
 
 
@@ -288,7 +288,7 @@ def test_the_helper_runs_outside_of_a_sandbox_but_not_on_a_users_environment() -
 def test_mixed_kills_the_guest_behind_a_shell_at_once_without_a_helper() -> None:
     unit = replace(SAFE, kill_mode="mixed", exec_start=(SHELL,), exec_stop=())
     assert found(unit)["kill-mode"][0] is LOSES
-    # The shell may have executed QEMU, which then is the running main process.
+    # The running main process is QEMU, because the shell has executed it.
     running = replace(AROUND, main_executable="/usr/bin/qemu-system-x86_64")
     assert "kill-mode" not in found(unit, running)
 
@@ -430,7 +430,7 @@ def test_a_helper_that_is_in_a_hurry(words: str, timeout: int, key: str) -> None
     command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
     facts = replace(SAFE, exec_stop=(command,), timeout_stop=timeout)
     assert list(found(facts)) == ([key] if key else [])
-    # If the configuration has shorter spans than the options, the options are no problem.
+    # Options are no problem if their spans are longer than those of the configuration.
     quick = Policy(grace=S, stall=S, storage_stall=S, max=2 * S, powerdown=S)
     assert found(facts, replace(AROUND, policy=quick)) == (
         found(facts) if words == "--no-powerdown" else {}

@@ -1,4 +1,4 @@
-"""Modules of Python's library that the daemon does without until somebody uses them."""
+"""Modules of Python's library that the daemon does not import, or only at their first use."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_the_types_of_a_signature() -> None:
 
 @pytest.mark.parametrize("signature", ["s", "as", "a{sv}", "v", "(sa{sv})", "t", "aay", "b"])
 def test_bodies_that_are_cut_or_changed(signature: str) -> None:
-    """The result is a list or ValueError, and quick."""
+    """The parser returns a list or raises ValueError, and is fast."""
     values = {
         "s": "text",
         "as": ["one", "two"],
@@ -103,7 +103,8 @@ def test_values_that_are_nested_too_deeply() -> None:
 
 
 def test_hostile_signatures_are_not_cached() -> None:
-    """The libraries keep each for ever: 183 MB for one message of 1 MiB with dbus-next."""
+    """The libraries keep each signature forever. With dbus-next, one message of 1 MiB took 183
+    MB."""
     source = random.Random(1)
 
     def hostile() -> bytes:

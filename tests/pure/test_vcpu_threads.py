@@ -1,4 +1,4 @@
-"""What the kernel tells of a virtual processor's thread."""
+"""Reading the kernel's files about the thread of a virtual processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ se.avg.util_avg                              :                  151
 policy                                       :                    0
 prio                                         :                  120
 """
-"""Of Linux 6.18, shortened."""
+"""A shortened file of Linux 6.18."""
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ def test_the_load_of_all_threads(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_does_not_count(tmp_path: Path) -> None:
-    """It shows zeros, which are not the times of a thread that did nothing."""
+    """Such a kernel shows zeros. These must not be taken for the times of a thread that did
+    nothing."""
     (tmp_path / "3").mkdir()
     (tmp_path / "3/schedstat").write_text("0 0 0\n")
     assert VcpuThreads(tmp_path, (3,)).times() == (None, None)

@@ -1,4 +1,4 @@
-"""Verdicts of two samples, as a table of what was measured with real guests."""
+"""The verdict on two samples, as a table. The samples are as measured with real guests."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def served(peer: Peer) -> dict[str, Any]:
 
 
 def beside(peer: Peer) -> dict[str, Any]:
-    """Two connections of unknown use: to this server, and to one of ours whose call hangs."""
+    """Two connections of unknown use: to `peer`, and to an unshared server whose call hangs."""
     stuck = replace(UNIX, inode=98, node="", role="unknown", peer=replace(STUCK_SERVER, pid=96))
     return {"sockets": (replace(UNIX, node="", role="unknown", peer=peer), stuck)}
 
 
 def two_nodes(peer: Peer, unread: int) -> dict[str, Any]:
-    """Two disks on NBD: on this server, and on one that has not read so many bytes."""
+    """Two disks on NBD: on `peer`, and on a server that has not yet read `unread` bytes."""
     other = replace(SERVER, pid=97, unread=unread)
     return {
         "nodes": (NBD, replace(NBD, name="disk2")),
@@ -181,14 +181,14 @@ MORE = {
         ({"threads": (FDATASYNC,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         ({"threads": (FDATASYNC,)}, {"threads": ()}, Verdict.FLUSHING),
         ({"threads": (FDATASYNC,)}, {"threads": (replace(FDATASYNC, tid=8),)}, Verdict.FLUSHING),
-        # The host's page cache includes that of all others
+        # The host's page cache includes pages of all other processes
         ({"threads": (FDATASYNC,)}, {"host": Memory(80_000_000, 0)}, Verdict.STORAGE_WAIT),
         (
             {"threads": (ON_MOUNT,), "mounts": (NFS,)},
             {"mounts": (replace(NFS, operations=11),)},
             Verdict.FLUSHING,
         ),
-        # A mount under another image says nothing about this one
+        # The mount of another image shows nothing about this image
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE, replace(NFS, number="0:8"))},
             {"mounts": (FUSE, replace(NFS, number="0:8", operations=11))},
@@ -204,7 +204,7 @@ MORE = {
             Verdict.FLUSHING,
         ),
         ({"threads": (CLOSING,), "mounts": (FUSE,), "devices": ()}, {}, Verdict.STORAGE_WAIT),
-        # A call without a descriptor sleeps in FUSE; the disk is another image's
+        # A call without a descriptor sleeps in FUSE. The disk belongs to another image
         (
             {"threads": (SUBMIT,), "mounts": (FUSE,)},
             {"devices": BUSY_DISK},
@@ -215,8 +215,8 @@ MORE = {
             {"threads": (replace(SUBMIT, switches=6),)},
             Verdict.FLUSHING,
         ),
-        # A disk has a request in flight, so writes to another disk do not matter. Without one, a
-        # request may be held back above the disk, or the disk may count nothing
+        # A disk has a request in flight, so writes to another disk do not matter. If no request is
+        # in flight, one may wait in a layer above the disk, or the disk may have no counters
         ({"threads": (ON_HUNG,), "devices": (HUNG,)}, MORE["wrote"], Verdict.STORAGE_WAIT),
         (
             {"threads": (ON_HUNG,), "devices": (HUNG,), "cgroup": OWN},
@@ -238,7 +238,7 @@ MORE = {
         ({"rings": 1, "devices": (HUNG,)}, MORE["wrote"], Verdict.UNKNOWN),
         ({"direct": True, "devices": (HUNG,), "completions": 7}, MORE["wrote"], Verdict.UNKNOWN),
         ({"direct": True, "devices": (QUIET,), "completions": 7}, MORE["wrote"], Verdict.FLUSHING),
-        # A call of an unknown file is on one of several disks
+        # The file of a call is unknown, so the call may wait for any of several disks
         ({"threads": (NOWHERE,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         (
             {"threads": (NOWHERE,), "devices": (QUIET, BESIDE)},
@@ -252,17 +252,18 @@ MORE = {
         ),
         ({"threads": (NOWHERE,), "devices": (QUIET, UPPER)}, MORE["wrote"], Verdict.FLUSHING),
         ({"threads": (NOWHERE,), "devices": (HUNG, BESIDE)}, MORE["wrote"], Verdict.UNKNOWN),
-        # One image hangs; a healthy one is on a disk that neighbours write to
+        # One image hangs. Another, healthy image is on a disk to which neighbours write
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
             {"devices": BUSY_DISK, "switches": 300},
             Verdict.STORAGE_WAIT,
         ),
-        # A neighbour on the disk says nothing about a guest that does not wait for it
+        # Writes of a neighbour do not matter if the guest does not wait for the disk
         ({}, {"devices": BUSY_DISK}, Verdict.IDLE),
         ({}, {"host": Memory(10_000_000, 0)}, Verdict.IDLE),
         ({"nodes": (NBD,), "sockets": (UNIX,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
-        # Writes may be counted elsewhere, so a standstill of its control group proves nothing
+        # The guest's writes may be counted elsewhere, so a standstill of its control group's
+        # counters proves nothing
         (
             {"threads": (FDATASYNC,), "cgroup": OWN},
             {"devices": BUSY_DISK},
@@ -315,7 +316,7 @@ MORE = {
             {"sockets": (replace(OF_NBD, received=516, receive_queue=16),)},
             Verdict.STORAGE_WAIT,
         ),
-        # A server that returns counts once, before QEMU reconnects
+        # The return of a server counts as progress once, before QEMU reconnects
         (
             {"nodes": (replace(NBD, served=False),)},
             {"nodes": (replace(NBD, served=True),)},
@@ -344,7 +345,7 @@ MORE = {
             {"sockets": (replace(STRANGER, acked=9_000),)},
             Verdict.FLUSHING,
         ),
-        # The server at the other end: its calls, its disks, its work
+        # The calls, the disks and the work of the server at the other end
         (served(STUCK_SERVER), {}, Verdict.STORAGE_WAIT),
         (served(STUCK_SERVER), served(replace(STUCK_SERVER, switches=9_000)), Verdict.STORAGE_WAIT),
         (
@@ -388,13 +389,13 @@ MORE = {
             ),
             Verdict.FLUSHING,
         ),
-        # A call of the server hangs, and it writes for itself
+        # A call of the server hangs, and the server writes something of its own
         (
             served(replace(SERVER, threads=(ON_MOUNT,))),
             served(replace(SERVER, threads=(ON_MOUNT,), io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # A server without a reply may only repeat what fails, such as nbdkit's filter retry
+        # A server that does not reply may only repeat failing requests, like nbdkit's filter retry
         (served(SERVER), served(replace(SERVER, switches=1_009)), Verdict.UNKNOWN),
         (served(SERVER), served(replace(SERVER, switches=1_001)), Verdict.STORAGE_WAIT),
         (
@@ -416,7 +417,7 @@ MORE = {
             served(replace(SHARED, threads=(WRITING,), devices=SERVED_DISK)),
             Verdict.UNKNOWN,
         ),
-        # Not if the storage of the image is known, and a call on it is stuck
+        # But not if the storage of the image is known, and a call on this storage is stuck
         (served(HOLDS), served(replace(HOLDS, io=WROTE)), Verdict.STORAGE_WAIT),
         (
             served(replace(HOLDS, place=("0:8",))),
@@ -430,13 +431,13 @@ MORE = {
             Verdict.UNKNOWN,
         ),
         (served(HOLDS), served(replace(HOLDS, threads=(ALSO_ON_MOUNT,))), Verdict.FLUSHING),
-        # Such a call does not excuse a request in flight elsewhere
+        # Such a call does not explain a request in flight elsewhere
         (
             {**served(SHARED), "threads": (ON_MOUNT,), "mounts": (FUSE,)},
             served(replace(SHARED, io=WROTE)),
             Verdict.STORAGE_WAIT,
         ),
-        # The upper disk, which the server's call waits for, has passed no request to this one
+        # The server's call waits for the upper disk, which has passed no request to the lower one
         (
             served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER))),
             served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER_WROTE))),
@@ -447,7 +448,8 @@ MORE = {
             served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER_BUSY, LOWER_WROTE))),
             Verdict.FLUSHING,
         ),
-        # What a shared server does for others does not excuse a disk that holds requests
+        # The work of a shared server for others does not explain why a disk does not complete
+        # requests
         (
             {**served(SHARED), "direct": True, "devices": (HUNG,)},
             served(replace(SHARED, io=WROTE)),
@@ -465,7 +467,7 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # A server's progress does not excuse another server that does not read its request
+        # A server's progress does not explain why another server does not read its request
         (
             two_nodes(SHARED, unread=28),
             two_nodes(replace(SHARED, io=WROTE), unread=28),
@@ -476,13 +478,13 @@ MORE = {
             two_nodes(replace(SHARED, io=WROTE), unread=0),
             Verdict.UNKNOWN,
         ),
-        # A server's progress does not excuse a pipe that nobody reads
+        # A server's progress does not explain a pipe that nobody reads
         (
             {**served(SHARED), "threads": (FULL_PIPE,)},
             served(replace(SHARED, io=WROTE)),
             Verdict.STORAGE_WAIT,
         ),
-        # A server's progress does not excuse an unshared server whose call does not return
+        # A server's progress does not explain why the call of an unshared server does not return
         (beside(SHARED), beside(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
         # An unshared server, whose file system has no counters
         (
@@ -523,10 +525,10 @@ MORE = {
             {"io": replace(NO_IO, wchar=1_016)},
             Verdict.STORAGE_WAIT,
         ),
-        # Storage added through the monitor may wait invisibly
+        # QEMU may wait for storage that was added through the monitor, and nothing shows this
         ({"pluggable": True}, {}, Verdict.UNKNOWN),
         ({"pluggable": True, "state": "T"}, {}, Verdict.STOPPED),
-        # Layers: lower ones count while the top one has requests in flight
+        # Layers: lower disks count while the top disk has requests in flight
         (
             {"threads": (ON_TOP,), "devices": (TOP, BELOW)},
             {"devices": (TOP, replace(BELOW, writes=200))},
@@ -549,13 +551,14 @@ MORE = {
         ({"rings": 3}, {"rings": 4}, Verdict.STORAGE_WAIT),
         ({"rings": 3}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         ({"rings": 3, "timers": 1}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
-        # The requests may be timers, for which completions of a disk show nothing
+        # The requests may be timers. Completions of a disk show nothing about timers
         ({"rings": 1, "timers": 1}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {"io": WROTE}, Verdict.FLUSHING),
         ({"rings": 2, "timers": 2}, {"rings": 1, "timers": 1}, Verdict.FLUSHING),
         ({"rings": 1, "timers": 1, "devices": (HUNG,)}, {}, Verdict.STORAGE_WAIT),
-        # A disk has a request and completes none: completions of another disk are a neighbour's
+        # A disk has a request in flight and completes none. Completions of the other disk are those
+        # of a neighbour
         (
             {"rings": 1, "devices": (HUNG, BESIDE)},
             {"devices": (HUNG, replace(BESIDE, writes=900))},
@@ -593,25 +596,25 @@ MORE = {
             {"devices": (TOP, UPPER_BUSY, replace(UNDER_TOP, writes=900))},
             Verdict.STORAGE_WAIT,
         ),
-        # Unreadable rings are no standstill if something moves
+        # If rings are unreadable but something moves, this is no standstill
         ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
-        # For AIO, only the tail of the ring is visible, and whether requests are possible
+        # For AIO, qkilld can read only the tail of the ring, and whether there can be requests
         ({"direct": True}, {}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"switches": 101}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
         ({"direct": True, "completions": 7}, {"completions": 8}, Verdict.FLUSHING),
         ({"direct": True, "completions": 7}, {"completions": 2}, Verdict.FLUSHING),
-        # Held still
+        # The process is stopped
         ({"state": "T"}, MORE["wrote"], Verdict.STOPPED),
         ({"state": "T", "term_pending": True}, {}, Verdict.STOPPED),
         ({"state": "t", "tracer": 9}, {}, Verdict.STOPPED),
         ({"cgroup": replace(OWN, frozen=True)}, {}, Verdict.STOPPED),
-        # Dead, and not reaped because of a debugger
+        # The process is dead, but not reaped, because of a debugger
         ({"state": "Z"}, {}, Verdict.ZOMBIE),
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
-        # The process exits, which takes long with much memory. No signal makes it faster
+        # The process is exiting. With much memory, this takes long, and no signal makes it faster
         ({}, {"exiting": True}, Verdict.FLUSHING),
-        # Here one of its threads waits for storage, as after SIGKILL
+        # The process is exiting, but one of its threads waits for storage, as after SIGKILL
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
             {"state": "Z", "exiting": True, "threads": (KILLED,)},
@@ -626,7 +629,7 @@ MORE = {
         ({"state": "Z", "exiting": True}, {"exiting": False}, Verdict.ZOMBIE),
         ({"cpu": 100}, {"cpu": 101}, Verdict.IDLE),
         ({"dumping": True, "cpu": 100}, {"cpu": 101}, Verdict.FLUSHING),
-        # In a call that is not for storage
+        # The thread waits in a call that is not for storage
         ({"threads": (FULL_PIPE,)}, {}, Verdict.BLOCKED),
         ({"threads": (FULL_PIPE,)}, {"devices": BUSY_DISK, "switches": 200}, Verdict.BLOCKED),
         # Only the reader of the pipe wakes the thread
@@ -696,7 +699,7 @@ def test_when_something_was_outstanding_last() -> None:
 
 
 def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
-    """On a host so slow that every other sample is late."""
+    """The host is so slow that every second sample is late."""
     now = assess(None, replace(IDLE, threads=(FDATASYNC,)))
     for second in range(1, 20):
         now = assess(now, Sample(second * S - 1, "?"))
@@ -707,7 +710,8 @@ def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_each_reply_proves_what_its_server_did_before(first: int) -> None:
-    """The server of an NBD disk wakes once a second, and answers every 3 s, which wakes QEMU."""
+    """The server of an NBD disk wakes once a second, and answers every 3 s. Each answer wakes
+    QEMU."""
     now = follow(
         [
             replace(
@@ -739,11 +743,11 @@ def test_writes_of_a_server_on_a_unix_socket_are_progress() -> None:
         seen.append(now.written)
     assert seen == [0, 1_000, 1_000, 5_000, 5_500]
     assert now.rate == 5_500 // 5
-    # Writes for others do not count, nor earlier writes of another server.
+    # Writes for others do not count. Neither do earlier writes of another server.
     now = assess(now, replace(IDLE, at=6 * S, **serving(90_000, shared=True)))
     now = assess(now, replace(IDLE, at=7 * S, **serving(50_000, pid=91)))
     assert now.written == 5_500
-    # Its own control group writes to no disk, but the server's writes count.
+    # QEMU's own control group writes to no disk, but the server's writes count.
     first = assess(None, replace(IDLE, cgroup=OWN, **serving(10_000)))
     now = assess(first, replace(IDLE, at=S, cgroup=OWN, **serving(14_000)))
     assert now.written == 4_000
@@ -765,7 +769,7 @@ def test_bytes_and_rate() -> None:
     later = replace(OWN, written=4_007_000, dirty=500_000, writeback=0)
     now = assess(first, replace(IDLE, at=2 * S, cgroup=later))
     assert (now.written, now.rate, now.pending) == (4_000_000, 2_000_000, 500_000)
-    # Its own counter, plus what servers have acknowledged.
+    # The amount is QEMU's own counter, plus the bytes that servers have acknowledged.
     first = assess(None, replace(IDLE, nodes=(NBD,), sockets=(OF_NBD,)))
     now = assess(
         first,
@@ -844,8 +848,8 @@ def test_a_ring_that_timers_fill_and_empty_is_no_progress() -> None:
     assert (now.verdict, now.progress_at) == (Verdict.STORAGE_WAIT, None)
 
 
-def test_two_waits_each_with_its_own_witness() -> None:
-    """The healthy disk flushes for 20 s; from then on, the dead one counts."""
+def test_two_waits_each_with_its_own_signs() -> None:
+    """The healthy disk flushes for 20 s. From then on, the dead disk decides."""
     slow = [
         replace(
             IDLE,
@@ -885,7 +889,7 @@ UNSERVED = {"nodes": (NBD,), "sockets": (UNIX,)}
 
 @pytest.mark.parametrize(("found", "late"), [(1, 0), (4, 4 * S), (None, 0)])
 def test_activity_of_a_server_before_it_was_found_is_unknown(found: int | None, late: int) -> None:
-    """On a busy host, the search takes a while."""
+    """On a busy host, the search for the server takes a while."""
     whats = [
         served(SERVER) if found is not None and second >= found else UNSERVED for second in range(8)
     ]
@@ -917,7 +921,7 @@ def test_a_small_share_of_a_processor_may_be_spent_in_a_loop() -> None:
 
 @pytest.mark.parametrize("shared_memory", [False, True])
 def test_a_client_that_connects_to_others_hides_no_activity(shared_memory: bool) -> None:
-    """An example is a backup, to which QEMU exports a disk."""
+    """Such a client is, for example, a backup program to which QEMU exports a disk."""
     looks = [SERVER] * 4 + [replace(SERVER, behind=(BEHIND,))] * 4
     sockets = [(replace(BACKEND, peer=peer),) for peer in looks]
     samples = [
@@ -931,7 +935,7 @@ def test_only_the_time_since_progress_was_unseen() -> None:
     moving = {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=9),)}
     whats = [UNSERVED, UNSERVED, moving, moving, moving, served(SERVER), served(SERVER)]
     now = follow([replace(IDLE, at=s * S, **what) for s, what in enumerate(whats)])
-    # The queue of a newly found server changes too.
+    # When a server is newly found, its queue changes, too.
     assert (now.progress_at, now.unsampled) == (5 * S, 3 * S)
 
 
@@ -1021,7 +1025,7 @@ HELD_BACK = {"nodes": (replace(NBD, served=False, reconnect=30),), "sockets": ()
 @pytest.mark.parametrize(
     ("looks", "started", "ended", "codes"),
     [
-        # Before the delay is over, counted from when it was certainly connected.
+        # The delay counts from the last time at which QEMU was certainly connected.
         ([UNSERVED, *[HELD_BACK] * 5], -1000, 29, []),
         ([UNSERVED, *[HELD_BACK] * 5], -1000, 31, ["unknown"]),
         # QEMU had lost its server before the first sample.
@@ -1086,7 +1090,7 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        # A neighbour uses the lowest disk, and the one in between has nothing to do.
+        # A neighbour uses the lowest disk, and the middle disk has nothing to do.
         (
             {"threads": (ON_THREE,), "devices": (*THREE, DEEPEST)},
             {"devices": (*THREE, replace(DEEPEST, writes=900))},
@@ -1097,7 +1101,7 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
             {"devices": (*THREE[:1], BELOW, replace(DEEPEST, writes=900))},
             Verdict.FLUSHING,
         ),
-        # Others may read from the disk of a frozen file system.
+        # If a file system is frozen, others may still read from its disk.
         ({"threads": (ON_HUNG,), "devices": (HUNG,)}, {"devices": (READS,)}, Verdict.UNKNOWN),
         ({"threads": (READING,), "devices": (HUNG,)}, {"devices": (READS,)}, Verdict.FLUSHING),
         (
@@ -1134,7 +1138,8 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
             {"sockets": (BACKEND_WROTE,)},
             Verdict.UNKNOWN,
         ),
-        # vhost-user needs a unix socket, and a client may use another guest, too.
+        # This is not vhost-user, which needs a unix socket; and a client may use another guest,
+        # too.
         (
             {"sockets": (replace(CLIENT, peer=SERVER),)},
             {"sockets": (replace(CLIENT, peer=BACKEND_WROTE.peer),)},
@@ -1171,7 +1176,7 @@ def test_what_others_do_is_no_certain_progress(
 
 
 def test_what_it_does_between_two_standstills_is_progress() -> None:
-    """A freezer that is on most of the time, and off when no sample is taken."""
+    """The process is frozen most of the time, and runs only when no sample is taken."""
     frozen = replace(IDLE, threads=(ON_MOUNT,), cgroup=replace(OWN, frozen=True))
     wrote = [replace(NO_IO, write_bytes=second // 5 * 4096) for second in range(20)]
     now = follow([replace(frozen, at=second * S, io=io) for second, io in enumerate(wrote)])
@@ -1194,7 +1199,7 @@ CLIENT = replace(TCP, inode=16, client=False, role="unknown", accepted=True)
 def test_what_it_does_for_a_client_is_no_progress_of_a_stuck_wait(
     sockets: tuple[Socket, ...], last: Verdict
 ) -> None:
-    """While QEMU's main loop waits for a dead disk, an export continues to serve its client."""
+    """While QEMU's main loop waits for a dead disk, QEMU's export still serves its client."""
     dead = replace(UNIX, peer=replace(SERVER, unread=100))
     samples = [
         replace(
@@ -1225,7 +1230,7 @@ def test_of_the_first_sample_only_its_counts_are_kept() -> None:
 
 
 def test_a_disk_that_a_thread_may_wait_for_delays_sigkill_if_no_thread_can_be_read() -> None:
-    """A QEMU with more threads than are read, such as those of many iothreads."""
+    """The QEMU has so many threads, such as iothreads, that they are not read."""
     blind = replace(IDLE, threads=None, ringless=("8:0",))
     still = follow([replace(blind, at=second * S) for second in range(9)])
     (device,) = blind.devices or ()

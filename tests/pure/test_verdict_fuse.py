@@ -66,7 +66,7 @@ def served(*servers: Peer, certain: bool = True, waiting: int | None = None) -> 
             Verdict.UNKNOWN,
         ),
         (served(REMOTE), served(replace(REMOTE, io=COPIED)), Verdict.UNKNOWN),
-        # The server answers requests, perhaps of others.
+        # The server answers requests, but these may be requests of others.
         (served(waiting=3), served(waiting=2), Verdict.UNKNOWN),
         (served(waiting=3), served(waiting=3), Verdict.STORAGE_WAIT),
         (served(waiting=3), served(waiting=4), Verdict.STORAGE_WAIT),
@@ -80,7 +80,7 @@ def served(*servers: Peer, certain: bool = True, waiting: int | None = None) -> 
 )
 @pytest.mark.parametrize("thread", [ON_MOUNT, replace(FDATASYNC, disks=("7:9",), mount="0:9")])
 def test_a_call_on_fuse(before: Mount, now: Mount, expected: Verdict, thread: Any) -> None:
-    """The image lies on the mount, or on a loop device whose file lies there."""
+    """The image is on the mount, or on a loop device whose file is on the mount."""
     assert verdict({"threads": (thread,), "mounts": (before,)}, {"mounts": (now,)}) is expected
 
 
@@ -122,10 +122,10 @@ def behind(front: Peer, server: Peer, *, certain: bool = True) -> dict[str, Any]
         (CALLING, True, Verdict.FLUSHING),
         # Another process may be the server.
         (CALLING, False, Verdict.UNKNOWN),
-        # The kernel writes back what was written earlier.
+        # No thread of the server waits for FUSE, because the kernel writes back earlier data.
         (FRONT, True, Verdict.STORAGE_WAIT),
         (replace(FRONT, threads=(replace(ON_MOUNT, mount="0:8"),)), True, Verdict.STORAGE_WAIT),
-        # The server may have requests for which no thread waits in a call.
+        # The server may have requests for which none of its threads waits in a call.
         (replace(FRONT, unseen_requests=True), True, Verdict.FLUSHING),
         (replace(FRONT, unseen_requests=None), True, Verdict.FLUSHING),
         (replace(FRONT, threads=None), True, Verdict.FLUSHING),

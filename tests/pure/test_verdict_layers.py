@@ -34,10 +34,10 @@ SILENT = replace(UPPER, writes=0, reads=0, in_flight=0, accounting=False)
         ([WRITES], replace(READ_BY_OTHERS, hides_flush=True), Verdict.UNKNOWN),
         ([WRITES], replace(UPPER, in_flight=0, hides_flush=True), Verdict.UNKNOWN),
         ([WRITES], replace(UPPER, in_flight=0), Verdict.STORAGE_WAIT),
-        # The upper device counts nothing, so the one below takes its place
+        # The upper device has no counters, so those of the device below are used
         ([WRITES], SILENT, Verdict.FLUSHING),
         ([READS], SILENT, Verdict.FLUSHING),
-        # Whether it counts is unknown
+        # It is unknown whether the upper device has counters
         ([WRITES], replace(SILENT, accounting=None), Verdict.STORAGE_WAIT),
     ],
 )

@@ -1,4 +1,5 @@
-"""The first thread waits in a call, so QEMU does not take SIGTERM, and the guest writes on."""
+"""The first thread waits in a call. So QEMU does not handle SIGTERM, and the guest continues to
+write."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ MOVED = (HUNG, replace(BUSY_DISK[0], writes=5_000))
         ({}, {"devices": MOVED}, Verdict.UNKNOWN),
         # A write of the guest has ended.
         ({}, {"threads": (STUCK,)}, Verdict.UNKNOWN),
-        # The disk that the first thread waits for moves.
+        # The disk for which the first thread waits makes progress.
         ({}, {"devices": (replace(HUNG, writes=11), *BUSY_DISK)}, Verdict.FLUSHING),
         ({}, {"threads": (FDATASYNC,)}, Verdict.FLUSHING),
-        # SIGTERM was taken, so that QEMU finishes its disks.
+        # SIGTERM was handled, so QEMU finishes its disks.
         ({"term_pending": False}, {"devices": MOVED}, Verdict.FLUSHING),
         ({"term_pending": None}, {"devices": MOVED}, Verdict.FLUSHING),
-        # Another thread waits.
+        # Another thread waits, too, for another disk.
         ({"threads": (ON_HUNG, FDATASYNC)}, {"devices": MOVED}, Verdict.FLUSHING),
     ],
 )
