@@ -1,4 +1,4 @@
-"""Who may stop what on a bus other than the system bus. There, polkit is not asked."""
+"""Which guests a caller may stop on a bus other than the system bus. There, polkit is not asked."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ DBUS: Any = {
 JOB = "org.qkilld1.Job"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 STRANGER = 1
-"""A third user, which exists in every /etc/passwd."""
+"""A third user, who exists in every /etc/passwd."""
 Make = Callable[..., Guest]
 StartDaemon = Callable[..., Daemon]
 
 
 @pytest.fixture
 def own_daemon(start_daemon: StartDaemon) -> Daemon:
-    """A daemon that covers only the stand-ins of this test run, because its tests stop all
+    """A daemon that covers only the fake guests of this test run, because its tests stop all
     guests."""
     return start_daemon(config=f"[Target]\nExecutables={own_qemus()}\n[Policy]\nStallSec=0\n")
 
@@ -53,7 +53,8 @@ def test_an_impostor_is_not_asked(own_daemon: Daemon, fake_qemu: Make) -> None:
         name, text = refusal(stranger, "Terminate", "ut", guest.pid, 1)
         assert name == "AccessDenied"
         assert text == f"Process {guest.pid} is not yours, and you are not authorized to do that"
-        # The bus delivers in order: a call to the impostor would have arrived before this answer.
+        # The bus delivers messages in order, so a call to the impostor would have arrived before
+        # this answer.
         impostor.call("GetId", **DBUS)
         assert impostor.calls == []
     assert guest.alive

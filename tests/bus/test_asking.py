@@ -1,7 +1,6 @@
 """Guests that are asked to shut down: their reaction, and the receipt.
 
-The guests are real and boot Linux in two seconds. They listen to the power button and have no
-agent.
+The guests boot a real Linux in two seconds. They listen to the power button, and have no agent.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Boot = Callable[..., Guest]
 
 @pytest.fixture
 def boot() -> Iterator[Boot]:
-    """A function like boot_guest, for a guest with a monitor that reacts to its power button as
-    `power` says."""
+    """A function like boot_guest. The guest has a monitor, and `power` says how it reacts to its
+    power button."""
     with ExitStack() as stack:
 
         def boot(power: str, *arguments: str, append: str = "", **options: Any) -> Guest:
@@ -149,16 +148,16 @@ def test_a_qemu_that_crashes_is_no_guest_that_shut_down(client: Client, boot: Bo
 def test_a_long_shutdown_outlives_the_daemon_again_and_again(
     private_bus: Bus, start: Start, boot: Boot, lab_dir: Path
 ) -> None:
-    """The daemon is killed before the guest is asked, right after that, and during a shutdown that
-    takes longer than PowerdownSec=.
+    """The daemon is killed three times: before the guest is asked, right after that, and during the
+    shutdown, which takes longer than PowerdownSec=.
 
-    A guest without an agent gives no sign that only a shutdown gives. So the next daemon must know
-    that the guest's work began after the press.
+    A guest without an agent gives none of the signs that only a shutdown gives. So the next daemon
+    must know that the guest's work began after the press.
     """
     daemon = start()
     with private_bus.client() as client:
-        # If a connection ends during its negotiation, QEMU 7.2 sometimes keeps it for 30 s and
-        # more. Nobody can ask such a guest, so try another one.
+        # If a connection ends during its negotiation, QEMU 7.2 sometimes keeps it for 30 s or more.
+        # Such a guest cannot be asked, so try with another guest.
         for number in range(4):
             disk = make_disk(lab_dir / f"disk{number}.qcow2")
             guest = boot("work", append="lab.seconds=40", disk=disk)
@@ -182,8 +181,8 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
 def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
     """Kill the daemon; return the next one.
 
-    Here no systemd keeps the connection to the monitor. Wait until QEMU has noticed that the
-    connection has ended, because its monitor serves only one client.
+    Without systemd, nobody keeps the connection to the monitor. Wait until QEMU has noticed its
+    end, because the monitor serves only one client.
     """
     daemon.process.kill()
     daemon.wait_gone()
@@ -192,7 +191,7 @@ def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
 
 
 def becomes_free(guest: Guest) -> bool:
-    """Return whether the guest's monitor has no client within a few seconds."""
+    """Wait a few seconds; return whether the guest's monitor has no client then."""
     deadline = time.monotonic() + 10
     while any(each.in_use for each in read_listeners(guest.pid)):
         if time.monotonic() >= deadline:

@@ -31,7 +31,7 @@ INSIDE = re.compile(r"Traceback|File \"|\.py|/usr/|/proc|/home|qkilld\.(?!conf)|
 
 
 def refused(client: Client, member: str, signature: str, *body: Any, **where: Any) -> CallError:
-    """Return the error reply to a call. Its text must not show internals of the program."""
+    """Return the error reply to a call. Check that its text shows no internals of the program."""
     with pytest.raises(CallError) as caught:
         client.call(member, signature, *body, **where)
     text = caught.value.text
@@ -72,7 +72,7 @@ def test_pids_that_are_no_guest(
 
 
 def test_kernel_threads(client: Client) -> None:
-    """Kernel threads are not QEMU. A PID namespace has no kernel threads."""
+    """Kernel threads are not QEMU. (In a PID namespace, there are none, so nothing is tested.)"""
     # process_iter() with an attribute skips processes that have ended meanwhile.
     for process in psutil.process_iter(["ppid"]):
         if process.info["ppid"] == 2:
@@ -86,8 +86,8 @@ def test_a_process_of_another_user(daemon: Daemon, fake_qemu: Make) -> None:
         denied = DBUS + "AccessDenied"
         assert refused(client, "Terminate", "ut", roots.pid, 1).name == denied
         assert refused(client, "Inspect", "u", roots.pid).name == denied
-        # The denial for a process that is not QEMU is the same, so it does not show which processes
-        # are QEMU.
+        # For a process that is not QEMU, the denial is the same. So denials do not show which
+        # processes are QEMU.
         assert refused(client, "Terminate", "ut", os.getpid(), 1).name == denied
         job = root.terminate(roots.pid, 0)
         job2 = root.terminate(own.pid, 0)
@@ -199,7 +199,7 @@ def roomy_daemon() -> Iterator[Daemon]:
 
 
 def test_a_hundred_thousand_calls_in_a_row(roomy_daemon: Daemon, fake_qemu: Make) -> None:
-    """One client floods the daemon. Another one is still served, and the memory is freed
+    """One client floods the daemon. Another client is still served, and the memory is freed
     afterwards."""
     daemon = roomy_daemon
     guest = fake_qemu(stubborn=True)
@@ -241,8 +241,8 @@ def test_a_client_that_disconnects_during_wait(
 
 
 def test_too_many_waits_of_one_user(roomy_daemon: Daemon, fake_qemu: Make) -> None:
-    """The limit is for all connections of a user together. It does not affect other users, and root
-    has none."""
+    """The limit is for all connections of a user together. Other users are not affected, and root
+    has no limit."""
     guest = fake_qemu(stubborn=True)
     bus = roomy_daemon.bus
     with (
@@ -288,7 +288,8 @@ def test_more_waiting_callers_than_match_rules(fake_qemu: Make) -> None:
         guest.signal(signal.SIGKILL)
         results = [one.reply(serial)[0] for one, serial in zip(clients, serials, strict=True)]
         assert results == ["exited"] * 4
-        # The daemon has removed its match rules, so it can notice that a later caller leaves.
+        # The daemon has removed its earlier match rules, so it can add one to notice that a later
+        # caller leaves.
         other = stack.enter_context(bus.client())
         second = fake_qemu(stubborn=True)
         job = other.terminate(second.pid)
@@ -324,14 +325,14 @@ def test_a_message_that_is_too_long(client: Client, fake_qemu: Make, length: int
 
 
 def test_a_header_that_is_too_long(client: Client) -> None:
-    """The message is skipped, and later ones are answered."""
+    """The message is skipped, and later calls are answered."""
     client.send("Terminate", path="/x" * 10_000)
     assert client.properties()["NJobs"] == 0
 
 
 @pytest.mark.each_library
 def test_signatures_without_end(daemon: Daemon) -> None:
-    """dbus-next kept the signatures of a message of 1 MiB, 183 MB, for ever."""
+    """For the signatures of a message of 1 MiB, dbus-next kept 183 MB forever."""
     source = random.Random(1)
     with daemon.bus.client(uid=OTHER_UID) as client:
 
@@ -355,8 +356,8 @@ def test_signatures_without_end(daemon: Daemon) -> None:
 
 @pytest.mark.each_library
 def test_signals_and_replies_of_strangers(daemon: Daemon, fake_qemu: Make) -> None:
-    """A forged signal, as if from the bus, says that another client has left. The Wait of that
-    client must continue."""
+    """A stranger sends a signal that looks as if the bus reported the end of another client. The
+    Wait of that client must continue."""
     guest = fake_qemu(stubborn=True)
     with daemon.bus.client() as waiting, daemon.bus.client(uid=OTHER_UID) as liar:
         job = waiting.terminate(guest.pid)
@@ -386,7 +387,7 @@ def test_a_flood_of_one_user_and_the_calls_of_another(
             for _ in range(500):
                 flood.send("ListGuests", no_reply=True)
             assert client.call("GetJobByPID", "u", guest.pid, timeout=10) == (job,)
-        # Calls in excess get an error, unless they want no reply.
+        # Calls over the limit get an error, unless they want no reply.
         serials = [flood.send("ListGuests") for _ in range(3000)]
         answers = Counter[str]()
         for serial in serials:

@@ -1,4 +1,4 @@
-"""Processes of one user whose command lines block every reader: no other user waits for them."""
+"""The command lines of one user's processes block every reader. No other user waits for them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Start = Callable[..., Daemon]
 COUNT = 60
 LIMIT_S = 1.0
 ATTEMPTS = 8
-"""More than one, because on a busy machine the client, the bus and the daemon's threads also wait
-for a processor."""
+"""More than one attempt is needed, because on a busy machine the client, the bus and the daemon's
+threads also wait for a processor."""
 
-# Each process has two threads. One reads a page of a file through /proc/self/mem, and so holds the
-# memory lock. The other waits to change the memory, and blocks every later reader.
+# Each process has two threads. The first reads a page of a file through /proc/self/mem, and keeps
+# the memory lock meanwhile. The second waits to change the memory, which blocks every later reader.
 _BLOCKING: Final = """
 import mmap, os, signal, sys, threading, time
 uid, paths = int(sys.argv[1]), sys.argv[2:]
@@ -97,7 +97,7 @@ def blocking() -> Iterator[int]:
 
 
 def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_qemu: Make) -> None:
-    """It takes 0.6 s on an idle machine. With half a second for each process, it would take 30
+    """The list takes 0.6 s on an idle machine. If each process took half a second, it would take 30
     s."""
     guest = fake_qemu(name="web")
 

@@ -41,15 +41,15 @@ words=("${{(@)argv}}") CURRENT=$#argv
 set --
 . {script}
 """
-"""Stands in for zsh's completion functions."""
+"""Replaces zsh's completion functions."""
 
 Complete = Callable[[str], list[str]]
 
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def complete(request: pytest.FixtureRequest, lab_dir: Path) -> Complete:
-    """A function that returns what the shell offers at the end of a line. The completion script
-    runs a program that offers every word."""
+    """A function that returns the words that the shell offers at the end of a line. The completion
+    script runs a program that offers every word."""
     shell: str = request.param
     needs.program(shell, shell)
     mark = lab_dir / "touched"

@@ -37,7 +37,7 @@ def test_held_and_released(daemon: Daemon, client: Client, fake_qemu: Make) -> N
     values = client.properties(job, JOB)
     assert (values["Held"], values["DeadlineUSec"]) == (True, NEVER)
     # Wait for the SIGKILL of a later job with the same grace. Without the hold, the first job would
-    # have sent its own by then.
+    # have sent SIGKILL before.
     other = fake_qemu(stubborn=True)
     assert client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3 * S)))[0] == "killed"
     assert guest.alive
@@ -61,7 +61,7 @@ def test_forced(client: Client, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
     job = client.terminate(guest.pid, FIXED)  # FIXED takes no samples
     call(client, job, "Force")
-    # Without FORCE, nothing else would kill the guest.
+    # Only Force can have caused the SIGKILL, because the job was started without FORCE.
     result, receipt = client.wait(job)
     assert (result, [name for _, name, _ in receipt["rungs"]]) == ("killed", ["SIGTERM", "SIGKILL"])
     assert receipt["data-at-risk"] is True
@@ -100,7 +100,7 @@ def test_the_owner_does_not_overrule_root(daemon: Daemon, client: Client, fake_q
                 call(owner, job, member, *arguments)
             assert caught.value.name == "org.freedesktop.DBus.Error.AccessDenied"
         call(owner, job, "Extend", "t", 10_000)
-        # A request of the owner that joins the job cannot delay SIGKILL without end either.
+        # The owner cannot delay SIGKILL forever by a request that joins the job, either.
         never = ("t", NEVER)
         assert owner.terminate(guest.pid, FORCE, grace_usec=never, max_usec=never) == job
     assert client.wait(job)[0] == "killed"
@@ -143,7 +143,7 @@ def test_a_stranger_who_waits_is_not_missed(
     with daemon.bus.client(uid=OTHER_UID) as stranger:
         for _ in range(100):
             stranger.send("Wait", path=job, interface=JOB)
-        stranger.properties(job, JOB)  # its reply shows that the calls have arrived
+        stranger.properties(job, JOB)  # the reply shows that the calls have arrived
         name = stranger.unique_name
     until(lambda: client.call("NameHasOwner", "s", name, **BUS), lambda owned: owned == (False,))
     assert client.properties(job, JOB)["Result"] == ""  # the daemon has noticed that they are gone

@@ -1,4 +1,4 @@
-"""Descriptors are left for others when one user has taken as many as possible."""
+"""When one user has taken as many descriptors as possible, some are left for others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kill(client: Client, job: str) -> str:
 
 
 def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Make) -> None:
-    """No living guest is reported as gone."""
+    """No running guest is reported as gone."""
     daemon = start_daemon(before=few_descriptors)
     guests = [fake_qemu(uid=OTHER_UID, stubborn=True) for _ in range(40)]
     roots = fake_qemu(stubborn=True)
@@ -47,8 +47,7 @@ def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Ma
                 if len(jobs) % 4 == 0:
                     wait_sample(user, jobs[-1])
         assert caught.value.name == "org.qkilld1.Error.Busy"
-        # With so many jobs, no files stay open between samples, so each job has only two
-        # descriptors.
+        # With so many jobs, files are closed between samples, so each job has only two descriptors.
         assert len(jobs) > LIMIT // 4
         with pytest.raises(CallError, match="short of file descriptors"):
             user.call("Inspect", "u", guests[-1].pid)

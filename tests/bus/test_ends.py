@@ -1,4 +1,4 @@
-"""How a stop can end: EPERM, ESRCH, zombies, upgrades, recycled pids."""
+"""How a stop can end: EPERM, ESRCH, zombies, upgrades, reused pids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def without_cap_kill() -> None:
-    """Call this before exec. The kernel then does not let root signal other users' processes."""
+    """Drop CAP_KILL, so that root may not signal other users' processes. Call this before exec."""
     _libc.prctl(24, 5, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_KILL
 
 
@@ -65,7 +65,7 @@ def test_eperm_at_sigkill(start_daemon: Start, lab_dir: Path) -> None:
                 assert output.readline() == "changed\n"
                 result, receipt = client.wait(job)
             assert result == "failed"
-            # The daemon checks the user before it sends, so the kernel does not have to refuse.
+            # The daemon checks the user before it sends a signal, so the error is not the kernel's.
             assert receipt["error"] == (
                 f"Process {process.pid} belongs to uid {OTHER_UID} by now, not 0: it gets no signal"
             )
@@ -98,7 +98,7 @@ def test_a_parent_that_does_not_reap_does_not_hold_the_job(client: Client, qemu:
     guest = qemu()
     result, receipt = client.wait(client.terminate(guest.pid))
     assert (result, receipt["verdict"]) == ("exited", "zombie")
-    # Its parent, this process, reaps it only now.
+    # The guest's parent, this process, reaps it only now.
     assert guest.wait_gone() == 0
 
 
@@ -162,8 +162,8 @@ def test_a_recycled_id_is_not_the_process_that_was_meant(
 
 @ONE_AT_A_TIME
 def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
-    """The daemon is stopped until after its deadline. Meanwhile the process exits and its pid is
-    reused."""
+    """The daemon is stopped by SIGSTOP until its deadline is over. Meanwhile, the process exits,
+    and its pid is reused."""
     needs.root("to have the kernel give out a certain process id")
     first = fake_qemu(stubborn=True)
     job = client.terminate(first.pid, FORCE, grace_usec=("t", 200_000))

@@ -23,7 +23,8 @@ GI = "python3-gi"
 
 
 def environment(daemon: Daemon) -> dict[str, str]:
-    """The environment of an example, without the project's modules, which it must not need."""
+    """The environment of an example. It hides the project's modules, because the example must not
+    need them."""
     return {
         name: value
         for name, value in lab_bus.environment(daemon.bus.address).items()

@@ -1,4 +1,4 @@
-"""Only the process that was checked gets a signal, as long as it is the same process."""
+"""Only the process that was checked gets a signal, and only while it is still the same process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., Guest]
 def test_a_guest_whose_first_thread_has_exited(
     client: Client, scripted_qemu: Make, flags: int
 ) -> None:
-    """Python does not handle SIGTERM here, because its first thread, which handles signals, has
+    """In this process, Python does not handle SIGTERM. Its first thread handles signals, and has
     exited."""
     guest = scripted_qemu(FIRST_THREAD_EXITS)
     until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")

@@ -41,7 +41,8 @@ def test_a_guest_that_was_merely_stopped_is_continued(client: Client, qemu: Make
 
 
 def test_a_large_guest_that_exits_is_not_killed(client: Client, qemu: Make) -> None:
-    """QEMU has written everything. After SIGKILL, the receipt would say that data may be lost."""
+    """QEMU has written everything. If it got SIGKILL, the receipt would say that data may be
+    lost."""
     guest = qemu(arguments=LARGE)
     spans = {"grace_usec": ("t", S // 10), "stall_usec": ("t", S // 10)}
     result, receipt = client.wait(client.terminate(guest.pid, FORCE, **spans))
@@ -121,8 +122,7 @@ def test_storage_that_comes_back_in_time_loses_nothing(
 
 @pytest.fixture
 def disk_dir() -> Iterator[Path]:
-    """A directory on a disk. /tmp may be a tmpfs, for which no counter shows what a server
-    writes."""
+    """A directory on a disk. /tmp may be a tmpfs, and writes to a tmpfs are not counted."""
     with tempfile.TemporaryDirectory(prefix="qkl-", dir="/var/tmp") as directory:
         yield Path(directory)
 
@@ -131,8 +131,8 @@ def disk_dir() -> Iterator[Path]:
 def test_progress_over_nbd_is_told_in_bytes(
     client: Client, linux_guest: Make, disk_dir: Path, tcp: bool
 ) -> None:
-    """On a unix socket, no counter of QEMU moves, so the server's writes count as the guest's. On
-    TCP, the bytes that the server has acknowledged count."""
+    """For a unix socket, QEMU has no counter, so the server's writes count as the guest's. For TCP,
+    the bytes that the server has acknowledged count."""
     image = disk_dir / "disk"
     create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", str(image), "11G")
     run([needs.program("qemu-img", "qemu-utils"), *create], check=True)
@@ -177,8 +177,8 @@ def test_plan_says_what_would_be_done_and_does_nothing(client: Client, qemu: Mak
         (found,) = client.call("Plan", "uta{sv}", guest.pid, flags, options)
         return dict(plain(found))
 
-    # Storage may have been added through the guest's monitor, which nothing shows. So the verdict
-    # is unknown, not idle.
+    # Storage may have been added through the guest's monitor, and nothing would show it. So the
+    # verdict is unknown, not idle.
     spans = {"storage-stall-usec": ("t", 3 * S), "stall-usec": ("t", 2 * S)}
     found = plan(FORCE, **spans, **{"grace-usec": ("t", 2 * S)})
     assert found["pid"] == guest.pid

@@ -1,4 +1,4 @@
-"""The choice of the D-Bus library, and that qkilld behaves the same with each."""
+"""The choice of the D-Bus library. qkilld behaves the same with each library."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_both_send_the_same_bytes(lab_dir: Path) -> None:
 
 
 def test_glib_is_not_imported(lab_dir: Path) -> None:
-    """Both libraries would import GLib, which qkilld does not need."""
+    """Both libraries would import GLib, but qkilld does not need it."""
     for hidden, taken in (([], FIRST), (["dbus_next"], "dbus_fast")):
         directory = lab_dir / f"{taken}{len(hidden)}"
         directory.mkdir()
@@ -75,7 +75,8 @@ def test_neither_is_there(lab_dir: Path) -> None:
 
 
 def test_the_daemon_with_dbus_fast(request: pytest.FixtureRequest) -> None:
-    """This runs a part of the tests; `make test-dbus-fast` runs all tests of the bus."""
+    """This runs some tests with dbus-fast. `make test-dbus-fast` runs all tests of the bus with
+    it."""
     if request.config.getoption("--dbus-library") != library.NAMES[0]:
         pytest.skip("it is what runs")
     done = subprocess.run(

@@ -269,7 +269,7 @@ def test_user_is_the_session_bus(private_bus: Bus, lab_dir: Path) -> None:
 
 
 def test_without_the_files_of_the_system(lab_dir: Path) -> None:
-    """The daemon as installed by pip or pipx reports which files are missing, and where the
+    """If pip or pipx installed the daemon, it reports which files are missing, and where the
     documentation is."""
     needed = {
         "usr/share/dbus-1/system.d/org.qkilld1.conf": False,
@@ -293,20 +293,20 @@ def test_without_the_files_of_the_system(lab_dir: Path) -> None:
 
 
 def test_no_tls_is_loaded(daemon: Daemon) -> None:
-    """asyncio imports ssl if possible. That would take 18 ms at every start, and 4 MB, which are
-    locked during jobs."""
+    """asyncio imports ssl if possible. This would take 18 ms at every start, and 4 MB, which are
+    locked while jobs run."""
     assert not re.search(r"/libssl\b", Path(f"/proc/{daemon.pid}/maps").read_text())
 
 
 def test_all_threads_allocate_from_one_heap(
     daemon: Daemon, client: Client, fake_qemu: Make
 ) -> None:
-    """All threads share one heap. With one for each thread, a million hostile messages took 6 MB
-    more."""
+    """With a heap for each thread, a million hostile messages took 6 MB more."""
     client.terminate(fake_qemu(stubborn=True).pid)
     client.call("ListGuests")
     assert len(psutil.Process(daemon.pid).threads()) > 1
-    # glibc reserves 64 MiB for each further heap, at a multiple of that (malloc/arena.c).
+    # glibc reserves 64 MiB for each further heap, at an address that is a multiple of 64 MiB
+    # (malloc/arena.c).
     size = 64 << 20
     ends: dict[int, int] = {}
     for line in Path(f"/proc/{daemon.pid}/maps").read_text().splitlines():

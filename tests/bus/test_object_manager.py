@@ -60,7 +60,7 @@ def test_all_objects_in_one_call(client: Client, fake_qemu: Make, qemu: Make) ->
     assert (values["Monitor"], values["Agent"]) == ("none", "none")
     assert guests_in(objects)[real.pid][1]["Monitor"] == "qmp"
     assert list(objects[job]) == [JOB_INTERFACE]
-    # The job may take a sample between the two calls.
+    # Repeat this, because the job may take a sample between the two calls.
     until(
         lambda: (managed(client)[job][JOB_INTERFACE], client.properties(job, JOB_INTERFACE)),
         lambda both: both[0] == both[1],
@@ -126,7 +126,7 @@ def test_nobody_looks_for_guests_once_all_who_asked_have_left(
         while time.monotonic() < deadline:
             client.properties(path, GUEST_INTERFACE)
             time.sleep(0.2)
-    # A number is never reused.
+    # The number of a guest is never reused.
     assert guests_in(managed(client))[guest.pid][0] != path
 
 
@@ -170,7 +170,7 @@ def test_other_users_see_no_private_properties(
 
 
 def test_more_watchers_than_are_remembered(daemon: Daemon, fake_qemu: Make) -> None:
-    """One user has more connections than the daemon remembers. It remembers the newest ones."""
+    """One user has more connections than the daemon remembers, so it remembers the newest ones."""
     guest = fake_qemu()
     clients = [daemon.bus.client() for _ in range(3 * MAX_WATCHERS_PER_UID)]
     try:

@@ -22,7 +22,7 @@ FORCE, NOWAIT, POWERDOWN = 1, 2, 4
 def test_a_guest_without_an_operating_system_is_deaf_and_gets_sigterm(
     client: Client, qemu: Make
 ) -> None:
-    """The guest has idle processors, and nothing in it listens to the button."""
+    """The guest's processors are idle, and nothing in the guest listens to the power button."""
     guest = qemu(arguments=["-M", "q35", "-m", "32"])
     result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
     assert (result, guest.wait_gone()) == ("exited", 0)

@@ -80,7 +80,7 @@ class CtlProcess:
 
 @pytest.fixture
 def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., CtlProcess]]:
-    """A function that starts qkillctl with these arguments, and its output in a file."""
+    """A function that starts qkillctl with these arguments. The output goes to a file."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str) -> CtlProcess:
@@ -135,7 +135,7 @@ def test_list(daemon: Daemon, fake_qemu: Make) -> None:
     stats = {"cpu_usec", "memory_bytes", "uptime_usec"}
     assert rows[web.pid].keys() == {"pid", "name", "uuid", "uid", "user", "unit", "covered"} | stats
     assert rows[web.pid]["memory_bytes"] > 0
-    # It is computed from btime, which is known to 1 s.
+    # The uptime is computed from btime, which has a precision of 1 s.
     assert 0 <= rows[web.pid]["uptime_usec"] < 600_000_000
     assert (rows[web.pid]["name"], rows[web.pid]["uid"]) == ("web", os.getuid())
     assert hostile.pid in rows
@@ -231,7 +231,7 @@ def test_look_at_another_users_guest(daemon: Daemon, fake_qemu: Make) -> None:
     needs.root("to be another user")
     guest = fake_qemu(name="web", uuid="5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5")
     ctl(daemon.bus, "inspect", "web", code=6, uid=OTHER_UID)
-    # `status` shows to everyone what `list` shows.
+    # To every user, `status` shows what `list` shows.
     document = ctl_json(daemon.bus, "status", str(guest.pid), uid=OTHER_UID)
     assert (document["guest"]["name"], document["guest"]["user"]) == ("web", "root")
 
@@ -330,7 +330,7 @@ def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: St
     assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
     assert "next: held" in done.stdout
     assert "job 1 released: the stop continues" in ctl(daemon.bus, "release", "web").stdout
-    # This is one line, or two if the next step was not known at once.
+    # This is one line, or two lines if the next step was not known at once.
     running.wait_for(r"released(;|\n).*no SIGKILL for (1h|59min)")
     assert "job 1 was not held" in ctl(daemon.bus, "release", "web").stdout
     done = ctl(daemon.bus, "extend", "1s", "web")
@@ -425,7 +425,7 @@ def test_not_found(daemon: Daemon, fake_qemu: Make) -> None:
     assert len(done.stderr.splitlines()) == 3
     assert all(line.isprintable() for line in done.stderr.split("\n"))
     assert 'qkillctl: No running guest has the name, UUID or unit "nobody"' in done.stderr
-    assert done.stderr.count("nobody") == 2  # The second one is nobody.service.
+    assert done.stderr.count("nobody") == 2  # The second match is nobody.service.
     assert "`qkillctl list`" in done.stderr
     guest = fake_qemu()
     guest.signal(signal.SIGKILL)
@@ -449,7 +449,7 @@ def test_malformed_target_among_good_ones(daemon: Daemon, qemu: Make) -> None:
 
 
 def test_several_end_as_the_worst_of_them(daemon: Daemon, qemu: Make, fake_qemu: Make) -> None:
-    """All jobs run at the same time, so together they take as long as the slowest."""
+    """All jobs run at the same time, so together they take as long as the slowest job."""
     stubborn = [fake_qemu(name=f"stubborn{i}", stubborn=True) for i in range(3)]
     polite = qemu(name="polite")
     names = [guest.name for guest in (*stubborn, polite)]
@@ -536,7 +536,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(
 def test_plain_lines_are_one_for_each_change(
     daemon: Daemon, client: Client, fake_qemu: Make, start_ctl: StartCtl
 ) -> None:
-    """Signals from other senders do not count: anyone on the bus may send them."""
+    """Signals from other senders are ignored, because anyone on the bus may send them."""
     guest = fake_qemu(name="web", stubborn=True)
     others = set(_names(client))
     running = start_ctl("terminate", "--wait", "web")

@@ -1,4 +1,4 @@
-"""qkillctl trace of a running guest, through the real daemon: it prints, it ends, it stops
+"""qkillctl trace with the real daemon and a running guest: its output, its end, and that it stops
 nothing."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""qkillctl -H: the daemon of another host, with the real systemd-stdio-bridge and an ssh that runs
-it on this machine. For -M see tests/system/test_remote.py."""
+"""qkillctl -H: the daemon of another host. The systemd-stdio-bridge is the real one, and a fake ssh
+runs it on this machine. For -M see tests/system/test_remote.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_guest_of_another_host_is_listed_and_stopped(
 ) -> None:
     guest = qemu(name="far-guest")
     (row,) = (each for each in json.loads(ctl("--json", "list").stdout) if each["pid"] == guest.pid)
-    # qkillctl shows nothing from this machine about a process of the other host.
+    # qkillctl must not read files of this machine for a process of the other host.
     assert row["memory_bytes"] is None and row["user"] == str(os.geteuid())
     assert "system bus of root@far:2222" in ctl("status").stdout
     done = ctl("terminate", "--wait", "far-guest")
@@ -74,7 +74,7 @@ def test_all_guests_are_those_of_the_user_there(ctl: Ctl, qemu: Callable[..., Gu
 
 
 def test_a_container_of_another_host(ctl: Ctl, lab_dir: Path) -> None:
-    # The bridge finds no such container. The error shows that qkillctl requested it.
+    # There is no such container. The bridge's error shows that qkillctl requested it.
     failed = ctl("list", host="far/box", code=1)
     assert "system bus of container box on far: `ssh` ended with status" in failed.stderr
     call = (lab_dir / "calls").read_text()

@@ -14,7 +14,8 @@ from tests.lab.process import run
 
 
 def without_a_session(bus: Bus, runtime: str | None) -> dict[str, str]:
-    """Return the environment of a user's program outside any session, as with cron and `su`."""
+    """Return the environment of a user's program outside of any session, such as one started by
+    cron or `su`."""
     result = environment(bus.address)
     for name in ("DBUS_SESSION_BUS_ADDRESS", "DBUS_STARTER_ADDRESS", "XDG_RUNTIME_DIR", "DISPLAY"):
         result.pop(name, None)

@@ -1,4 +1,4 @@
-"""qkilld-stop asks the guest first: with the real daemon and without it, with a real QEMU."""
+"""qkilld-stop asks the guest first, with and without the real daemon. The QEMU is real."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.lab.process import TOP, end, spawn
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 NOBODY_THERE = ["-M", "q35", "-m", "32"]
-"""Arguments of a QEMU with only its firmware, which does not listen to the power button."""
+"""Arguments of a QEMU with only its firmware. The firmware does not listen to the power button."""
 
 _WITH_ROOT = """
 import sys
@@ -32,16 +32,16 @@ root, load = Path(sys.argv.pop(1)), config.load
 config.load = lambda: load(root)
 main()
 """
-"""A program that runs qkilld-stop with the configuration of the daemon under test, for which
-qkilld-stop has no option."""
+"""A program that runs qkilld-stop with the configuration of the tested daemon. (qkilld-stop has no
+option for this.)"""
 
 
 @contextlib.contextmanager
 def helper(
     root: Path, directory: Path, *arguments: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
-    """Run qkilld-stop with these arguments; yield the process and its output. It calls the daemon
-    that `started` has started."""
+    """Run qkilld-stop with these arguments; yield the process and its output. qkilld-stop calls the
+    daemon from `started`."""
     said = Log(directory / "said")
     arguments = (f"--socket={directory}/socket", *arguments)
     no_bus = {"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus"}

@@ -1,4 +1,5 @@
-"""Processes that block the reading of their identity: nobody else waits, and they get no signal."""
+"""Processes that block the reading of their identity. Other users do not wait for them, and they
+get no signal."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_ready(
 
 
 def _pending_signals(pid: int) -> str:
-    """Return "SIGKILL" if it is pending, else ""."""
+    """Return "SIGKILL" if SIGKILL is pending, otherwise ""."""
     lines = until(Path(f"/proc/{pid}/status").read_text, lambda text: "ShdPnd" in text).split("\n")
     masks = [int(line.split()[1], 16) for line in lines if line[3:5] == "Pn"]
     return "SIGKILL" if any(mask & 1 << SIGKILL - 1 for mask in masks) else ""
@@ -151,7 +152,7 @@ main()
 def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
     start_daemon: Start, fake_qemu: Make, lab_dir: Path
 ) -> None:
-    """TasksMax= of its unit may allow no more threads."""
+    """TasksMax= of the helper's unit may allow no more threads."""
     daemon = start_daemon("--varlink", f"{lab_dir}/socket")
     daemon.wait_for("serves the bus at")
     guest = fake_qemu()
@@ -169,7 +170,7 @@ def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
 
 
 def test_qkillctl_shows_no_usage_of_a_stuck_process(stuck: StuckGuests) -> None:
-    """And qkillctl does not wait for the process."""
+    """Also, qkillctl does not wait for the process."""
     guest = stuck.make_stuck(OTHER_UID)
     read: list[object] = []
 
@@ -194,7 +195,7 @@ main()
 
 
 def _allow_no_threads() -> None:
-    """Call it as OTHER_UID."""
+    """Forbid new threads of this user. Call this as OTHER_UID."""
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 
 
@@ -202,7 +203,8 @@ def _allow_no_threads() -> None:
 def test_qkilld_stop_needs_no_thread_without_the_daemon(
     fake_qemu: Make, lab_dir: Path, stubborn: bool, code: int
 ) -> None:
-    """Nor to sample the guest: without samples, a guest that hangs would never get SIGKILL."""
+    """qkilld-stop needs no thread to sample the guest, either. Without samples, a guest that hangs
+    would never get SIGKILL."""
     guest = fake_qemu(uid=OTHER_UID, stubborn=stubborn)
     spans = ("--grace=1s", "--stall=1s", "--storage-stall=4s")
     options = ("--force", *spans, f"--socket={lab_dir}/none")

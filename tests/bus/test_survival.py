@@ -1,4 +1,4 @@
-"""Jobs outlive the daemon where there is a runtime directory and no service manager."""
+"""Jobs outlive the daemon if there is a runtime directory, even without a service manager."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_a_job_goes_on_that_had_not_sent_sigterm(
 def test_a_job_outlives_a_crash_right_after_its_reply(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """The reply waits until the job is saved. Without this, every third job was lost."""
+    """The daemon replies only after the job is saved. Before this was so, every third job was
+    lost."""
     daemon = start()
     with private_bus.client() as client:
         for _ in range(12):
@@ -193,8 +194,9 @@ def test_killed_after_its_sigkill_and_before_the_process_went(
 def test_no_guest_that_was_killed_is_said_to_have_exited(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """The daemon is killed right after it has sent SIGKILL, before it has saved this. It has saved
-    its intention, unless that took more than 50 ms on a busy machine."""
+    """The daemon is killed right after it has sent SIGKILL, before it can save this. But it has
+    saved before that it would send SIGKILL, unless saving took more than 50 ms on a busy
+    machine."""
     daemon = start()
     rounds: list[set[str]] = []
     with private_bus.client() as client:
@@ -221,7 +223,7 @@ def test_sigterm_without_a_manager_to_ask_leaves_the_jobs(
     first = start()
     with private_bus.client() as client:
         job = client.terminate(guest.pid, FORCE | FIXED)
-        # An error, so that a service manager starts the daemon again.
+        # The exit code is an error, so that a service manager starts the daemon again.
         assert first.stop() == 1
         first.wait_for("1 jobs continue when it is started again")
         start()

@@ -126,8 +126,8 @@ def test_cancel(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
     client.cancel(job)
     result, receipt = client.wait(job)
     assert (result, signals(receipt)) == ("cancelled", ["SIGTERM"])
-    # Wait for the SIGKILL of a later job with the same grace. If it were not cancelled, the first
-    # job would have sent its own by then.
+    # Wait for the SIGKILL of a later job with the same grace. If the first job were not cancelled,
+    # it would have sent SIGKILL before.
     other = fake_qemu(stubborn=True)
     result, _ = client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3_000_000)))
     assert result == "killed"
@@ -162,10 +162,10 @@ def test_progress_is_announced(client: Client, fake_qemu: Make) -> None:
     while not phases or phases[-1] != "done":
         _, (interface, changed, invalidated) = client.signal("PropertiesChanged", path=job)
         assert interface == "org.qkilld1.Job"
-        # Signals go to everyone, and not everyone may see how much a guest writes.
+        # Everyone gets the signals, but not everyone may see how much a guest writes.
         assert set(invalidated) <= PRIVATE
         assert not PRIVATE & changed.keys()
-        # Changes at the same time come in one signal.
+        # Simultaneous changes are announced in one signal.
         if "LastProgressUSec" in changed and "Phase" not in changed:
             assert "DeadlineUSec" in changed
         phases += [changed["Phase"][1]] if "Phase" in changed else []
@@ -223,7 +223,7 @@ def test_finding_jobs(client: Client, fake_qemu: Make) -> None:
     assert values["DeadlineUSec"] == pytest.approx(values["StartedUSec"] + 15e6, abs=1e6)
     guest.signal(signal.SIGKILL)
     assert client.wait(job)[0] == "exited"
-    # The object outlives its job, so that a late Wait still gets its answer.
+    # The object exists longer than its job runs, so that a late Wait still gets its answer.
     assert client.wait(job)[0] == "exited"
     assert client.properties(job, "org.qkilld1.Job")["Result"] == "exited"
     assert client.properties()["NJobs"] == 0

@@ -79,7 +79,7 @@ def test_a_bus_that_does_not_answer(listening: tuple[socket.socket, str]) -> Non
 
 
 def test_a_bus_with_a_full_backlog(listening: tuple[socket.socket, str]) -> None:
-    """connect(2) would block, but the event loop continues until the timeout."""
+    """connect(2) would block. The event loop still runs, until the timeout."""
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(listening[0].getsockname())
 
@@ -117,8 +117,9 @@ def test_a_bus_that_is_full() -> None:
 
 @pytest.mark.parametrize("read", [True, False])
 def test_a_descriptor_that_lingers(private_bus: Bus, read: bool) -> None:
-    """Any user of the bus may send such a descriptor to a connection that accepts descriptors.
-    Neither dropping the descriptor nor closing the connection before it is read blocks."""
+    """Any user of the bus may send such a descriptor to a connection that accepts descriptors. It
+    must not block the receiver, whether the descriptor is dropped or the connection is closed
+    before the descriptor is read."""
     driver = DBusAddress("/org/freedesktop/DBus", DBUS, DBUS)
 
     def send(name: str) -> None:
