@@ -12,9 +12,9 @@ import pytest
 from tests.lab import container as lab_container
 
 AT_ONE_GO: Final = 5
-"""How many successive tests of a file one worker of pytest-xdist runs, because they share the
-set-up of their module. With fewer, the set-up would be repeated more often; with more, one worker
-would run the whole longest file."""
+"""How many successive tests of a file one worker of pytest-xdist runs. They share the set-up of
+their module. With a smaller number, the set-up would be repeated more often. With a greater one, a
+single worker would run all of the longest file."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def container() -> Iterator[lab_container.Container]:
-    """One throwaway system for all tests of a process. Each test has units and names of its own."""
+    """One throwaway system for all tests of a process. Each test uses its own units and names."""
     with lab_container.boot() as booted:
         yield booted
 

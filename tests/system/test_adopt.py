@@ -1,4 +1,4 @@
-"""Units as users write them: checked, adopted, stopped while the guest flushes slowly, and
+"""Units as users write them. They are checked, adopted, stopped while the guest flushes slowly, and
 reverted."""
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
 TIMEOUT_S = 4
 """TimeoutStopSec= of every unit here, before and after it is adopted."""
 RATE = "800K"
-"""Speed of the storage during the stop, bits per second. QEMU's last writes take about 10 s."""
+"""The rate of the storage during the stop, in bits per second. At this rate, QEMU's last writes
+take about 10 s."""
 JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
 MANAGERS_OWN = {"manager-timeout": "advice"}
-"""The finding that every unit of a user has: only the system can change the limit of the user's
-manager."""
+"""The finding of every unit of a user, because only the system's administrator can change the limit
+of the user's manager."""
 OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
-"""With this timeout, the guest keeps its data only if the timeout is extended."""
+"""The timeout is so short that the guest keeps its data only if the timeout is extended."""
 
 _numbers = itertools.count(1)
 
@@ -107,14 +108,14 @@ def manager(installed: Container) -> Iterator[Manager]:
 
 @pytest.fixture(scope="module")
 def users(manager: Manager) -> Iterator[Manager]:
-    """A user with a manager and a session bus."""
+    """The manager of a user who has a session bus."""
     with session(manager.system):
         yield Manager(manager.system, user=True)
 
 
 @dataclass
 class FlushingGuest:
-    """A guest whose last writes go to an NBD server, which is slow during the stop."""
+    """A guest with a disk on an NBD server. During the stop, the server is slow."""
 
     machine: Machine
     image: Path
@@ -132,7 +133,7 @@ class FlushingGuest:
         self.target.wait_for("^GUEST DONE")
 
     def lost(self) -> int:
-        """Return how many acknowledged records are missing. Call it after the guest's exit."""
+        """Return how many acknowledged records are missing. Call this after the guest's exit."""
         assert self.target is not None
         self.server.rate(None)
         assert wait_gone(self.target.pidfd, 60)
@@ -147,7 +148,7 @@ class FlushingGuest:
 
 @pytest.fixture
 def flushing(manager: Manager) -> Iterator[list[FlushingGuest]]:
-    """Six guests, not yet started. Their files are visible in the container."""
+    """Six guests that are not yet started. Their files are visible in the container."""
     guest_image()
     with contextlib.ExitStack() as stack:
         guests = []
@@ -213,7 +214,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
         }
         assert manager.check("wild-1.scope") == {"no-guard": "loses"}
         assert users.check("wild-user.service") == {"no-exec-stop": "loses", **MANAGERS_OWN}
-        # Without a name: every unit with a QEMU in it.
+        # Without a name, qkillctl checks every unit in which a QEMU runs.
         everyone = manager.ctl("check-unit", code=8)
         assert all(f"{name}: loses data" in everyone for name in [*names, "wild-control.service"])
         manager.ctl("adopt", *names)
@@ -369,7 +370,7 @@ def test_drop_ins_that_override_ours_are_named(manager: Manager) -> None:
         manager.run("rm", path)
         manager.systemctl("daemon-reload")
         assert manager.check(unit) == {}
-        # adopt makes systemd load a drop-in that was written but not loaded.
+        # If a drop-in was written but not loaded, adopt makes systemd load it.
         text = manager.run("cat", f"{manager.directory}/{unit}.d/50-qkilld.conf").stdout
         manager.ctl("adopt", "--undo", unit)
         manager.system.write(f"{manager.directory}/{unit}.d/50-qkilld.conf", text)
@@ -396,7 +397,7 @@ def test_a_user_of_its_own_in_a_sandbox(manager: Manager) -> None:
     ],
 )
 def test_a_sandbox_that_hides_the_guest(manager: Manager, command: str, sandbox: str) -> None:
-    """With PrivateUsers=, the daemon alone would see a guest that is the main process."""
+    """With PrivateUsers=, only the daemon could read a guest that is the main process."""
     lines = ("ExecStop=-/usr/bin/qkilld-stop", "NotifyAccess=exec", "TimeoutStopSec=90s")
     with idle(manager, f"ExecStart={command}", sandbox, *lines) as unit:
         assert manager.check(unit)["helper-sandbox"] == "loses"
@@ -407,7 +408,7 @@ def test_a_sandbox_that_hides_the_guest(manager: Manager, command: str, sandbox:
 
 
 def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) -> None:
-    """systemd would run the next line while the guest runs."""
+    """Otherwise, systemd would run the next line while the guest still runs."""
     command = f"/bin/sh -c '{IDLE} & exec sleep 0.3'"
     lines = ("Type=forking", "GuessMainPID=no", "PrivateUsers=yes", "ExecStop=/bin/touch /run/next")
     stop = f"ExecStop={CHECKOUT}/.venv/bin/python -m qkilld.stop"
@@ -420,8 +421,8 @@ def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) ->
 
 
 def test_a_session_of_pam_is_not_taken_for_a_guest(manager: Manager) -> None:
-    """The unit's user may not see the executable of systemd's process (sd-pam), which each command
-    of the unit has."""
+    """Each command of the unit has a process (sd-pam) of systemd. The unit's user may not read the
+    executable of this process."""
     stop = f"ExecStop={CHECKOUT}/.venv/bin/python -m qkilld.stop"
     sandbox = (f"Environment=PYTHONPATH={CHECKOUT}", "NotifyAccess=exec", "TimeoutStopSec=90s")
     lines = ("ExecStart=/bin/sleep 0.3", f"User={OTHER_UID}", "PAMName=login")
@@ -509,7 +510,7 @@ def test_a_users_scope_is_told_what_to_do_instead(users: Manager) -> None:
         while shown(users, "wild-3.scope", "ActiveState") != "active":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        # Scopes of users have no guard, so adopt could write nothing.
+        # A user's scope can have no guard, so adopt cannot improve it.
         found = users.check("wild-3.scope", verdicts=("no-better",))
         assert found == {"no-guard": "loses", **MANAGERS_OWN}
         assert "start the guest as a service" in users.ctl("adopt", "wild-3.scope", code=1)

@@ -1,5 +1,5 @@
-"""adopt reverts a result that differs from the predicted one, can revert everything at once, and
-takes no time from running stops."""
+"""adopt reverts a result that differs from the predicted one. It can revert all units at once. It
+does not shorten the timeouts of running stops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def files(system: Container) -> str:
 
 @contextlib.contextmanager
 def unit(system: Container, *lines: str, name: str = "") -> Iterator[str]:
-    """A running unit with these lines, by default with an idle QEMU."""
+    """A running unit with these lines. By default, it runs an idle QEMU."""
     name = name or f"safety{next(_numbers)}.service"
     text = "[Service]\n" + "\n".join(lines or (f"ExecStart={IDLE}",)) + "\n"
     system.write(f"{DIRECTORY}/{name.partition('@')[0]}{'@.service' if '@' in name else ''}", text)
@@ -63,7 +63,7 @@ def test_a_result_that_is_not_what_was_predicted_is_taken_back(installed: Contai
     wanted = ("ExecStop", "KillSignal", "NotifyAccess", "TimeoutStopUSec")
     with unit(installed) as name:
         settings = shown(installed, name, *wanted)
-        # systemd has not loaded this drop-in, so the prediction does not include it. The
+        # systemd has not loaded this drop-in, so the prediction does not include it. But the
         # daemon-reload of adopt loads it.
         later = f"{DIRECTORY}/{name}.d/90-site.conf"
         installed.write(later, "[Service]\nExecStop=\nExecStop=/bin/kill -9 $MAINPID\n")
@@ -83,7 +83,7 @@ def test_an_earlier_drop_in_of_ours_comes_back_as_it_was(installed: Container) -
     with unit(installed) as name:
         ctl(installed, "adopt", name)
         path = f"{DIRECTORY}/{name}.d/{OURS}"
-        # adopt would add lines to its earlier drop-in, but another drop-in makes the unit worse.
+        # adopt would add lines to its earlier drop-in. Another drop-in makes the unit worse.
         installed.write(f"{DIRECTORY}/{name}.d/10-site.conf", "[Service]\nKillMode=none\n")
         installed.run("systemctl", "daemon-reload")
         later = f"{DIRECTORY}/{name}.d/90-site.conf"
@@ -120,8 +120,7 @@ def stubborn(installed: Container) -> str:
 
 
 def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: str) -> None:
-    """`daemon-reload` makes systemd forget by how much a running ExecStop= has extended its
-    time."""
+    """`daemon-reload` makes systemd forget the extensions of a running ExecStop=."""
     installed.run("systemctl", "start", "qkilld.service")
     line = "ExecStop=/bin/sh -c 'exec qkilld-stop'"
     helper = (line, "NotifyAccess=exec", "TimeoutStopSec=infinity")
@@ -240,7 +239,8 @@ def test_adopt_is_offered_only_if_it_would_write(installed: Container) -> None:
 
 
 def test_a_line_that_needs_the_guest_to_be_gone_still_runs_after_it(installed: Container) -> None:
-    """QEMU removes its pidfile when it exits, so a copy shows that the guest was still there."""
+    """QEMU removes its pidfile when it exits. So if there is a copy, the guest still ran when the
+    line ran."""
     pidfile, copy = "/run/adopt-copy.pid", "/run/adopt-copy"
     lines = (
         f"ExecStart={IDLE} -pidfile {pidfile}",
@@ -310,11 +310,11 @@ def test_a_sandbox_in_which_the_helper_cannot_be_executed(installed: Container) 
 def test_the_helper_in_a_pid_namespace_of_its_own_says_so(
     installed: Container, command: str
 ) -> None:
-    """In the namespace, $MAINPID is another process or none, and no guest is visible. The helper
-    must not conclude that the guest is gone."""
+    """In the namespace, $MAINPID means another process or none, and no guest is visible. The helper
+    must not conclude from this that the guest is gone."""
     version = int(installed.run("systemctl", "--version").stdout.split()[1])
     lines = ["PrivatePIDs=yes", f"ExecStart={IDLE}", f"ExecStop={command}"]
-    # Versions before 257 have no PrivatePIDs=, and 262 does not apply it to ExecStop=.
+    # Versions of systemd before 257 have no PrivatePIDs=, and 262 does not apply it to ExecStop=.
     if version != 257:
         lines = [f"ExecStart={IDLE}"]
         lines += [f"ExecStop=/usr/bin/unshare --pid --fork --mount-proc {command}"]
@@ -326,8 +326,7 @@ def test_the_helper_in_a_pid_namespace_of_its_own_says_so(
 
 
 def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
-    """The helper in the line of adopt runs outside of the namespace, so it stops the guest
-    normally.
+    """In adopt's line, the helper runs outside of the namespace, so it stops the guest normally.
 
     systemd before 257 ignores the setting."""
     with unit(installed, "Type=exec", "PrivatePIDs=yes", f"ExecStart={IDLE}") as name:
@@ -339,7 +338,7 @@ def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
 
 
 def test_a_template_gets_the_lines_as_written(installed: Container) -> None:
-    """Two commands in one line, quotes, escapes and specifiers, as systemd reads them."""
+    """The lines have two commands in one line, quotes, escapes and specifiers."""
     lines = (
         f"ExecStart={IDLE} -name %i -pidfile /run/%i.pid",
         "ExecStop=/bin/sh -c 'echo system_powerdown | socat - \"UNIX:/run/%i.mon\"' ; "
@@ -359,7 +358,7 @@ def test_a_template_gets_the_lines_as_written(installed: Container) -> None:
         assert "/run/a" not in other
         ctl(installed, "adopt", "--undo", template)
 
-    # systemd ignores the last line, so its commands are not those of the files.
+    # systemd ignores the last line, so systemd's commands are not those in the files.
     with unit(installed, *lines, "ExecStop=-nonsense/", name="safety-lines@a.service"):
         before = files(installed)
         assert "daemon-reload" in ctl(installed, "adopt", template, code=8)
@@ -411,8 +410,8 @@ def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> Non
 
 
 def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container) -> None:
-    """Only the instance's own drop-in makes it safe, and only its environment shows what its stop
-    line does."""
+    """The instance is safe only because of its own drop-in, and what its stop line does depends on
+    its own environment."""
     lines = (
         f"ExecStart={IDLE} -name %i",
         "EnvironmentFile=-/run/%i.env",

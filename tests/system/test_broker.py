@@ -48,7 +48,7 @@ def test_guests_are_told_of_and_followed(system: Container) -> None:
     start(system, "followed")
     listed = system.run("qkillctl", "list").stdout
     assert "followed.service" in listed
-    # qkillctl waits for signals about its job, for which it adds match rules.
+    # qkillctl adds match rules for signals about its job, and waits for these signals.
     done = system.run("qkillctl", "terminate", "--wait", "followed.service")
     assert "without SIGKILL" in done.stdout
 

@@ -30,7 +30,7 @@ def test_only_root_is_told_that_a_host_is_safe(installed: Container) -> None:
     assert "run this as root" in said
     assert "No QEMU runs on this host" not in lines(OTHER_UID)
 
-    # Everyone can see that this guest is a QEMU, by its command line.
+    # Every user can recognise this guest by its command line.
     guest = (QEMU, "-name", "checked", "-M", "none", "-display", "none")
     installed.run("systemd-run", f"--unit={UNIT}", "--service-type=exec", *guest)
     try:

@@ -1,4 +1,4 @@
-"""The corpus of units from the field, with a real systemd: the verdict on each."""
+"""The verdict on each unit of the corpus, with a real systemd."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
     assert guests["100.scope"] == ("keeper", ["pve-guests.service"])
     assert guests["no-sigkill.service"] == ("systemd", [])
     assert done.returncode == document["exit_code"] == 8
-    # The program of our-cluster.service shows the project.
+    # The project of our-cluster.service is known by its program.
     keepers = {each["unit"]: each["project"] for each in document["keepers"]}
     assert keepers["our-cluster.service"] == "pacemaker"
     assert keepers["pve-guests.service"] == "Proxmox VE"
@@ -61,7 +61,7 @@ def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
 
 
 def test_a_host_with_six_of_them_powers_off() -> None:
-    """The whole table is `make bench-units`."""
+    """This stops only six units. `make bench-units` stops all."""
     names = ("plain", "sigkill", "sigcont", "loop", "on-nbd")
     wanted = {*(f"{name}.service" for name in names), "100.scope"}
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""Guests that are asked first, as real units, with the installed daemon and helper."""
+"""Guests in real units are asked before they are stopped, by the installed daemon and helper."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 POWERDOWN = 4
 QEMU = "/usr/bin/qemu-system-x86_64 -nodefaults -no-user-config -display none"
 FIRMWARE = f"{QEMU} -M pc -accel tcg -m 32"
-"""A guest without an operating system: nothing listens to the power button, and it is idle after a
+"""A guest without an operating system. Nothing listens to its power button, and it is idle after a
 second."""
 KILLS = int(os.environ.get("LAB_KILLS", "8"))
-"""How often the daemon is killed while QEMU hangs in its exit. 200 take some minutes."""
+"""How often the daemon is killed while QEMU hangs during its exit. With 200, the test takes some
+minutes."""
 DROP_IN = "/run/systemd/system/qkilld.service.d/guest-first.conf"
 
 
@@ -46,7 +47,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 @contextlib.contextmanager
 def unit(system: Container, name: str, command: str, *lines: str) -> Iterator[str]:
-    """A guest as a unit, with these lines added to [Service]."""
+    """A unit that runs a guest, with these lines added to [Service]."""
     text = "\n".join(["[Service]", f"ExecStart={command}", *lines])
     system.write(f"/run/systemd/system/{name}.service", f"{text}\n")
     system.run("systemctl", "start", f"{name}.service")
@@ -97,7 +98,7 @@ def kill_daemon(system: Container) -> None:
 def test_the_monitor_of_another_user_is_reached(
     system: Container, place: str, lines: tuple[str, ...], monitor: str
 ) -> None:
-    """The daemon asks the guest, despite the daemon's sandbox."""
+    """The daemon can ask the guest, although the daemon has a sandbox."""
     command = f"{FIRMWARE} {monitor} unix:{place},server=on,wait=off"
     with unit(system, "reached", command, f"User={OTHER_UID}", *lines) as name:
         until(lambda: call(system, "ListGuests")[0], bool)
@@ -120,7 +121,7 @@ def test_systemctl_stop_loses_nothing_that_the_guest_had_written(system: Contain
             shell = Shell(directory / "shell")
             shell.wait_until_there()
             system.run("qkillctl", "adopt", name)
-            # The guest keeps its data only if this timeout is extended.
+            # The timeout is so short that the guest keeps its data only if the timeout is extended.
             system.write(f"/run/systemd/system/{name}.d/99.conf", "[Service]\nTimeoutStopSec=3\n")
             system.run("systemctl", "daemon-reload")
             try:
@@ -137,11 +138,13 @@ def test_systemctl_stop_loses_nothing_that_the_guest_had_written(system: Contain
         f"OBJECT_SYSTEMD_UNIT={name}", f"MESSAGE_ID={MessageId.JOB_ENDED.value}"
     )
     assert (entry["QKILLD_RESULT"], entry["QKILLD_GUEST_ASKED"]) == ("exited", "shut-down")
-    # The guest had shut down before any signal. QEMU may get SIGTERM while it exits by itself.
+    # The guest shut down before any signal. QEMU may get SIGTERM, but only while it exits by
+    # itself.
 
 
 def stop_and_follow(system: Container, name: str) -> None:
-    """systemctl stop reports what the guest does, and succeeds however long it takes."""
+    """Run systemctl stop. During the stop, the unit's status says what the guest does. The stop
+    succeeds, no matter how long it takes."""
     said = set()
     began = time.monotonic()
     with system.spawn("systemctl", "stop", name) as stopping:
@@ -156,8 +159,8 @@ def stop_and_follow(system: Container, name: str) -> None:
 
 
 def test_out_of_band_outlives_the_daemon(system: Container) -> None:
-    """After SIGTERM, QEMU answers no new connection, so the next daemon uses the connection that
-    systemd keeps."""
+    """After SIGTERM, QEMU does not answer new connections. So the next daemon uses the connection
+    that systemd has kept."""
     lines = "StartLimitIntervalSec=0\n[Service]\nEnvironment=SYSTEMD_LOG_LEVEL=debug"
     system.write(DROP_IN, f"[Unit]\n{lines}\n")
     system.run("systemctl", "daemon-reload")

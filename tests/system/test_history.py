@@ -30,7 +30,8 @@ sender.sendto(text.encode(), "/run/systemd/journal/socket")
 
 @pytest.fixture(scope="module")
 def system(installed: Container) -> Iterator[Container]:
-    """A system after two stops: one by the daemon, and one without it, in a unit with a user."""
+    """A system after two stops: one by the daemon, and one without the daemon, in a unit with a
+    user."""
     installed.write("/etc/qkilld/qkilld.conf", "")
     installed.run("systemctl", "restart", "qkilld.service")
     stop(installed, "past1.service")
@@ -59,12 +60,13 @@ def stop(system: Container, unit: str, *lines: str, journald_lags: bool = False)
 
 
 def stop_while_journald_lags(system: Container, unit: str) -> None:
-    """Stop the guest while journald does not read. It reads again shortly after the guest's
+    """Stop the guest while journald does not read. journald reads again shortly after the guest's
     exit."""
     show = ("systemctl", "show", "--value", "--property=MainPID")
     qemu = system.run(*show, unit).stdout.strip()
     journald = system.run(*show, "systemd-journald.service").stdout.strip()
-    # A single process does all this, because on a busy host, starting another one takes too long.
+    # A single process does all this, because on a busy host, the start of another process takes too
+    # long.
     script = f"""
         kill -STOP {journald}
         systemctl stop --no-block {unit}
@@ -117,8 +119,8 @@ def test_a_stop_is_drawn_from_the_journal(system: Container) -> None:
     drawn = system.run("qkillctl", "timeline", f"job:{number}").stdout
     words = [element.text or "" for element in ElementTree.fromstring(drawn).iter()]
     assert any(word.startswith("SIGTERM ") for word in words)
-    # Each daemon and each helper counts jobs from 1, so a number means the newest job with this
-    # number.
+    # Each daemon and each helper counts jobs from 1. If several jobs have the same number, the
+    # newest one is meant.
     assert any(f"job {number}: exited" in word for word in words)
     missing = system.run("qkillctl", "timeline", "job:999999", check=False)
     assert missing.returncode == 7 and "has no job 999999" in missing.stderr

@@ -85,7 +85,7 @@ def test_uninstall_removes_only_installed_files(lab_dir: Path) -> None:
     manifest.write_text(manifest.read_text() + f"/{gone}\n")
     make("install", destination)
     assert tree(lab_dir) == installed
-    # Uninstalling also removes what systemctl enable and another interpreter have made.
+    # Uninstalling also removes files that systemctl enable and another interpreter have made.
     (wants / "qkilld.service").symlink_to("/usr/lib/systemd/system/qkilld.service")
     (lab_dir / "usr/lib/qkilld/python/qkilld/__pycache__/x.cpython-399.pyc").touch()
     make("uninstall", destination)
@@ -125,7 +125,8 @@ def test_other_places(lab_dir: Path) -> None:
 
 
 def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
-    """The package's system handles byte code, the list of installed files, and the licence."""
+    """For a package, byte code, the list of installed files and the licence are handled by the
+    package's system."""
     make("install", f"DESTDIR={lab_dir}", "PACKAGE=yes")
     names = [path.name for path in lab_dir.rglob("*")]
     assert "qkillctl" in names and "qkilld.conf.5" in names
@@ -133,7 +134,7 @@ def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
 
 
 def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
-    """It keeps files that somebody else has written or edited."""
+    """Files that somebody else has written or edited are kept."""
     change = Change("it is cut off", (Line("Service", "ExecStop=/usr/bin/qkilld-stop"),))
     text = text_of("x.service", "qkillctl adopt --undo x", "1.0.0", [change])
     files = {
@@ -163,7 +164,7 @@ def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
 def test_pacman_removes_the_package_during_a_stop(
     lab_dir: Path, code: int, calls: list[str]
 ) -> None:
-    """It cannot refuse that, so no drop-in may remain."""
+    """The package cannot refuse its removal, so no drop-in may remain."""
     log = lab_dir / "calls"
     undo = f'#!/bin/sh\necho "$*" >>{log}\n[ "$1" = --now ] || exit {code}\n'
     for name, text in (("undo-adopt", undo), ("systemctl", "#!/bin/sh\n")):
@@ -184,7 +185,7 @@ def test_a_wrong_place_is_refused(lab_dir: Path, variable: str) -> None:
 
 @pytest.fixture
 def on_debian(lab_dir: Path) -> Iterator[Path]:
-    """A prefix on this machine that holds everything, for Debian's own Python."""
+    """A prefix on this machine into which everything is installed, for Debian's own Python."""
     places = ("UNITDIR", "USERUNITDIR", "CATALOGDIR", "DBUSDATADIR", "POLKITDIR")
     variables = (f"PREFIX={lab_dir}", *(f"{place}={lab_dir}/{place.lower()}" for place in places))
     said = make("install", f"PYTHON={PYTHON}", *variables)

@@ -1,7 +1,8 @@
-"""A host shuts down with guests that keepers shut down: qkilld-guests.service waits for them.
+"""A host shuts down, and keepers shut down some of its guests. qkilld-guests.service waits for the
+keepers.
 
-The keepers are stand-ins for pve-guests.service, docker, libvirt-guests and a keeper of the site,
-with their unit properties.
+The keepers imitate pve-guests.service, docker, libvirt-guests and a keeper of the site. They have
+the same unit properties.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.lab.scratch import scratch
 from tests.safety.contained import ContainerPolicy
 
 BUSY_S, HUNG_S = 3, 5
-"""The time before pve-guests asks its guest, and the timeout of the keeper that hangs."""
+"""The time (s) before pve-guests asks its guest, and the timeout (s) of the keeper that hangs."""
 
 # keep SECONDS|SOCKET SOCKET: wait for SECONDS, or up to a minute for the exit of the guest with the
 # first SOCKET. Then ask the guest with the second SOCKET, and return when this guest is gone.
@@ -59,7 +60,8 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""This unit is stopped after the guests, because journalctl --follow gets an entry 250 ms late."""
+"""This unit delays the end of the shutdown until the guests are stopped, because journalctl
+--follow gets an entry 250 ms late."""
 SCOPES = {
     # Scopes as Proxmox VE's qemu-server makes them.
     "100": ("Before=pve-guests.service", "KillMode=process", "SendSIGKILL=no",
@@ -68,9 +70,9 @@ SCOPES = {
             "TimeoutStopSec=infinity"),
     "site": ("Before=site-keeper.service", "TimeoutStopSec=10"),
     "hung": ("Before=hung-keeper.service", "TimeoutStopSec=10"),
-    # libvirt's scope, whose keeper is behind this target.
+    # A scope of libvirt. Its keeper is ordered after this target.
     "virt": ("Before=virt-guest-shutdown.target", "TimeoutStopSec=10"),
-    # A container of docker, which is not ordered before its keeper.
+    # The scope of a docker container. It is not ordered before its keeper.
     "box": ("TimeoutStopSec=10",),
     "free": ("TimeoutStopSec=10",),
 }  # fmt: skip
@@ -80,7 +82,7 @@ ENGINE = f"""\
 {SHIM} -c 'shift 2; "$@"; true' shim -namespace moby "$@" &
 exec /usr/local/sbin/dockerd infinity
 """
-"""Docker under another name: its shim, which runs the container, and its daemon."""
+"""Docker under another name: the shim that runs the container, and the daemon."""
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def start(host: Container, guest: CorpusGuest, state: Path) -> None:
         host.run("systemd-run", *unit, "/usr/local/bin/engine", *scope, *words)
         wait_for(lambda: host.property("box.scope", "ActiveState") == "active")
         return
-    # Make it a child of the host's first process, which reaps it.
+    # Make the process a child of the host's first process, which reaps it.
     script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
     host.run("sh", "-c", script, "sh", *scope, *words)
     wait_for(lambda: host.property(f"{guest.name}.scope", "ActiveState") == "active")
@@ -156,7 +158,7 @@ class Story:
 @contextlib.contextmanager
 def recorded(host: Container, log: Log) -> Iterator[None]:
     with log.path.open("wb") as file:
-        # Not a child of nsenter: see test_shutdown.
+        # journalctl must not be a child of nsenter: see test_shutdown.
         follow = ("setsid", "--fork", "journalctl", "--follow", "--lines=all", "--output=json")
         with host.spawn(*follow, stdout=file) as started:
             started.wait(30)
@@ -214,26 +216,26 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
     (pve_ends,) = story.at("keeper ends", "pve-guests.service")
     (site_ends,) = story.at("keeper ends", "site-keeper.service")
     (hung_begins,) = story.at("Stopping hung-keeper.service")
-    # Keepers shut down two guests, which qkilld leaves alone.
+    # Keepers shut down these guests, so qkilld leaves them alone.
     assert not stopped("100") and not stopped("site"), story
     assert not stopped("virt") and not stopped("box"), story
     for keeper in ("site-keeper", "our-guests", "engine"):
         assert story.at(f"is left to {keeper}.service"), story
-    # The keeper does not know guest 101. qkilld stops it when the keeper has finished.
+    # The keeper does not know guest 101. qkilld stops this guest when the keeper has finished.
     (left,) = stopped("101")
     assert left >= pve_ends, story
-    # The keeper of this guest hangs. qkilld waits until the keeper's timeout, but no longer.
+    # The keeper of this guest hangs. qkilld waits only until the keeper's timeout.
     (stuck,) = stopped("hung")
     assert stuck - hung_begins >= HUNG_S * 1_000_000, story
-    # qkilld does not wait for the keepers of other guests: one of these keepers waits for this
-    # guest.
+    # For this guest, qkilld does not wait for the keepers of other guests. One of them waits for
+    # this guest.
     (free,) = stopped("free")
     assert free < site_ends, story
     assert not story.at("Sent SIG"), story
 
 
 def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
-    """systemd leaves scopes running, and a guard or qkilld-guests.service must not change that."""
+    """systemd leaves scopes running. With a guard or qkilld-guests.service, they must run, too."""
     with lab_container.boot() as host:
         lab_container.install(host)
         host.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep 1000\n")

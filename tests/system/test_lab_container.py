@@ -84,5 +84,5 @@ def test_no_container_outlives_a_run_that_is_ended(lab_dir: Path, number: signal
     finally:
         process.end(runner)
         process.close_and_reap(pidfds)
-    # Unlike rglob, it passes over groups of other tests that go away meanwhile.
+    # Unlike rglob, os.walk ignores groups of other tests that are removed meanwhile.
     assert [path for path, _, _ in os.walk("/sys/fs/cgroup") if Path(path).name == up[2]] == []

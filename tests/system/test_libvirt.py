@@ -1,4 +1,4 @@
-"""Guests of libvirt, which holds their monitors: virsh asks them, and qkilld waits for them."""
+"""Guests of libvirt. libvirt uses their monitors, so virsh asks them, and qkilld waits for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ with peer.libvirtd():
         peer.virsh("create", xml.strip())
         print("created", flush=True)
 """
-"""A program that runs libvirtd, and starts a domain for each description on its input."""
+"""A program that runs libvirtd, and starts a domain for each description that it reads."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def libvirt(installed: Container) -> Iterator[subprocess.Popen[bytes]]:
 def domain(
     system: Container, libvirt: subprocess.Popen[bytes], name: str, power: str
 ) -> Iterator[str]:
-    """Run a domain that reacts to its power button as `power` says. Yield its pid in the
+    """Run a domain; `power` says how it reacts to its power button. Yield its pid in the
     container."""
     with scratch("v") as directory:
         serial = Log(directory / "serial")

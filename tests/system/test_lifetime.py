@@ -1,4 +1,5 @@
-"""How long the service runs: what a shutdown stops early must not stop the service, too."""
+"""How long the service runs. Units that are stopped early in a shutdown must not stop the service,
+too."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def test_nothing_that_it_requires_is_stopped_by_a_shutdown(installed: Container,
 
 
 def test_an_indirect_default_dependency_is_found(installed: Container) -> None:
-    """The listing finds a unit with default dependencies that qkilld.service requires
+    """The listing contains a unit with default dependencies if qkilld.service requires it
     indirectly."""
     drop_in = "/run/systemd/system/qkilld.service.d/needs.conf"
     installed.write("/run/systemd/system/far.service", "[Service]\nExecStart=/bin/true\n")
@@ -67,7 +68,7 @@ def test_the_socket_is_there_without_being_enabled(installed: Container) -> None
         "s.sendall(json.dumps({'method': 'org.qkilld1.GetStatus'}).encode() + b'\\0')\n"
         "print(s.recv(65536).rstrip(b'\\0').decode())\n"
     )
-    # Any user may connect, which starts the service.
+    # Any user may connect, and this starts the service.
     replied = json.loads(installed.run("python3", "-c", script, uid=65534).stdout)
     assert replied["parameters"]["jobs"] == 0
     assert installed.property("qkilld.service", "ActiveState") == "active"
@@ -75,8 +76,8 @@ def test_the_socket_is_there_without_being_enabled(installed: Container) -> None
     assert mode.splitlines() == ["755 root", "700 root"]
 
 
-# Without default dependencies: basic.target comes after dbus.socket, which comes after LATE. To
-# break such a cycle, systemd drops one of the stops.
+# The unit has no default dependencies, because basic.target is ordered after dbus.socket, and
+# dbus.socket after LATE. With such a cycle, systemd would drop one of the stops.
 LATE = """\
 [Unit]
 DefaultDependencies=no
@@ -99,7 +100,8 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""This unit is stopped after the guest, because journalctl --follow gets an entry 250 ms late."""
+"""This unit delays the end of the shutdown until the guest is stopped, because journalctl --follow
+gets an entry 250 ms late."""
 KILLER = """\
 [Unit]
 DefaultDependencies=no
@@ -118,11 +120,11 @@ MOUNT = "[Mount]\nWhat=tmpfs\nWhere=/var\nType=tmpfs\n"
 
 @pytest.mark.parametrize("case", ["not running", "killed"])
 def test_a_guest_that_is_stopped_when_the_bus_has_gone(lab_dir: Path, case: str) -> None:
-    """During a poweroff, the helper's call starts the daemon, which has not run before or has been
+    """During a poweroff, the helper's call starts the daemon. Before, the daemon has not run or was
     killed."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(lab_container.boot())
-        # Do not run from the checkout, because it is a mount, which is unmounted early.
+        # Do not run from the checkout, because its mount is unmounted early.
         lab_container.install(host, "PYTHON=/usr/bin/python3")
         units = {"late.service": LATE, "linger.service": LINGER, "var.mount": MOUNT}
         if case == "killed":

@@ -25,7 +25,7 @@ def system(installed: Container) -> Iterator[Container]:
         run(installed, "systemctl", "--user", "daemon-reload")
         run(installed, "systemctl", "--user", "start", GUESTS)
         scope = ("systemd-run", "--user", "--scope", f"--unit={SCOPE}", *IDLE)
-        # Make it a child of the manager, which reaps it.
+        # Make the process a child of the manager, which reaps it.
         script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
         run(installed, "sh", "-c", script, "sh", *scope)
         wait_for(lambda: "qemu-system" in run(installed, "ps", "-u", str(UID), "-o", "comm"))
@@ -34,7 +34,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 
 def run(system: Container, *command: str) -> str:
-    """Run a command as that user, and return its output."""
+    """Run a command as the user, and return its output."""
     return system.run(*command, check=False, uid=UID, env=ENVIRONMENT).stdout.strip()
 
 
@@ -52,8 +52,8 @@ def test_isolate_leaves_the_guests_in_a_users_scopes_running(system: Container) 
 
 
 def test_a_logout_stops_them_through_the_daemon(system: Container) -> None:
-    """The manager must neither stop the daemon before the guests have been stopped, nor refuse to
-    start it. This must be the last test of this user."""
+    """The manager must neither stop the daemon before the guests are stopped, nor refuse to start
+    it. This must be the last test with this user."""
     run(system, "systemctl", "--user", "stop", "qkilld.service")
     since = system.run("date", "+@%s.%N").stdout.strip()
     run(system, "systemctl", "--user", "exit")

@@ -1,4 +1,5 @@
-"""Who may stop what, with a real polkitd: single guests, units, and all guests at once."""
+"""Which guests a caller may stop, with a real polkitd: single guests, units, and all guests at
+once."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ FRIEND_UID = 1
 """The user `daemon` of every Debian. A rule of polkit lets this user stop all guests."""
 PASSWORD = "correct horse"
 DENIED = "Call failed: Access denied"
-"""How busctl reports AccessDenied."""
+"""The message of busctl for AccessDenied."""
 QEMU = "qemu-system-x86_64 -M none -nodefaults -display none"
 FAKE = "/usr/local/bin/qemu-system-lab"
 _RULES = """\
@@ -137,7 +138,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 def test_callers_on_varlink_are_authorized_by_their_pidfd(system: Container, start: Start) -> None:
-    """polkit before 124 does not know pidfds. Then it denies callers whom it would allow on
+    """polkit before 124 does not know pidfds. It denies requests of callers whom it would allow on
     D-Bus."""
     _, pid = start("any-")
     (version,) = re.findall(r"[0-9.]+", system.run("pkaction", "--version").stdout)
@@ -154,7 +155,7 @@ def test_callers_on_varlink_are_authorized_by_their_pidfd(system: Container, sta
 
 def test_another_users_guest(system: Container, start: Start) -> None:
     _, pid = start("any-")
-    # A password would help, but nobody can be asked, so the call is denied.
+    # A password would be needed, but nobody can be asked for it, so the call is denied.
     assert "needs authorization" in terminate(system, pid)
     for kind, sleeper in (("any-", False), ("no-", False), ("", True)):
         target = start(kind)[1] if not sleeper else _sleeper(system)
@@ -199,7 +200,7 @@ def test_inspecting_and_cancelling(system: Container, start: Start) -> None:
     for kind, allowed in (("let-", True), ("no-", False)):
         unit, pid = start(kind)
         system.run("systemctl", "kill", "--signal=STOP", unit)
-        # With FIXED, evidence does not matter, so the job still runs when it is cancelled.
+        # With FIXED, the job takes no samples, so it still runs when it is cancelled.
         job = call(system, "TerminateWithOptions", "uta{sv}", str(pid), "8", "0").split('"')[1]
         where = ("org.qkilld1", job, "org.qkilld1.Job", "Cancel")
         done = system.run("busctl", "call", *where, uid=OTHER_UID, check=False)
@@ -267,7 +268,7 @@ def test_a_process_that_changes_while_polkit_is_asked(
     if changes_user:
         as_friend = f"/usr/bin/setpriv --reuid={FRIEND_UID}"
         then = f'exec {as_friend} /bin/bash -c "exec -a sleep {FAKE} 300"'
-    # A stand-in for QEMU: busybox chooses its applet by argv[0].
+    # A fake QEMU: busybox chooses its applet by argv[0].
     script = f"exec -a sh {FAKE} -c 'read x <{fifo}; {then}' sh -name {{name}}"
     _, pid = start("force-", script)
     daemon = system.property("qkilld.service", "MainPID")
@@ -297,7 +298,7 @@ def _status(system: Container, pid: int) -> str:
 
 
 def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
-    """The agent is the real one, which qkillctl starts."""
+    """qkillctl starts the real agent."""
     needs.program("pkttyagent", "polkitd")
     # Agents of newer releases of polkit need this socket, which is not enabled in the container.
     system.run("systemctl", "start", "polkit-agent-helper.socket", check=False)
@@ -411,7 +412,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     guests = _listed(system)
     planned = system.run("qkillctl", "--json", "terminate", "--all", "--dry-run", uid=OTHER_UID)
     assert [plan["pid"] for plan in json.loads(planned.stdout)] == [own]
-    # Without an authorization, qkillctl stops only the caller's own guests.
+    # If the caller has no authorization, qkillctl stops only the caller's own guests.
     done = system.run("qkillctl", "terminate", "--all", "--wait", uid=OTHER_UID)
     assert done.stdout.count("gone after") == 1
     assert "left alone, as they are not yours" in done.stderr
@@ -419,7 +420,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     answer = call(system, "TerminateAll", "ta{sv}", "0", "0", uid=OTHER_UID)
     assert "needs authorization" in answer
     assert len(_listed(system)) == len(guests) - 1
-    # With an authorization, it stops all guests, after one question.
+    # If the caller has one, qkillctl stops all guests, with a single request to polkit.
     began = time.monotonic()
     done = system.run("qkillctl", "--json", "terminate", "--all", "--wait", uid=FRIEND_UID)
     print(f"100 guests by TerminateAll: {time.monotonic() - began:.2f} s")

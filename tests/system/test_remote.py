@@ -12,11 +12,11 @@ from tests.lab.process import run
 
 QEMU = "/usr/bin/qemu-system-x86_64 -name inside -M none -nodefaults -display none"
 REGISTERED = "CLASS=container\nLEADER={leader}\n"
-"""What systemd-machined records of a container; see container_get_leader() in systemd."""
+"""The file that systemd-machined writes for a container; see container_get_leader() in systemd."""
 
 
 def ctl(container: Container, lab_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs qkillctl as if systemd-machined knew the container as "box"."""
+    """Run qkillctl as if systemd-machined knew the container as "box"."""
     machine = lab_dir / "box"
     machine.write_text(REGISTERED.format(leader=container.leader))
     script = (

@@ -1,4 +1,4 @@
-"""What the unit's sandbox allows and forbids, tried from inside on a real systemd."""
+"""What the unit's sandbox allows and forbids, tested in the sandbox on a real systemd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPOSED: Final = {
     "PrivateTmp": "it requires tmp.mount, which a shutdown stops",
     "RootDirectoryOrRootImage": "qkilld runs the programs of the host",
 }
-"""The settings that systemd-analyze counts against the service, and why they remain."""
+"""The settings of the service that systemd-analyze rates as unsafe, and why they are needed."""
 
 
 _PROBE = """
@@ -78,7 +78,7 @@ time.sleep(1000)
 
 
 def probe(system: Container) -> dict[str, Any]:
-    """Runs PROBE in the sandbox of the installed unit, on a process of another user."""
+    """Run PROBE in the sandbox of the installed unit, on a process of another user."""
     system.run("sh", "-c", f"mkdir -p /run/probe && chown {OTHER_UID} /run/probe")
     socket = "/run/probe/monitor"
     system.run("rm", "-f", socket)
@@ -136,14 +136,15 @@ def test_it_is_hardened(installed: Container) -> None:
     found = re.search(r"Overall exposure level for qkilld.service: ([0-9.]+)", text)
     assert found is not None
     print(f"exposure {found[1]}")
-    # With default dependencies it would be 1.2. Without them, systemd 252 leaves PrivateTmp=,
-    # ProtectHome=, ProtectSystem= and RootDirectory= out of the mean, so the other settings have
-    # more weight.
+    # With default dependencies, the exposure would be 1.2. Without them, systemd 252 leaves
+    # PrivateTmp=, ProtectHome=, ProtectSystem= and RootDirectory= out of the mean, so the other
+    # settings have more weight.
     assert float(found[1]) <= 1.3
 
 
 def test_nothing_else_is_left_to_harden(installed: Container) -> None:
-    """The mean would not show that one setting was lost and another one added."""
+    """If one setting was lost and another added, the mean might be the same, so check each
+    setting."""
     options = ("--no-pager", "--json=short", "qkilld.service")
     rows = json.loads(installed.run("systemd-analyze", "security", *options).stdout)
     exposed = {row["json_field"] for row in rows if float(row["exposure"] or 0) > 0}

@@ -1,4 +1,4 @@
-"""The installed qkilld of a user's session: started by the session bus, for the user's own
+"""The installed qkilld of a user's session. The session bus starts it, for the user's own
 guests."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAND_IN = "/usr/local/bin/qemu-system-x86_64"
 
 @pytest.fixture(scope="module")
 def system(installed: Container) -> Iterator[Container]:
-    """A user with a session, whose unit stubborn@ is a guest that ignores SIGTERM."""
+    """A user with a session. The user's unit stubborn@ runs a guest that ignores SIGTERM."""
     installed.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", STAND_IN)
     installed.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=4s\nStallSec=1s\n")
     script = "trap '' TERM; while :; do sleep 1000; done"

@@ -26,7 +26,7 @@ from tests.lab.storage import NbdServer, nbd_server
 
 RECORDS, PASSES = 240, 3
 SLOW = "100K"
-"""Bits per second. A writer's last writes, 5 L2 tables, take about 15 s."""
+"""A rate in bits per second. At this rate, a writer's last writes (5 L2 tables) take about 15 s."""
 
 LINGER = """\
 [Unit]
@@ -37,12 +37,13 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""This unit is stopped after the guests, because journalctl --follow gets an entry 250 ms late."""
+"""This unit delays the end of the shutdown until the guests are stopped, because journalctl
+--follow gets an entry 250 ms late."""
 
 
 @dataclass
 class Writer:
-    """A guest whose disk has acknowledged records that QEMU has not written to the storage yet."""
+    """A guest whose disk has acknowledged records that QEMU has not yet written to the storage."""
 
     name: str
     image: Path
@@ -99,11 +100,11 @@ def writer(host: Container, directory: Path, name: str) -> Iterator[Writer]:
 
 @contextlib.contextmanager
 def held_by_a_debugger(host: Container, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a QEMU outside of any unit, which a debugger holds, so that only SIGKILL takes effect.
-    Yield the debugger, which must exit before the killed QEMU can exit. `name` must be unique on
-    this machine."""
+    """Run a QEMU outside of any unit. A debugger stops it, so that only SIGKILL takes effect. Yield
+    the debugger. The killed QEMU can exit only after the debugger has exited. `name` must be unique
+    on this machine."""
     gdb = str(needs.program("gdb", "gdb"))
-    # Make it a child of the host's first process, which reaps it.
+    # Make the process a child of the host's first process, which reaps it.
     qemu = "setsid --fork qemu-system-x86_64 -M none -nodefaults -display none -name"
     host.run("sh", "-c", f'{qemu} "$1" >/dev/null 2>&1', "sh", name)
     with contextlib.ExitStack() as stack:
@@ -165,8 +166,9 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(
             one.server.rate(SLOW)
         journal = Log(lab_dir / "journal")
         with journal.path.open("wb") as file:
-            # Not a child of nsenter: systemd-shutdown sends SIGSTOP to all processes. nsenter would
-            # stop itself because its child has stopped, and would never reap the child.
+            # journalctl must not be a child of nsenter. systemd-shutdown sends SIGSTOP to all
+            # processes. When its child stops, nsenter stops itself, so it would never reap the
+            # child.
             follow = ("setsid", "--fork", "journalctl", "--follow", "--lines=all")
             with host.spawn(*follow, stdout=file) as started:
                 started.wait(30)
@@ -181,7 +183,7 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(
         assert records(one.image) == set(range(RECORDS)), f"{one.name}\n{said}"
         took = re.search(rf'Guest "{one.name}" \(process \d+\) exited after ([\d.]+) s', said)
         assert took and float(took[1]) > 5, said
-    # A guest is stopped by its own unit, if that has an ExecStop=.
+    # If a guest's own unit has an ExecStop=, this unit stops the guest.
     for name, unit in (
         ("templated", "qemu-guest@templated.service"),
         ("adopted", "adopted.service"),

@@ -71,7 +71,7 @@ def start_unit(system: Container) -> Iterator[StartUnit]:
 
 @dataclass
 class SlowGuest:
-    """A guest whose disk has acknowledged records, and whose storage is slow now."""
+    """A guest whose disk has acknowledged records. Its storage has become slow."""
 
     unit: str
     target: Target
@@ -79,7 +79,7 @@ class SlowGuest:
     server: NbdServer
 
     def lost(self) -> int:
-        """Return how many records are missing. Call it after the guest's exit."""
+        """Return how many records are missing. Call this after the guest's exit."""
         acknowledged = self.target.acknowledged()
         assert acknowledged > 0
         return acknowledged - len(records(self.image))
@@ -87,7 +87,7 @@ class SlowGuest:
 
 @pytest.fixture
 def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..., SlowGuest]]:
-    """A function that starts a guest in a unit with these lines. The guest's flush takes
+    """A function that starts a guest in a unit with these lines. Flushing the guest takes
     `seconds`."""
     with contextlib.ExitStack() as stack:
 
@@ -125,8 +125,8 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
 
 
 def story(system: Container, unit: str) -> list[str]:
-    """Return the names of the unit's events in the journal. Leave out changes of the verdict, and
-    why the guest could not be asked."""
+    """Return the names of the unit's events in the journal. Changes of the verdict are left out,
+    and the reasons why the guest could not be asked."""
     names = {message.value: message.name for message in MessageId}
     entries = system.journal("-u", unit)
     found = [names[e["MESSAGE_ID"]] for e in entries if e.get("MESSAGE_ID") in names]
@@ -193,8 +193,8 @@ def test_an_idle_guest_by_the_daemon(system: Container, start_unit: StartUnit) -
 
 
 def test_a_daemon_that_has_yet_to_start(system: Container, start_unit: StartUnit) -> None:
-    """The helper's first call starts the daemon, and waits in the socket. On a busy machine, the
-    start can take longer than the helper waits, so there are three attempts."""
+    """The helper's first call starts the daemon, and waits in the socket meanwhile. On a busy
+    machine, the start may take longer than the helper waits, so there are three attempts."""
     late = "/run/systemd/system/qkilld.service.d/late.conf"
     system.write(late, "[Service]\nExecStartPre=/bin/sleep 0.5\n")
     system.run("systemctl", "daemon-reload")
@@ -234,9 +234,9 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
         name = guest.target.machine.name
         until(lambda: system.property(guest.unit, "StatusText"), lambda status: name in status)
     assert guest.lost() == 0
-    # The job gets FORCE, because systemd would send SIGKILL, but does not need it. On a busy
-    # machine, the helper may request FORCE twice, and before SIGTERM, which waits until the server
-    # of the guest's disk is found.
+    # The job gets FORCE, because systemd would send SIGKILL, but FORCE is not needed. On a busy
+    # machine, the helper may request FORCE twice. It may also do so before SIGTERM, because SIGTERM
+    # is delayed until the server of the guest's disk is found.
     first, *others, last = dict.fromkeys(story(system, guest.unit))
     assert (first, sorted(others), last) == (
         "JOB_STARTED",
@@ -266,7 +266,7 @@ def test_the_daemon_is_killed_while_the_guest_flushes(
     events = story(system, guest.unit)
     # The helper does not repeat the signal that the daemon has sent.
     assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
-    # When the daemon starts again, the guest is gone.
+    # When the daemon is started again, the guest is already gone.
     position = events.index("STOP_ALONE")
     rest = [name for name in events[position:] if name != "JOB_JOINED"]
     assert rest[:3] == ["STOP_ALONE", "JOB_RESUMED", "JOB_ENDED"], said(system, guest.unit)
@@ -293,8 +293,8 @@ def test_the_daemon_goes_away(
 def test_the_daemon_is_stopped_without_a_bus(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
-    """The daemon cannot find out whether systemd stops or restarts it, so it leaves its jobs to the
-    next daemon, which the helper's call starts."""
+    """The daemon cannot find out whether systemd stops or restarts it. So it leaves its jobs to the
+    next daemon, which is started by the helper's call."""
     guest = slow_guest("TimeoutStopSec=3", seconds=12)
     with stopping(system, guest.unit):
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
@@ -437,8 +437,8 @@ def test_a_unit_that_does_not_listen(
 
 
 IGNORES = "-M microvm -nodefaults -display none -m 32 -qmp unix:%t/%N/qmp,server=on,wait=off"
-"""A machine that does not show whether an operating system listens to its power button. None
-does."""
+"""A machine that does not show whether an operating system listens to its power button. In this
+guest, none does."""
 
 
 def start_deaf(system: Container, start_unit: StartUnit, *lines: str, **options: Any) -> str:
@@ -507,8 +507,8 @@ def test_a_shell_that_starts_the_guest_again(system: Container, start_unit: Star
 
 
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
-    """The main process is a shell, and the helper cannot read in which unit a QEMU runs, so it
-    stops none."""
+    """The main process is a shell. The helper cannot read in which unit a QEMU runs, so it stops no
+    QEMU."""
     sandbox = (
         *("ProtectProc=invisible", f"User={OTHER_UID}", "TimeoutStopSec=3"),
         "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",
@@ -542,14 +542,14 @@ def test_a_pidfile_that_is_not_there(system: Container, start_unit: StartUnit) -
 def test_systemd_is_reloaded_when_the_stop_has_outlived_its_timeout(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
-    """A reload makes systemd forget the extensions, so the timeout expires and systemd sends its
+    """A reload makes systemd forget the extensions. So the timeout expires, and systemd sends its
     own signals."""
     guest = slow_guest("TimeoutStopSec=4", seconds=60)
     with system.spawn("systemctl", "stop", guest.unit) as stopping:
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
         time.sleep(6)
-        # Stop the helper, because systemd would still handle an extension that it sends during the
-        # reload.
+        # Stop the helper with SIGSTOP, because systemd would still handle an extension that the
+        # helper sends during the reload.
         helper = system.property(guest.unit, "ControlPID")
         system.run("kill", "-STOP", helper)
         system.run("systemctl", "daemon-reload")
@@ -609,7 +609,8 @@ def test_the_guest_of_a_unit_that_runs_elsewhere_is_named(
     start = f"/usr/bin/systemd-run --collect --unit=other-place {words}"
     unit = start_unit("Type=oneshot", "RemainAfterExit=yes", command=start)
     guest = int(system.property("other-place.service", "MainPID"))
-    # It is not the guest of this unit, whose own QEMU has exited by itself.
+    # The guest in the other unit is not the guest of this unit. This unit's own QEMU has exited by
+    # itself.
     own = start_unit()
     system.run("systemctl", "kill", "--signal=TERM", own)
     until(lambda: system.property(own, "ActiveState"), lambda state: state == "inactive")
@@ -627,7 +628,7 @@ def test_the_guest_of_a_unit_that_runs_elsewhere_is_named(
     # Now the guest in the other unit is gone, too.
     system.run("systemctl", "reset-failed", unit)
     system.run("systemctl", "stop", unit)
-    # The unit has another main process, which is not a QEMU.
+    # Now the unit has a main process that is not a QEMU.
     main = start_unit(command=f"/bin/sh -c '{start}; exec sleep 1000'")
     until(lambda: system.property("other-place.service", "MainPID"), lambda pid: int(pid or 0))
     system.run("systemctl", "stop", main, check=False)

@@ -53,8 +53,8 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start_guest(system: Container) -> Iterator[StartGuest]:
-    """A function that starts a stand-in for QEMU in a unit. Its script ignores SIGTERM. Returns the
-    unit's name and the pid."""
+    """A function that starts a fake QEMU in a unit. Its script ignores SIGTERM. The function
+    returns the unit's name and the pid."""
     started = []
 
     def start(script: str = STUBBORN, lines: str = "") -> tuple[str, int]:
@@ -104,8 +104,8 @@ def terminate(system: Container, pid: int, flags: int, **spans_s: float) -> str:
 
 
 def steer(system: Container, pid: int, member: str, *arguments: str) -> None:
-    """Call a method of the process's job. Even on a busy host, this must be before its SIGKILL is
-    due."""
+    """Call a method of the process's job. The SIGKILL of the job must be due so late that the call
+    comes before it, even on a busy host."""
     (path,) = call(system, "GetJobByPID", "u", str(pid))
     system.run("busctl", "call", "org.qkilld1", path, JOB, member, *arguments)
 
@@ -150,8 +150,8 @@ def test_memory_is_locked_while_jobs_run(
     """The daemon runs in the sandbox of the installed unit."""
     limits = system.run("cat", f"/proc/{main_pid(system)}/limits").stdout
     if not re.search(r"^Max locked memory +unlimited", limits, re.MULTILINE):
-        # This machine does not allow what LimitMEMLOCK= sets, but CAP_IPC_LOCK makes the limit
-        # irrelevant.
+        # On this machine, LimitMEMLOCK= cannot set the limit. With CAP_IPC_LOCK, the limit does not
+        # matter.
         drop_in("CapabilityBoundingSet=CAP_IPC_LOCK")
     assert memory_kb(system, "VmLck") == 0
     _, pid = start_guest()
@@ -159,7 +159,7 @@ def test_memory_is_locked_while_jobs_run(
     deadline = time.monotonic() + 10
     while not memory_kb(system, "VmLck") and time.monotonic() < deadline:
         time.sleep(0.05)
-    # All memory is locked, including reserved but unused memory, which is not resident.
+    # All memory is locked. VmLck also includes reserved memory that is not resident.
     resident = memory_kb(system, "VmRSS")
     assert memory_kb(system, "VmLck") >= resident
     assert resident < 64_000
@@ -167,8 +167,8 @@ def test_memory_is_locked_while_jobs_run(
 
 
 def kill(system: Container, pid: int) -> None:
-    """Kill a daemon and wait until it is gone, because the bus answers earlier calls with an
-    error."""
+    """Kill a daemon, and wait until it is gone. (Before that, the bus would answer calls with an
+    error.)"""
     script = 'kill -KILL "$1" && while kill -0 "$1" 2>/dev/null; do sleep 0.01; done'
     system.run("sh", "-c", script, "sh", str(pid))
 
@@ -200,8 +200,8 @@ def signals(system: Container, unit: str) -> list[str]:
 def test_hardened_it_sees_as_much_as_without(
     system: Container, drop_in: Callable[[str], None]
 ) -> None:
-    """A real QEMU of another user with its own mounts: the sandbox hides nothing that the daemon
-    must read."""
+    """Inspect a real QEMU of another user with its own mounts. The sandbox must hide nothing that
+    the daemon must read."""
     system.run(
         *("systemd-run", "--unit=seen", "--property=PrivateTmp=yes", "--uid=65534"),
         *(
@@ -244,7 +244,7 @@ def test_hardened_it_sees_as_much_as_without(
 def test_the_daemon_is_killed(
     system: Container, start_guest: StartGuest, script: str, verdict: str, flags: int
 ) -> None:
-    """The same job goes on, with the same deadline unless the guest was making progress."""
+    """The same job continues. Its deadline is the same, unless the guest was making progress."""
     unit, pid = start_guest(script)
     job = terminate(system, pid, flags, grace=10, stall=10, max=15)
     before = wait_verdict(system, job, verdict)
@@ -258,7 +258,7 @@ def test_the_daemon_is_killed(
     for name in ("PID", "StartTime", "StartedUSec", "Flags", "Phase", "Name", "Unit", "UID"):
         assert after[name] == before[name], name
     assert after["DeadlineUSec"] >= before["DeadlineUSec"]
-    # The start of the daemon may take some seconds on a busy machine.
+    # On a busy machine, the daemon may take some seconds to start.
     assert gap < 10
     result, receipt = wait(system, job)
     assert result == "killed"
@@ -295,7 +295,7 @@ def test_a_guest_that_goes_while_nobody_looks(system: Container, start_guest: St
     system.run("kill", "-KILL", str(pid))
     kill(system, daemon)
     assert wait(system, job)[0] == "exited"
-    # Even a late caller gets the result, here from a third daemon.
+    # Even a late caller gets the result. Here, a third daemon answers.
     kill_daemon(system)
     assert wait(system, job)[0] == "exited"
     assert properties(system, job)["Result"] == "exited"
@@ -355,7 +355,7 @@ def test_a_stopped_daemon_cancels_its_jobs(system: Container, start_guest: Start
     job = terminate(system, pid, FORCE | FIXED, grace=2)
     system.run("systemctl", "stop", "qkilld.service")
     time.sleep(2.5)
-    # This call starts the next daemon, which knows that the job was cancelled and leaves the guest
+    # This call starts the next daemon. It knows that the job was cancelled, and leaves the guest
     # alone.
     result, receipt = wait(system, job)
     assert (result, receipt["error"]) == ("cancelled", "qkilld was stopped")
@@ -506,7 +506,7 @@ def test_it_ends_for_lack_of_work_and_is_started_by_a_call(
     while system.property("qkilld.service", "ActiveState") != "inactive":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # Neither a running job nor one that has just ended lets the daemon exit.
+    # The daemon does not exit while a job runs, or while a job has just ended.
     _, pid = start_guest()
     job = terminate(system, pid, FORCE | FIXED, grace=1)
     daemon = main_pid(system)
@@ -548,8 +548,8 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
         steer(system, pid, *how)
         time.sleep(0.5)  # changes are announced five times a second
-        # Stop the socket, through which the helper's next call would start the daemon. The restart
-        # after this test starts the socket again.
+        # Stop the socket, because through it, the helper's next call would start the daemon. The
+        # restart after this test starts the socket again.
         system.run("systemctl", "stop", "qkilld.socket")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
         entry = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
@@ -608,7 +608,7 @@ def test_a_journald_that_does_not_read(
 def test_the_helper_and_a_journald_that_does_not_read(
     system: Container, start_guest: StartGuest, stopped_journald: Callable[[], None]
 ) -> None:
-    """The helper continues to extend the timeout of a stop that is held."""
+    """While a job is held, the helper continues to extend the timeout of the stop."""
     unit, pid = start_guest(
         lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=4"
     )
@@ -629,7 +629,7 @@ def test_the_helper_and_a_journald_that_does_not_read(
 
 
 def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGuest) -> None:
-    """The kernel kills the daemon, not the guest, and the next daemon continues the job."""
+    """The kernel kills the daemon instead of the guest. The next daemon continues the job."""
     unit, pid = start_guest()
     job = terminate(system, pid, FORCE, grace=20)
     before = wait_verdict(system, job, "idle")
@@ -650,14 +650,14 @@ def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGues
 @contextlib.contextmanager
 def no_memory(system: Container, pid: int) -> Iterator[Callable[[], bool]]:
     """Limit a process of the container to the memory that it uses now. Yield a function that
-    returns whether the kernel has killed a process because of this."""
+    returns whether the kernel has killed a process because of this limit."""
     if system.property("qkilld.service", "MemoryCurrent").isdecimal():
         limit = ("systemctl", "set-property", "--runtime", "qkilld.service")
         system.run(*limit, "MemoryMax=4K")
         yield lambda: "oom-kill" in system.run("journalctl", "--unit=qkilld.service").stdout
         system.run(*limit, "MemoryMax=infinity")
         return
-    # The container has no memory controller, because this machine has it in v1.
+    # The container has no memory controller, because this machine has the controller in v1.
     parent = Path("/sys/fs/cgroup/memory")
     if not (parent / "memory.limit_in_bytes").exists():
         pytest.skip("no memory controller for the container")

@@ -16,7 +16,7 @@ from tests.lab.process import OTHER_UID
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 FIXED_SOON = ("TerminateWithOptions", "uta{sv}")
 ITS_OPTIONS = ("9", "1", "grace-usec", "t", "700000")
-"""FORCE and FIXED, with a grace shorter than ten seconds."""
+"""The arguments for FORCE and FIXED, with a grace shorter than ten seconds."""
 
 _numbers = itertools.count(1)
 StartGuest = Callable[..., tuple[str, int]]
@@ -50,7 +50,7 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
             *("-name", unit.removesuffix(".service")),
         )
         started.append(unit)
-        # QEMU may not handle SIGTERM yet. Then SIGTERM kills it, which does not matter here.
+        # QEMU may not yet handle SIGTERM. SIGTERM then kills it, but this does not matter here.
         return unit, int(system.property(unit, "MainPID"))
 
     yield start
@@ -64,7 +64,7 @@ def call(system: Container, member: str, *arguments: str, uid: int | None = None
 
 
 def wait(system: Container, answer: str) -> str:
-    """Wait for the job in busctl's `answer`, such as `o "/org/qkilld1/job/1"`; return its
+    """Wait for the job in busctl's `answer`, such as `o "/org/qkilld1/job/1"`. Return its
     result."""
     job = answer.split('"')[1]
     done = system.run(
@@ -101,7 +101,7 @@ def test_a_guest_that_is_a_unit_and_its_story_in_the_journal(
     assert receipt["OBJECT_PID"] == str(pid)
     assert receipt["PRIORITY"] == "6"
     assert receipt["_SYSTEMD_UNIT"] == "qkilld.service"
-    # `journalctl -u` of the guest's unit shows all entries, although the process is gone.
+    # `journalctl -u` with the guest's unit shows all entries, although the process is gone.
     entries = [e for e in system.journal("-u", unit) if e.get("SYSLOG_IDENTIFIER") == "qkilld"]
     assert {str(entry["OBJECT_SYSTEMD_UNIT"]) for entry in entries} == {unit}
     assert [entry["MESSAGE_ID"] for entry in entries] == [
@@ -189,12 +189,12 @@ def test_it_is_stopped_for_good_and_starts_again(
     call(system, "Terminate", "ut", str(pid), "9")
     system.run("systemctl", "stop", "qkilld.service")
     assert system.property("qkilld.service", "Result") == "success"
-    # The running stop is cancelled, and the guest left alone.
+    # The running job is cancelled, and the guest is left alone.
     receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=cancelled")
     assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
     assert system.property(unit, "MainPID") == str(pid)
-    # The bus starts the daemon again. The guest is only stopped, so it gets SIGCONT, and then
-    # handles the pending SIGTERM.
+    # The bus starts the daemon again. The guest was stopped by SIGSTOP, so it gets SIGCONT, and
+    # then handles the pending SIGTERM.
     assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "exited"
     turn = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGCONT")
     assert turn["QKILLD_VERDICT"] == "stopped"
@@ -204,8 +204,8 @@ def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     system: Container, start_guest: StartGuest
 ) -> None:
     """The socket has neither PartOf= nor StopPropagatedFrom=. With either, systemctl would warn
-    less often, but the helper would stop the guest without the daemon, with less evidence, and the
-    next test would fail. During a shutdown, the helper could not start the daemon
+    less often. But the helper would have to stop the guest without the daemon, and so with less
+    evidence, and the next test would fail. During a shutdown, the helper could not start the daemon
     (test_a_guest_that_is_stopped_when_the_bus_has_gone).
 
     The socket unit for sock_diag(7) is stopped with the service, because nobody can connect to it.
@@ -225,7 +225,8 @@ def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     assert system.property("qkilld-diag.socket", "ActiveState") == "active"
     system.run("systemctl", "restart", "qkilld.service")
     assert system.property("qkilld-diag.socket", "ActiveState") == "active"
-    # As qkilld(8) says. If a socket were not named, systemctl would sometimes warn of it.
+    # This is the command in qkilld(8). If a socket were missing in it, systemctl would sometimes
+    # warn about this socket.
     units = ("qkilld.socket", "qkilld-diag.socket", "qkilld.service")
     assert system.run("systemctl", "stop", *units).stderr == ""
     assert {system.property(unit, "ActiveState") for unit in units} == {"inactive"}
@@ -233,8 +234,8 @@ def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
 
 
 def test_after_a_crash_the_next_daemon_answers_a_call_from_before(system: Container) -> None:
-    """The socket must not be stopped with the service (PartOf=, StopPropagatedFrom=). Otherwise a
-    crash would also close the socket, and lose the calls in its queue."""
+    """The socket must not be stopped with the service (PartOf=, StopPropagatedFrom=). Otherwise, a
+    crash would also close the socket, and the calls in its queue would be lost."""
     system.run("systemctl", "start", "qkilld.service")
     pid = system.property("qkilld.service", "MainPID")
     system.run("kill", "-STOP", pid)

@@ -1,4 +1,4 @@
-"""What a real systemd tells about its units."""
+"""Reading the units of a real systemd."""
 
 from __future__ import annotations
 

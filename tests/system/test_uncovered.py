@@ -1,4 +1,4 @@
-"""QEMUs outside of Executables=, which qkilld does not see."""
+"""QEMUs that do not match Executables=, so that qkilld ignores them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_it_is_shown_with_the_line_that_covers_it(installed: Container, unit: st
         if row["pid"] == pid
     ]  # fmt: skip
     assert (found["covered"], found["unit"], found["executable"]) == (False, unit, PLACE)
-    # check-unit without a name shows the unit of these guests, too.
+    # check-unit without a name also checks the units of such guests.
     done = installed.run("qkillctl", "check-unit", check=False)
     assert done.returncode == 8 and f"{unit}: Executables= does not cover its guest" in done.stdout
     # The suggested line works.
@@ -63,6 +63,7 @@ def test_it_is_shown_with_the_line_that_covers_it(installed: Container, unit: st
 
 
 def test_a_user_sees_those_of_others_not(installed: Container, unit: str) -> None:
-    """The kernel does not show a user the executables of others, and qkillctl does not guess."""
+    """The kernel does not show a user the executables of other users' processes, and qkillctl does
+    not guess."""
     done = installed.run("qkillctl", "--json", "list", uid=65534)
     assert not [row for row in json.loads(done.stdout) if row["unit"] == unit]

@@ -13,8 +13,8 @@ from tests.lab.image import busybox
 from tests.lab.process import OTHER_UID, TOP
 
 INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
-"""An instance of each template. `verify` cannot load a scope, and any unit will do as the guarded
-one."""
+"""An instance of each template. `verify` cannot load a scope, so another unit takes the place of
+the guarded scope."""
 QEMU = "-machine none\n-nodefaults\n"
 QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none")
 
@@ -22,11 +22,11 @@ QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "
 @pytest.fixture
 def system(installed: Container) -> Iterator[Container]:
     """A system that runs the daemon and has a guest file `web`."""
-    # Let the guest be asked first, although it has no machine that could react.
+    # The guest is asked first, although it has no machine that could react.
     drop_in = "/etc/qkilld/qkilld.conf.d/units.conf"
     installed.write(drop_in, "[Policy]\nPowerdownSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")
-    # Only udev's package creates the group.
+    # Create the group, because only udev's package does so.
     installed.run("groupadd", "--system", "--force", "kvm")
     text = f"# A guest.\n{QEMU}-name web one,debug-threads=on\n"
     installed.write("/etc/qkilld/guests/web.conf", text)
@@ -77,7 +77,7 @@ def test_a_guest_runs_from_its_file(system: Container) -> None:
     (guest,) = [one for one in listed if one["pid"] == int(pid)]
     assert (guest["name"], guest["unit"]) == ("web one", unit)
     assert system.run("stat", "-c", "%u", f"/proc/{pid}").stdout != "0\n"
-    # The bus can start qkilld while the unit is being stopped.
+    # qkilld can be started while the unit is being stopped.
     system.run("systemctl", "stop", "qkilld.service")
     system.run("systemctl", "stop", unit)
     assert system.property(unit, "ActiveState") == "inactive"  # and not failed
@@ -109,7 +109,7 @@ def test_nobody_stops_all_guests_by_mistake(installed: Container) -> None:
 
 
 def test_a_host_with_more_guests_than_a_service_may_open_files(system: Container) -> None:
-    """By default, systemd sets the soft limit to 1,024."""
+    """By default, systemd sets the soft limit of open files to 1,024."""
     guest, guests = "/usr/local/bin/qemu-system-many", "lab-many.service"
     system.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", guest)
     script = f"for n in $$(seq 80); do exec -a busybox {guest} sleep 600 & done; wait"
@@ -148,7 +148,7 @@ def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
     system.run("systemctl", "stop", guard)  # returns when it has been stopped
     receipt = system.wait_journal("QKILLD_GUEST=guarded", "QKILLD_RESULT=exited")
     assert receipt["OBJECT_SYSTEMD_UNIT"] == scope
-    # The guard has stopped with the scope, and has not failed.
+    # The guard was stopped with the scope, and has not failed.
     assert system.property(guard, "ActiveState") == "inactive"
 
 

@@ -1,5 +1,5 @@
-"""With a wrong configuration, every call gets an error that says so, and no call makes systemd
-start qkilld again and again."""
+"""If the configuration is wrong, every call gets an error that says so. No call makes systemd start
+qkilld again and again."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_callers_on_the_bus(system: Container) -> None:
 
 
 def test_callers_on_varlink(system: Container) -> None:
-    """There are two clients, of which the first disconnects at once. At most two starts answer
-    both."""
+    """There are two clients. The first disconnects at once. At most two starts of qkilld are needed
+    to answer both."""
     since = system.run("date", "+%s.%N").stdout.strip()
     said = system.python("-c", _CALL).stdout
     assert '"error": "org.qkilld1.Failed"' in said and ANSWER in said
