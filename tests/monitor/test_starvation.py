@@ -18,11 +18,12 @@ import pytest
 from qkilld.adapters.process import open_process
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import MonitorBusy, MonitorTimeout
-from qkilld.model.guest_state import Button, EventKind, GuestEvent
+from qkilld.model.guest_state import Button
 from qkilld.monitor import guest_control
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.qmp import OPEN_S, QmpClient
 from qkilld.monitor.starvation import Starvation
+from tests.evidence.until import until
 from tests.lab.process import end, spawn
 from tests.monitor.connecting import run
 from tests.monitor.test_guest_control import Start, controlled, stop
@@ -82,29 +83,47 @@ def test_a_late_greeting(starved: bool) -> None:
         run(open_monitor())
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "busy", "pressed"),
+    [("qmp", False, True), ("qmp", True, False), ("monitor", False, False)],
+)
 def test_a_press_that_qemu_takes_late(
-    qemu: Start, busy: bool, monkeypatch: pytest.MonkeyPatch
+    qemu: Start,
+    lab_dir: Path,
+    kind: str,
+    busy: bool,
+    pressed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The guest was asked, and must not be asked again, unless the command was not even sent
-    because QEMU was busy with another one."""
+    """If the button is pressed in the end, the guest must not be asked again. It is not pressed if
+    QEMU is busy with another command, or drops the line for its human monitor."""
     monkeypatch.setattr(guest_control, "ORDER_S", 0.2)
-    guest, events = qemu(), list[GuestEvent]()
+    monitors = [f"-{kind}", f"unix:{lab_dir}/monitor,server=on,wait=off"]
+    monitors += ["-qmp", f"unix:{lab_dir}/other,server=on,wait=off"]
+    guest = qemu(qmp=False, arguments=monitors)
+    until((lab_dir / "other").exists, bool)
 
-    async def press() -> None:
-        async with controlled(guest, events.append) as control:
-            stop(guest)
-            if busy:
-                assert control.qmp is not None
-                with pytest.raises(MonitorTimeout):
-                    await control.qmp.execute("query-status", timeout_s=0.1)
-            with pytest.raises(MonitorTimeout) if busy else contextlib.nullcontext():
-                await control.press()
-            os.kill(guest.pid, signal.SIGCONT)
-            await control.runstate()
+    async def press() -> bool:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(str(lab_dir / "other"))
+            events: list[str] = []
+            watch = await QmpClient.open(other, lambda event: events.append(event.name))
+            async with controlled(guest) as control:
+                stop(guest)
+                if busy:
+                    assert control.qmp is not None
+                    with pytest.raises(MonitorTimeout):
+                        await control.qmp.execute("query-status", timeout_s=0.1)
+                with contextlib.nullcontext() if pressed else pytest.raises(MonitorTimeout):
+                    await control.press()
+                await asyncio.sleep(0.1)  # The human monitor's connection is closed meanwhile.
+                os.kill(guest.pid, signal.SIGCONT)
+                for _ in range(5):
+                    await watch.execute("query-status", timeout_s=30)
+            watch.close()
+            return "POWERDOWN" in events
 
-    run(press())
-    assert (EventKind.POWERDOWN in [event.kind for event in events]) is not busy
+    assert run(press()) is pressed
 
 
 def test_a_kept_connection_on_which_qemu_answers_late(
