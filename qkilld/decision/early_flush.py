@@ -4,8 +4,8 @@ When QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main th
 systems of all images for the sizes of the images. If a file system does not answer, the main thread
 and the monitor hang, and no disk can be flushed any more. In a measurement with a hanging image on
 FUSE, a local disk lost 201 of 300 records. Only a file system without a block device, such as NFS
-or FUSE, can hang like this. So if an image may lie on one, disks that lie elsewhere are flushed
-first. Their names come from query-blockstats, which asks no file system.
+or FUSE, can hang like this. So if an image may lie on such a file system, disks that lie elsewhere
+are flushed first. Their names come from query-blockstats, which asks no file system.
 
 The command line and the open files of the process show which disks lie on such a file system, but
 both may be wrong. So they decide only which disks are flushed, and in which order. Only QEMU's
@@ -29,7 +29,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The key of a wait for a call to storage begins like this. The numbers of the disks and mounts
+"""The key of a wait for a call to storage begins with this. The numbers of the disks and mounts
 follow."""
 
 

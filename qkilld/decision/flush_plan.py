@@ -72,8 +72,8 @@ def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
     """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
-    `first`. Earlier, it does if every queue that had requests in flight has completed one since
-    `first`, so that none is stuck."""
+    `first`, or if every queue that had requests in flight has completed one since `first`, so that
+    none is stuck."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):

@@ -8,7 +8,7 @@ number fell from 0.7 to 0.15, and the second rose from 0.3 to 1.2, so their sum 
 if the host becomes more or less busy (share_growth).
 
 The demand of a light load is not constant: if the host becomes busy, the same work wants processors
-for longer. But they do not run for longer (MORE_TIME).
+for longer. But the processors do not run for longer (MORE_TIME).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def has_idle_disks(seen: GuestObservation) -> bool:
 
 
 def measure(recent: tuple[GuestObservation, ...]) -> Rates:
-    """Return the highest rates over times of at least BASELINE. If the observations do not cover so
-    long a time, idle disks count as no requests, and calm processors as CALM."""
+    """Return the highest rates over times of at least BASELINE. If the observations cover less
+    time, idle disks count as no requests, and calm processors as CALM."""
     if not recent:
         return Rates()
     last = recent[-1]

@@ -194,7 +194,7 @@ def _deadline(facts: JobFacts, due: int) -> int:
 
 
 def kill_due(facts: JobFacts) -> int:
-    """Return from when on the evidence so far allows SIGKILL, if nothing changes.
+    """Return the time from which on the evidence so far allows SIGKILL, if nothing changes.
 
     Time without samples is not counted. The result is never earlier than `promised`.
     """

@@ -4,7 +4,7 @@ Call `start`, then `observe` for each observation, about once a second, and `not
 guest was asked. `judge` interprets the observations at any time. It relies on these facts:
 
 - QEMU drops a press of the power button if no operating system listens to it. Most machines show
-  whether one listens; on these, the button is not pressed before one does. A guest that does not
+  whether one listens. On these, the button is pressed only when one listens. A guest that does not
   listen may be booting if its processors or disks work. Otherwise, it is called deaf.
 - A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
   work for seconds. So neither work nor the lack of work is proof. Work counts as a shutdown only if
@@ -88,7 +88,7 @@ CLOSING: Final = 300_000
 """The time (µs) reserved between the end of asking and SIGTERM, for an observation and the flush.
 These take 40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
 CUT: Final = 20
-"""If a guest does not react, PowerdownSec= may be cut by at most one CUTth of itself."""
+"""If a guest does not react, PowerdownSec= may be shortened by at most 1/CUT of its length."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """The time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC

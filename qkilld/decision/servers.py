@@ -163,7 +163,7 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
 
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
     """Return the groups (Node.group) in which a node may lose data. A node without a group forms
-    its own, with its name as the key."""
+    its own group, with its name as the key."""
     groups: dict[str, list[Node]] = {}
     for node in nodes:
         groups.setdefault(node.group or node.name, []).append(node)
@@ -179,7 +179,7 @@ def _follow_group(
     users = {known[name].inode: name for name in names if name in known}
     free = [one for one in names if one not in known or known[one].inode not in inodes]
     free.sort(key=lambda one: one in known)
-    free_names = dict.fromkeys(reversed(free))  # In reverse order: the last one is used next.
+    free_names = dict.fromkeys(reversed(free))  # Reversed, because the last one is used first.
     for socket in sockets:
         name = users.get(socket.inode, "")
         if not name:

@@ -59,9 +59,9 @@ _WRITES: Final = frozenset(
 )
 """Calls that write. They seldom need to read from the storage."""
 _SERVER: Final = "peer:"
-"""The names of all signs of servers begin like this."""
+"""The names of all signs of servers begin with this."""
 _RUNS: Final = "serves"
-"""The name of the sign that a server runs ends like this."""
+"""The end of the name of the sign which shows that a server runs."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""

@@ -50,7 +50,7 @@ SLACK: Final = 1_500_000
 
 LOG_LINE: Final = 32
 """A line of a log adds at least this many bytes to wchar. Fewer bytes are only from the event loop
-(8 to 16 a second), so it was no log that wrote the page."""
+(8 to 16 a second), so the written page is not from a log."""
 STUCK: Final = 30 * USEC_PER_SEC
 """If a certain wait (Wait.certain) has not moved for this time (µs), it may never end. Single
 requests to slow servers take up to 25 s (measured)."""
@@ -240,7 +240,7 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing has moved again, and no open wait has signs.
+    """Return whether, as before, nothing has moved and no open wait has signs.
 
     If so, the result stays the same. This check only saves time: for most idle guests it returns
     True, and listing their waits again would cost three times as much.

@@ -383,8 +383,8 @@ class Job:
             self._changed()
 
     def hold(self, by: Steerer) -> None:
-        """Send no signals and do not give up until `release`. A hold by the owner also ends MaxSec=
-        after the start of the job. Raises Busy while the guest's processors are stopped."""
+        """Send no signals and do not give up until `release`. A hold by the owner also ends when
+        MaxSec= has passed. Raises Busy while the guest's processors are stopped."""
         self._check_controllable()
         if self.processors_stopped:
             raise Busy(f"Job {self.number} is flushing the guest's disks: try again in a second")

@@ -42,8 +42,8 @@ class Pace:
 
 class LongReplies:
     """Limits how many long replies are prepared at a time: one for each user without limits, and
-    one for all other users together. Of each user's waiting calls, only one is in the queue for
-    it."""
+    one for all other users together. A user with several waiting calls gets a turn for one of them
+    at a time."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         """`unlimited`: uids without limits."""

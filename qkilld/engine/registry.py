@@ -355,8 +355,7 @@ class Registry:
         self._drop_survivor(job)
 
     def _drop_survivor(self, job: Job) -> None:
-        """Drop the stored process of a job that it survived. The process is gone, or has a new
-        job."""
+        """Drop the stored process of an ended job, because the process is gone or has a new job."""
         if self.saver is not None:
             self.saver.drop_process(job)
         if job.number not in self._jobs:

@@ -53,9 +53,9 @@ MAX_SAMPLES: Final = 4
 """After this many samples, SIGTERM waits only if the search for the servers is still in progress,
 as on a busy host or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""How long (µs) to ask the kernel, connection by connection, which end closed it first. This takes
-20 µs for each connection, but up to 20 ms while other threads use the same interface of the kernel.
-For connections that are not asked about in this time, the answer is unknown."""
+"""How long (µs) to ask the kernel which end of each connection was closed first. This takes 20 µs
+for each connection, but up to 20 ms while other threads use the same interface of the kernel. After
+this time, the answer for the other connections is unknown."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"
@@ -69,8 +69,8 @@ _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
 def is_stopping(job: ObservedJob) -> bool:
-    """Return whether the job's process may be closing its disks and exports. It may if it was told
-    to exit or its guest has powered off, unless it is known to have exited."""
+    """Return whether the job's process may be closing its disks and exports: it was told to exit,
+    or its guest has powered off, and its exit was not noticed yet."""
     if job.result in (Result.EXITED, Result.KILLED):
         return False
     was_told = any(rung.action in _ENDING for rung in job.rungs)

@@ -44,8 +44,8 @@ _SIGNALS: Final = {
 
 
 class _Intent(Enum):
-    """Whether the intention to send SIGKILL is saved. If saving takes too long, it counts as
-    WRITTEN."""
+    """Whether the intention to send SIGKILL is saved. If saving takes too long, the intention
+    counts as WRITTEN."""
 
     NONE = auto()
     BEING_WRITTEN = auto()

@@ -34,7 +34,8 @@ def may_steer(rank: Rank, job: Rank) -> bool:
 
 
 def extended(control: Control, until: int, rank: Rank) -> Control:
-    """Delay SIGKILL until `until` (CLOCK_MONOTONIC, µs), or until a later time set before."""
+    """Delay SIGKILL until `until` (CLOCK_MONOTONIC, µs), unless it is delayed for longer
+    already."""
     outranking = until if rank > Rank.OWNER else 0
     return replace(
         control,
@@ -44,8 +45,7 @@ def extended(control: Control, until: int, rank: Rank) -> Control:
 
 
 def hold(control: Control, by: Steerer, started: int, policy: Policy) -> Control:
-    """Hold the job until it is released. A hold by the owner ends MaxSec= after the start of the
-    job."""
+    """Hold the job until it is released. A hold by the owner also ends when MaxSec= has passed."""
     outranks = by.rank > Rank.OWNER
     until = INFINITY if outranks else min(started + policy.max, INFINITY)
     if control.held and until <= control.held_until and (control.hold_outranks or not outranks):

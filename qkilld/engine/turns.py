@@ -19,7 +19,7 @@ ROUND_S: Final = 0.002
 CROWDED_S: Final = 0.002
 """If every user with waiting calls has more than fair_queue.CROWD of them and still sends more, no
 call is started for this time, and messages are only read. Otherwise, another user's call would have
-to wait behind theirs in the socket."""
+to wait behind these calls in the socket."""
 FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank` together. SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank` together. When it expires, SIGKILL
+follows."""
 _NOTHING: Final = frozenset[str]()
 
 

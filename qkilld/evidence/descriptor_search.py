@@ -227,8 +227,8 @@ class DescriptorSearch:
             self._is_complete = False
 
     def _of_its_user(self, process: Candidate) -> Candidate:
-        """Return the process with its real user. The owner of /proc/PID is a different one for a
-        set-user-ID program: root, whoever started it."""
+        """Return the process with its real user. For a set-user-ID program, /proc/PID belongs to
+        root, whoever started the program."""
         if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))

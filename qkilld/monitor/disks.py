@@ -171,7 +171,8 @@ async def flush(
     `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
     results up to then are returned, and the other disks count as not tried.
 
-    Raises MonitorError if no server can be started, MonitorTimeout if nothing is known of any disk.
+    Raises MonitorError if no server can be started, MonitorTimeout if there is no result for any
+    disk.
     """
     server = server or ExportServer()
     if server.may_be_our_server is None:
@@ -261,7 +262,7 @@ async def _serve(
 ) -> list[NbdConnection]:
     """Start an NBD server in QEMU that accepts `count` connections, and make all of them. Raises
     MonitorError."""
-    # Any process may connect to it, and send descriptors that are not received before its end.
+    # Any process may connect to this socket, and send descriptors that nobody receives.
     listener = stack.enter_context(take_over(socket.socket(socket.AF_UNIX)))
     try:
         listener.bind("")  # The kernel chooses a name.

@@ -112,7 +112,7 @@ class QmpClient(Channel):
         """Run a command; return its result. Waits until the previous command has its reply.
 
         `pass_fd`: a descriptor of which QEMU gets a copy, for getfd. Raises CommandUnsent,
-        MonitorTimeout, CommandRefused, MonitorError. After any other timeout, QEMU may still
+        MonitorTimeout, CommandRefused, MonitorError. After any other MonitorTimeout, QEMU may still
         execute the command.
         """
         until = self._loop.time() + timeout_s

@@ -124,7 +124,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 
 
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
-    """Return the monitor of the process in which a connection ends that another program has made.
+    """Return the process's monitor at the end of a connection that another program has made.
 
     Raises MonitorUnreachable if the connection ends elsewhere; MonitorTimeout if its end is not
     found in time.
