@@ -30,7 +30,7 @@ disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")
-"""Processes. A path is searched in the mount namespaces of these, in this order."""
+"""A path is searched in the mount namespaces of these processes, in this order."""
 
 _LOCAL: Final = frozenset({"btrfs", "overlay", "zfs", "bcachefs", "tmpfs", "ramfs", "devtmpfs"})
 """Local file systems whose st_dev is not the number of a block device."""

@@ -1,7 +1,7 @@
 """Read a process's block graph from its command line and -readconfig files.
 
 Both reads may block, so a separate thread does them. Reading /proc/PID/cmdline takes the process's
-memory lock. If its storage hangs, one of its threads may hold this lock all the time. The
+memory lock. If the process's storage hangs, one of its threads may hold this lock all the time. The
 -readconfig files may lie on storage that hangs, too. Reading another user's files needs the ptrace
 right.
 """

@@ -1,4 +1,4 @@
-"""Hand samples over from the threads that take them to the loop, in batches."""
+"""Hand samples over to the loop, in batches, from the threads that take them."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ from qkilld.model.sample import Mount, Peer
 MAX_PEERS: Final = 64
 """At most this many servers of one guest are sampled."""
 MAX_PLACES: Final = 1024
-"""The maximum number of servers in one sample that are behind other servers. A server counts once
-for each connection of the guest behind which it is, because the sample has a copy for each."""
+"""The maximum number of servers in one sample that are behind other servers. If a server is behind
+several connections of the guest, it counts once for each, because the sample has a copy for
+each."""
 MAX_CHILDREN: Final = 4
 """At most this many processes that a server has started are sampled: the last ones."""
 KEPT_FILES: Final = 64

@@ -65,7 +65,7 @@ def _with_slots(cls: Any, namespace: dict[str, Any]) -> Any:
 
 
 def _complete_later(made: Any, namespace: dict[str, Any], kw_only: bool) -> None:
-    """Make the first use of the class `made` complete it."""
+    """Complete the class `made` at its first use."""
     _INCOMPLETE[made] = namespace, kw_only
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -293,7 +293,7 @@ class Sample:
     rings: int | None = None
     """Requests in flight on the process's io_urings; 0 if it has no io_uring."""
     timers: int = 0
-    """How many of these requests may be timers instead of requests to disks."""
+    """How many of `rings` may be timers instead of requests to disks."""
     direct: bool | None = None
     """Whether the process has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None
