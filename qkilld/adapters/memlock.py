@@ -1,8 +1,8 @@
 """Keep this program in memory with mlockall(2), because its pages may be on a disk that hangs.
 
-Existing memory is locked at once. Memory allocated later is locked page by page, when each page is
-first used. Otherwise, the whole stack of each new thread would be locked. Memory that was used once
-stays locked, so use little.
+Pages that are in a file or were swapped out are read at once. All other memory is locked page by
+page, when each page is first used. Otherwise, the whole stacks of all threads and all unused parts
+of the heap would take memory. Memory that was used once stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Final
 
 STACK_BYTES: Final = 256 * 1024
-"""The size of the stack of each new thread, instead of the usual 8 MiB. mlockall(2) locks the whole
-stacks of all existing threads."""
+"""The size of the stack of each new thread, instead of the usual 8 MiB. Before Linux 5.14, the
+whole stacks of all existing threads are locked."""
 
 _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_MADV_POPULATE_READ: Final = 22
+"""Since Linux 5.14. Memory that was never used stays empty: it is read as zeros."""
 _CAP_IPC_LOCK: Final = 1 << 14
 
 
@@ -73,10 +75,30 @@ class MemoryLock:
         # If there is a limit, lock nothing, because later allocations would fail.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
-        for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):
+        calls = [_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT]
+        if not (can_populate := self._populate(0, 0)):
+            calls = [_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT]
+        for flags in calls:
             if self._libc.mlockall(flags) != 0:
                 return os.strerror(ctypes.get_errno())
+        if can_populate:
+            for start, end in _mappings():
+                self._populate(start, end)
         return ""
+
+    def _populate(self, start: int, end: int) -> bool:
+        """Read the pages of a mapping. Return False if that is impossible, for example because no
+        program may read it."""
+        address, size = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+        result: int = self._libc.madvise(address, size, _MADV_POPULATE_READ)
+        return result == 0
+
+
+def _mappings() -> list[tuple[int, int]]:
+    """Return the start and the end of each mapping of this program."""
+    with Path("/proc/self/maps").open("rb") as file:
+        ranges = [line.partition(b" ")[0].split(b"-") for line in file]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def _unlimited() -> bool:
