@@ -29,6 +29,7 @@ class UserTimer:
             self.handle.cancel()
 
     def expire(self) -> None:
+        self.handle = None  # It refers to this object, so both would be garbage.
         job_steps().put(self._user, self._call_back)
 
     def _call_back(self) -> bool:

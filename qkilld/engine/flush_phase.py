@@ -72,7 +72,7 @@ class FlushPhase:
         """`when_saved` calls back once the job's current state is saved."""
         self._job, self._process, self._clock = job, process, clock
         self._journal, self._link, self._when_saved = journal, link, when_saved
-        self._sampler = JobSampler(process, sampler, clock)
+        self._sampler = JobSampler(job, process, sampler, clock)
         self._evidence: Assessment | None = None
         """The assessment of the process, from samples of this phase."""
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None

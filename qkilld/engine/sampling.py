@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from qkilld.model.sample import Sample
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import Clock, Process, Sampler, Timer, Watch
+    from qkilld.engine.ports import Clock, ObservedJob, Process, Sampler, Timer, Watch
 
 TIMEOUT: Final = 1_000_000
 """A sample that takes longer than this (µs) counts as blocked, and is replaced by an empty one."""
@@ -17,10 +17,13 @@ TIMEOUT: Final = 1_000_000
 class JobSampler:
     """Watches the process from the first sample on. The caller must close this object."""
 
-    __slots__ = ("_clock", "_process", "_sampler", "_timeout", "_watch")
+    __slots__ = ("_clock", "_job", "_process", "_sampler", "_timeout", "_watch")
 
-    def __init__(self, process: Process, sampler: Sampler | None, clock: Clock) -> None:
+    def __init__(
+        self, job: ObservedJob, process: Process, sampler: Sampler | None, clock: Clock
+    ) -> None:
         """If `sampler` is None, all samples are empty."""
+        self._job = job
         self._process = process
         self._sampler = sampler
         self._clock = clock
@@ -57,7 +60,7 @@ class JobSampler:
         if self._watch is None and self._sampler is not None:
             self._watch = self._sampler.watch(self._process)
         self._timeout = self._clock.call_at(
-            self._clock.now() + TIMEOUT, give_up, self._process.guest.identity.uid
+            self._clock.now() + TIMEOUT, give_up, self._job.request.uid
         )
         if self._watch is not None:
             self._watch.take_sample(answer, detail=detail, urgent=urgent)

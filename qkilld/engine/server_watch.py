@@ -86,7 +86,7 @@ class ServerWatch:
 
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
         self._job, self._process, self._clock = job, process, parts.clock
-        self._sampler = JobSampler(process, parts.sampler, parts.clock)
+        self._sampler = JobSampler(job, process, parts.sampler, parts.clock)
         self._parts = parts
         self._exits: ServerExits | None = None
         self._servers: StorageServers | None = None

@@ -76,7 +76,7 @@ class SignalPhase:
         """`load` returns the number of running jobs. `on_sample` gets each sample."""
         self._job, self._process = job, process
         self._clock, self._journal, self._trace = clock, journal, trace
-        self._sampler = JobSampler(process, sampler, clock)
+        self._sampler = JobSampler(job, process, sampler, clock)
         self._executables = executables
         self._load, self._on_sample = load, on_sample
         self._yank = yank

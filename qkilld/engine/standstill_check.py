@@ -42,7 +42,7 @@ class StandstillCheck:
 
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
         self._job, self._process, self._parts = job, process, parts
-        self._sampler = JobSampler(process, parts.sampler, parts.clock)
+        self._sampler = JobSampler(job, process, parts.sampler, parts.clock)
         self._timer: Timer | None = None
 
     def begin(self, callback: StandstillCallback, *, may_continue: bool, ask_until: int) -> None:
