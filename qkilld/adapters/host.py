@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.loop_thread import run_in_thread
-from qkilld.adapters.names import NameReader
+from qkilld.adapters.names import Key, NameReader, keys_of
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.debug_log import note_once
 from qkilld.model.errors import Failed
@@ -45,18 +45,24 @@ class LocalHost:
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         names = await self._names.names(identities)
-        units = await run_in_thread(
-            lambda: [procfs.read_unit(identity.pid, self._proc) for identity in identities]
+        # In a thread, because reading the units takes long, and a user may have tens of thousands
+        # of processes.
+        return await run_in_thread(
+            lambda: [
+                Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp, remote)
+                for identity, (name, uuid, qmp, remote) in zip(identities, names, strict=True)
+            ]
         )
-        return [
-            Label(name, uuid, unit, qmp, remote)
-            for (name, uuid, qmp, remote), unit in zip(names, units, strict=True)
-        ]
 
     async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
         blocked = self._blocked
-        identities, unidentified = await run_in_thread(lambda: _identities(self._proc, blocked))
-        self._names.keep(identities)
+
+        def identify() -> tuple[list[Identity], list[Unidentified], Set[Key]]:
+            identities, unidentified = _identities(self._proc, blocked)
+            return identities, unidentified, keys_of(identities)
+
+        identities, unidentified, alive = await run_in_thread(identify)
+        self._names.keep(alive)
         self._blocked = frozenset(each.pid for each in unidentified)
         return identities, unidentified
 

@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import field
 from typing import Final
 
 from qkilld.debug_log import note_once
 from qkilld.engine.fair_shares import FairShares, user_of
+from qkilld.engine.long_replies import Pace
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
@@ -25,7 +26,7 @@ Names = tuple[str | None, str, bool, bool]
 """The guest's name and UUID, each "" if the command line has none; whether the guest may have a QMP
 monitor; whether it may have storage on a network. The name is None if it is unknown."""
 UNKNOWN: Final[Names] = (None, "", False, True)
-_Key = tuple[int, int, str]
+Key = tuple[int, int, str]
 """pid, start time, executable. The executable is included, because execve(2) changes the command
 line."""
 
@@ -39,6 +40,7 @@ MAX_SHARED: Final = 24
 MAX_QUEUE: Final = 16_384
 """The maximum number of command lines of one user that may wait for a thread."""
 MAX_NAMES: Final = 16_384
+"""The maximum number of names that are kept after the call that needed them."""
 _TICK_S: Final = 0.01
 """If a user's threads have read nothing for this long (s), another thread is started."""
 
@@ -47,8 +49,8 @@ _TICK_S: Final = 0.01
 class _UserQueue:
     """The command lines of one user's processes that are still to be read."""
 
-    waiting: deque[_Key] = field(default_factory=deque)
-    reading: set[_Key] = field(default_factory=set)
+    waiting: deque[Key] = field(default_factory=deque)
+    reading: set[Key] = field(default_factory=set)
     threads: int = 0
     read: int = 0
     """The number of command lines read so far."""
@@ -66,40 +68,55 @@ class NameReader:
         """Protects the queues; never held during a read."""
         self._users: dict[int, _UserQueue] = {}
         self._threads = FairShares(MAX_THREADS, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
-        self._results: deque[tuple[_Key, Names]] = deque()
-        self._names: dict[_Key, Names] = {}
-        self._pending: set[_Key] = set()
+        self._results: deque[tuple[Key, Names]] = deque()
+        self._names: dict[Key, Names] = {}
+        self._pending: set[Key] = set()
         """Names that wait for a thread or are being read."""
-        self._late_keys: set[_Key] = set()
+        self._late_keys: set[Key] = set()
         """Names that were not read before a deadline."""
         self._wake = asyncio.Event()
 
     async def names(self, identities: Sequence[Identity]) -> list[Names]:
         """Return names in the order of `identities`; UNKNOWN for those not read in time."""
         self._collect()
-        loop = asyncio.get_running_loop()
-        for uid in {
-            user_of(identity.uid) for identity in identities if _key(identity) in self._late_keys
-        }:
-            # These names have no thread yet, because the user may have no more threads, or a thread
-            # could not be started.
-            self._start_thread(uid, loop)
-        wanted = {
-            key: user_of(identity.uid)
-            for identity in identities
-            if (key := _key(identity)) not in self._names and key not in self._late_keys
-        }
-        if wanted:
-            await self._wait(wanted)
-        return [self._names.get(_key(identity), UNKNOWN) for identity in identities]
+        loop, pace = asyncio.get_running_loop(), Pace()
+        wanted: dict[Key, int] = {}
+        late_users: set[int] = set()
+        try:
+            for identity in identities:
+                key, uid = _key(identity), user_of(identity.uid)
+                if key in self._late_keys:
+                    late_users.add(uid)
+                elif key not in self._names:
+                    wanted[key] = uid
+                    self._queue(key, uid)
+                await pace.rest()
+            for uid in late_users:
+                # These names have no thread yet, because the user may have no more threads, or a
+                # thread could not be started.
+                self._start_thread(uid, loop)
+            if wanted:
+                await self._wait(wanted)
+            names = []
+            for identity in identities:
+                names.append(self._names.get(_key(identity), UNKNOWN))
+                await pace.rest()
+            return names
+        finally:
+            # Do not make room by forgetting other names: one user's guests would hide the names of
+            # the others from a call that still waits.
+            while wanted and len(self._names) > MAX_NAMES:
+                self._names.pop(wanted.popitem()[0], None)
 
-    def keep(self, identities: Iterable[Identity]) -> None:
-        """Forget the names of all other processes."""
-        alive = {_key(identity) for identity in identities}
+    def keep(self, alive: Set[Key]) -> None:
+        """Forget the names of all other processes than these (`keys_of`)."""
         self._names = {key: names for key, names in self._names.items() if key in alive}
         with self._lock:
             for queue in self._users.values():
-                queue.waiting = deque(key for key in queue.waiting if key in alive)
+                # A call waits for the names that are not late, for example of a new process.
+                queue.waiting = deque(
+                    key for key in queue.waiting if key in alive or key not in self._late_keys
+                )
             self._users = {
                 uid: queue for uid, queue in self._users.items() if queue.waiting or queue.threads
             }
@@ -110,11 +127,9 @@ class NameReader:
         self._pending &= keys
         self._late_keys &= keys
 
-    async def _wait(self, wanted: Mapping[_Key, int]) -> None:
+    async def _wait(self, wanted: Mapping[Key, int]) -> None:
         loop = asyncio.get_running_loop()
         remaining_s = TIMEOUT_S + TIMEOUT_EACH_S * len(wanted)
-        for key, uid in wanted.items():
-            self._queue(key, uid)
         users = set(wanted.values())
         missing = wanted.keys() & self._pending
         while missing and remaining_s > 0:
@@ -126,7 +141,7 @@ class NameReader:
                 async with asyncio.timeout(min(remaining_s, _TICK_S)):
                     await self._wake.wait()
             self._collect()
-            missing = wanted.keys() & self._pending
+            missing &= self._pending
             # On a busy host, this process may not run for a while. Do not count such a pause,
             # because the reading threads may not have run, either.
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
@@ -134,7 +149,7 @@ class NameReader:
             note_once(f"reading the command line of process {pid}", "it takes too long")
         self._late_keys |= missing
 
-    def _queue(self, key: _Key, uid: int) -> None:
+    def _queue(self, key: Key, uid: int) -> None:
         with self._lock:
             queue = self._users.setdefault(uid, _UserQueue())
             if key not in self._pending and len(queue.waiting) < MAX_QUEUE:
@@ -187,13 +202,18 @@ class NameReader:
     def _collect(self) -> None:
         while self._results:
             key, names = self._results.popleft()
-            if names[0] is not None:
+            # No call waits for a late name, so it need not be kept.
+            is_kept = key not in self._late_keys or len(self._names) < MAX_NAMES
+            if names[0] is not None and is_kept:
                 self._names[key] = names
             self._pending.discard(key)
             self._late_keys.discard(key)
-        while len(self._names) > MAX_NAMES:
-            del self._names[next(iter(self._names))]
 
 
-def _key(identity: Identity) -> _Key:
+def keys_of(identities: Iterable[Identity]) -> Set[Key]:
+    """Return the processes by which NameReader keeps names."""
+    return {_key(identity) for identity in identities}
+
+
+def _key(identity: Identity) -> Key:
     return (*identity.key, identity.executable)

@@ -19,6 +19,7 @@ from qkilld.adapters.names import (
     UNKNOWN,
     NameReader,
     Names,
+    keys_of,
 )
 from qkilld.model.guest import Identity
 
@@ -141,6 +142,53 @@ def test_thousands_that_answer_are_all_read(lines: CommandLines) -> None:
     assert names == [(f"guest{pid}", "", False, False) for pid in range(1000, 6000)]
 
 
+def test_many_guests_hide_no_others_and_do_not_block_the_loop(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can run tens of thousands of processes that pass for guests."""
+    count = 5000
+    monkeypatch.setattr(names_module, "MAX_NAMES", count)
+    others = [identity(pid) for pid in range(1001, 1001 + count)]
+    everyone = [identity(1000, uid=0), *others]
+
+    async def ask() -> None:
+        reader = NameReader(lines)
+        for _ in range(2):
+            names = await reader.names(everyone)
+            assert names[0] == ("guest1000", "", False, False)
+            assert UNKNOWN not in names
+            assert len(reader._names) == count
+        # All names but one are known, so the work is that of the loop's thread.
+        asking = asyncio.create_task(reader.names(everyone[:-1]))
+        steps = []
+        while not asking.done():
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            steps.append(time.thread_time() - before)
+        assert max(steps) < sum(steps) / 2
+
+    asyncio.run(ask())
+
+
+def test_a_search_keeps_the_name_that_a_call_waits_for(lines: CommandLines) -> None:
+    """A search lists only the processes that it has found, and another may have been started."""
+
+    async def ask() -> None:
+        reader = NameReader(lines)
+        blocked = [identity(pid) for pid in range(1, MAX_SHARED + 2)]
+        late = asyncio.create_task(reader.names(blocked))
+        while threads() <= MAX_SHARED:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        asking = asyncio.create_task(reader.names([identity(1000)]))
+        await asyncio.sleep(0)
+        reader.keep(keys_of(blocked))
+        lines.release.set()
+        assert await asking == [("guest1000", "", False, False)]
+        await late
+
+    asyncio.run(ask())
+
+
 def test_processes_that_are_gone_are_forgotten(
     lines: CommandLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +197,7 @@ def test_processes_that_are_gone_are_forgotten(
         await reader.names([identity(pid) for pid in range(1, 61)])
         for start_time in range(2, 50):
             new = [identity(pid, start_time=start_time) for pid in range(1, 61)]
-            reader.keep(new)
+            reader.keep(keys_of(new))
             await reader.names(new[:1])
         # Only names that are being read, and those requested last, are kept.
         kept = (reader._names, reader._pending, reader._late_keys)
