@@ -83,10 +83,12 @@ class BusService:
             return ""
 
     async def leave(self) -> None:
-        """Release the bus name, then answer every call that was sent to it."""
+        """Release the bus name, then answer every call that was sent to it, and send the signals
+        about jobs that have ended."""
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)
         await self._server.drain(DRAIN_TIMEOUT_S)
+        await self._announcer.drain()
         await self._connection.flush()
 
     async def own(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus import interfaces
@@ -27,6 +27,8 @@ class Announcer:
         """The values of the properties that change, as last announced for each running job."""
         self._due: OrderedDict[int, ObservedJob] = OrderedDict()
         """Jobs whose changes are to be announced now, the next one first."""
+        self._ended: deque[ObservedJob] = deque()
+        """Jobs whose end is to be announced now."""
         self._round: asyncio.Handle | None = None
         """The next round of announcements."""
         self._pauses: dict[int, asyncio.Handle] = {}
@@ -56,21 +58,22 @@ class Announcer:
             self._announce_soon(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        self._due.pop(job.number, None)
-        if timer := self._pauses.pop(job.number, None):
-            timer.cancel()
-        # Announce the last changes first: clients stop reading after JobRemoved.
-        self._announce_changes(job)
-        del self._announced_values[job.number]
-        assert job.result is not None
-        self._emit("JobRemoved", job, job.result.value)
-        self._manager_changed()
+        """Schedule the signals about the end. They are not sent now, because thousands of jobs may
+        end at a time, and other jobs are to send SIGKILL meanwhile."""
+        self._ended.append(job)
+        self._schedule()
 
     def job_forgotten(self, job: ObservedJob) -> None:
         self._server.emit_removed(job_path(job), interfaces.job())
 
+    async def drain(self) -> None:
+        """Wait until the ends of all ended jobs are announced."""
+        while self._ended:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
     def close(self) -> None:
         self._due.clear()
+        self._ended.clear()
         if self._round is not None:
             self._round.cancel()
             self._round = None
@@ -98,31 +101,49 @@ class Announcer:
     def _announce_soon(self, job: ObservedJob) -> None:
         self._pauses.pop(job.number, None)
         self._due[job.number] = job
-        if self._round is None:
-            self._round = asyncio.get_running_loop().call_soon(self._announce_due)
+        self._schedule()
 
-    def _announce_due(self) -> None:
-        """Announce changes for at most STEP_S, because thousands of jobs may change at a time. The
-        next round follows when the loop has handled other events."""
-        self._round = None
+    def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
-        if not self._server.has_room:
+        if self._round is not None or not (self._ended or self._due):
+            return
+        if self._ended or self._server.has_room:
+            self._round = loop.call_soon(self._announce_due)
+        else:
             # The bus does not read at the moment. Try again later; clients then get only the newest
             # values.
             self._round = loop.call_later(MIN_INTERVAL_S, self._announce_due)
-            return
+
+    def _announce_due(self) -> None:
+        """Announce ends and changes for at most STEP_S, because thousands of jobs may end or change
+        at a time. The next round follows when the loop has handled other events."""
+        self._round = None
+        loop = asyncio.get_running_loop()
         end = time.monotonic() + STEP_S
         try:
-            while self._due:
-                number, job = self._due.popitem(last=False)
-                if self._announce_changes(job):
-                    pause = loop.call_later(MIN_INTERVAL_S, self._announce_soon, job)
-                    self._pauses[number] = pause
+            while self._ended or (self._due and self._server.has_room):
+                if self._ended:
+                    self._announce_end(self._ended.popleft())
+                else:
+                    number, job = self._due.popitem(last=False)
+                    if self._announce_changes(job):
+                        pause = loop.call_later(MIN_INTERVAL_S, self._announce_soon, job)
+                        self._pauses[number] = pause
                 if time.monotonic() >= end:
                     break
         finally:
-            if self._due:
-                self._round = loop.call_soon(self._announce_due)
+            self._schedule()
+
+    def _announce_end(self, job: ObservedJob) -> None:
+        self._due.pop(job.number, None)
+        if timer := self._pauses.pop(job.number, None):
+            timer.cancel()
+        # Announce the last changes first: clients stop reading after JobRemoved.
+        self._announce_changes(job)
+        del self._announced_values[job.number]
+        assert job.result is not None
+        self._emit("JobRemoved", job, job.result.value)
+        self._manager_changed()
 
     def _announce_changes(self, job: ObservedJob) -> bool:
         now = changing(job, private=True)

@@ -228,9 +228,7 @@ class SignalPhase:
             job.finish(Result.FAILED)
         else:
             self._journal.write(events.signal_sent(job, job.rungs[-1]))
-            job.enter(job.phase)
-            if number == SIGKILL:
-                job.enter(Phase.REAP)
+            job.enter(Phase.REAP if number == SIGKILL else job.phase)
         return True
 
     def send(self, number: Signals) -> None:
