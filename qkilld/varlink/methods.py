@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from qkilld import __version__
+from qkilld.debug_log import note
 from qkilld.engine.call_limits import CallLimits, Cost
 from qkilld.engine.job import Job
 from qkilld.engine.service import Option, Service
 from qkilld.engine.unit_stop import UnitStops
-from qkilld.model.errors import QkilldError
+from qkilld.model.errors import Busy, QkilldError
 from qkilld.model.policy import SPANS
 from qkilld.varlink import values
 from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
@@ -113,9 +114,7 @@ class VarlinkMethods:
                 if isinstance(error, QkilldError)
             ]
 
-        if call.more and jobs:
-            for _ in range(1, math.ceil(len(jobs) / JOBS_OF_WAIT)):
-                call.charge(Cost.WAIT)
+        if call.more and jobs and _may_follow(call, len(jobs)):
             self._stream(call, parameters, FirstReply(jobs, {"refused": refused}))
             return
         states = (values.state(job, call.uid) for job in jobs)
@@ -259,6 +258,18 @@ class VarlinkMethods:
             return {}
 
         return method
+
+
+def _may_follow(call: VarlinkCall, jobs: int) -> bool:
+    """Count a call that follows this many jobs. If it would be too many, return False: the jobs
+    have begun, so the call must not fail."""
+    try:
+        for _ in range(1, math.ceil(jobs / JOBS_OF_WAIT)):
+            call.charge(Cost.WAIT)
+    except Busy as error:
+        note("following the jobs of TerminateAll", error)
+        return False
+    return True
 
 
 def _order(parameters: Mapping[str, Any]) -> tuple[int, dict[str, Option]]:

@@ -30,7 +30,7 @@ from qkilld.bus.manager_object import ManagerObject, ManagerTree
 from qkilld.bus.server import Server
 from qkilld.bus.values import parse
 from qkilld.engine import guest_watch
-from qkilld.engine.call_limits import MAX_READS
+from qkilld.engine.call_limits import MAX_READS, MAX_WAITS, Cost
 from qkilld.engine.job import Job
 from qkilld.engine.long_replies import LongReplies
 from qkilld.engine.registry import MAX_JOBS_PER_UID
@@ -314,6 +314,45 @@ def test_streams_of_many_jobs(world: World) -> None:
     asyncio.run(work())
 
 
+def test_jobs_that_have_begun_are_reported_although_too_many_are_followed(world: World) -> None:
+    sent = list[bytes]()
+
+    class FakeConnection:
+        uid, pid, blocked, closed = UID, 1, False, False
+
+        def send_encoded(self, message: bytes) -> None:
+            sent.append(message)
+
+        def when_sent(self, callback: Callable[[], None]) -> None:
+            callback()
+
+        def next_call(self) -> None: ...
+
+    async def work() -> None:
+        jobs = [world.stop(FakeProcess(make_guest(pid, uid=UID))) for pid in range(1, 41)]
+
+        async def terminate_all(*_: object) -> list[Job]:
+            return jobs
+
+        service = service_with(world, 0)
+        cast(Any, service).terminate_all = terminate_all
+        turns = Turns(frozenset({0}))
+        for _ in range(MAX_WAITS - 5):
+            turns.limits.begin(UID, Cost.WAIT)
+        methods = VarlinkMethods(service, Streams(), cast(Any, None), turns.limits)
+        server = SimpleNamespace(turns=turns, ended=lambda call: None)
+        connection = cast(VarlinkConnection, FakeConnection())
+        call = VarlinkCall(cast(VarlinkServer, server), connection, b"", [])
+        call.more = True
+        await methods.find("TerminateAll")(call, {})
+        (reply,) = map(json.loads, sent)
+        assert len(reply["parameters"]["states"]) == 40
+        assert "continues" not in reply
+        assert turns.limits._running[UID, Cost.WAIT] == MAX_WAITS - 5
+
+    asyncio.run(work())
+
+
 def test_a_search_among_many_programs(world: World) -> None:
     """Any user can execute thousands of files with different names."""
     others = [make_guest(pid, uid=UID) for pid in range(2, 6000)]
@@ -442,14 +481,14 @@ def test_many_timers_at_a_time() -> None:
     assert calls.index(count - 1) < count // 2
 
 
-def test_changes_of_many_jobs(world: World) -> None:
+def test_changes_and_ends_of_many_jobs(world: World) -> None:
     """For example while a host shuts down."""
     bus = FakeBus()
 
     async def work() -> None:
         server = Server(cast(Connection, bus), cast(Any, None), fault, Turns(frozenset({0})))
         announcer = Announcer(server)
-        jobs = [world.stop(FakeProcess(make_guest(pid))) for pid in range(1, 3001)]
+        jobs = [world.stop(FakeProcess(make_guest(pid))) for pid in range(1, 1501)]
         for job in jobs:
             announcer.adopt(job)
             job.hold(Steerer(0, Rank.ROOT))
@@ -461,11 +500,25 @@ def test_changes_of_many_jobs(world: World) -> None:
             while len(bus.changed) < len(jobs):  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
+        paths = [f"/org/qkilld1/job/{number}" for number in range(1, 1501)]
         assert await longest_share(announce_all()) < MAX_SHARE
+        assert bus.changed == paths
+        for job in jobs:
+            job.cancel()
+
+        async def announce_ends() -> None:
+            for job in jobs:
+                announcer.job_changed(job)
+                announcer.job_ended(job)
+            await announcer.drain()
+
+        bus.changed.clear()
+        assert await longest_share(announce_ends()) < MAX_SHARE
+        assert {path for path in bus.changed if path != MANAGER_PATH} == set(paths)
+        assert bus.changed.count(MANAGER_PATH) >= len(jobs)  # JobRemoved.
         announcer.close()
 
     asyncio.run(work())
-    assert bus.changed == [f"/org/qkilld1/job/{number}" for number in range(1, 3001)]
 
 
 def test_a_bus_that_does_not_read_gets_only_the_newest_changes(
