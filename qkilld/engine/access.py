@@ -6,10 +6,10 @@ The checks come in an order that reveals nothing that the caller may not know:
 2. If the caller is root or the process's own user, only the process is checked.
 3. For all other callers, polkit is asked, whatever the process is. A denial has the same text for
    QEMU and for any other program. If the process is not QEMU, or not the requested one, polkit is
-   asked without a dialog, so that nobody types a password in vain. The missing dialog tells the
-   caller that the process is not QEMU. But ListGuests, which anybody may call, shows this, too.
-4. The checks are repeated right before the process is returned, because polkit may take minutes:
-   the process must still be QEMU, in the named unit and, unless root asks, of the same user.
+   asked without a dialog, so that nobody types a password in vain. The missing dialog reveals only
+   what ListGuests tells anybody.
+4. Because polkit may take minutes, the checks are then repeated: the process must still be QEMU, in
+   the named unit and, unless root asks, of the same user.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class CheckedProcess(NamedTuple):
 
     process: Process
     uid: int
-    """The caller's uid."""
 
 
 class Access:

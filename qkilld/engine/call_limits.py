@@ -28,17 +28,15 @@ MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait, including up to MAX_READS of the kind READ."""
 TOGETHER: Final = 32
-"""All users except root together may have this many times as many calls as one user. This limit is
-needed because somebody may have thousands of subordinate uids that /etc/subuid does not list. Each
-of these uids counts as a user. A Wait takes 3 kB (measured), so the Waits of all users take 100
-MB."""
+"""All users except root together may have this many times as many calls as one user. One user may
+count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait takes 3 kB
+(measured), so all Waits take 100 MB."""
 RESERVE: Final = 4
 """A fourth of all descriptors is reserved for root's calls and for running jobs."""
 
 
 class CallLimits:
     def __init__(self, unlimited: frozenset[int]) -> None:
-        """`unlimited`: the uids without limits."""
         self._unlimited = unlimited
         self._running: Counter[tuple[int, Cost]] = Counter()
         self._total: Counter[Cost] = Counter()
@@ -95,8 +93,8 @@ def _check_together(count: int, limit: int, what: str) -> None:
 
 
 def _descriptors_to_spare() -> bool:
-    """Return whether a user's call may open descriptors. The number of the lowest free descriptor
-    serves as an estimate of how many are in use, because all below it are."""
+    """Return whether a user's call may open descriptors. This is an estimate: at least all
+    descriptors below the lowest free one are in use."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

@@ -139,8 +139,7 @@ def check_answer(answer: Answer, what: str) -> None:
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
     """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
 
-    The person who types a password sees the guest's name. The guest's owner may have chosen any
-    name, so `for_dialog` makes it harmless.
+    The guest's owner may have chosen any name, so `for_dialog` makes the name harmless.
     """
     name = for_dialog(guest.label.shown_name)
     process = f"process {guest.identity.pid}"

@@ -45,11 +45,11 @@ class Collaborators(Generic[J]):
     on_end: Callable[[J], None]
     on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
-    """Called when a job has opened its guest's monitor. The number is the descriptor of the
-    connection if systemd should keep a copy for the next daemon, or else None."""
+    """Called when a job has opened its guest's monitor. The number is a descriptor of which systemd
+    should keep a copy for the next daemon, or None."""
     server_exits: Callable[[Process], ServerExits] | None
     """If None, the servers of network disks are not watched."""
     stopping: Callable[[frozenset[int]], frozenset[int]]
     """Returns which of these processes are being stopped by a job (server_watch.is_stopping)."""
     write_down: Callable[[J, Callable[[], None]], None]
-    """Saves the job, and calls back when it is saved, or when saving takes too long."""
+    """Saves the job. Calls back when it is saved, or if saving takes too long."""

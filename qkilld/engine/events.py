@@ -500,7 +500,6 @@ def _of_job(
 
 
 def _ladder(flags: Flag) -> str:
-    """Describe the flags."""
     if Flag.POWERDOWN in flags:
         return f"asking the guest first, {_ladder(flags & ~Flag.POWERDOWN & ~Flag.NOWAIT)}"
     if Flag.NOWAIT in flags:

@@ -1,9 +1,8 @@
-"""Choose which user's calls are served next. Users take turns, however many calls and connections
-each of them has.
+"""Choose whose calls are served next. Users take turns, however many calls and connections they
+have.
 
-This is a pure data structure. In a turn, some calls of one user are served; all connections of the
-user share it. Until the uid of a connection is known, its calls only wait. The calls of each
-connection keep their order.
+A pure data structure. All connections of a user share the user's turns. Until the uid of a
+connection is known, its calls only wait. The calls of each connection keep their order.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ have SPARE waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""This is also the length of the longest call. A bus allows 2,048 connections, so these bytes of
-all connections are 32 MiB at most."""
+"""Also the length of the longest call. A bus allows 2,048 connections, so this is 32 MiB for
+all."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""

@@ -9,16 +9,15 @@ if TYPE_CHECKING:
 
 FIRST_SUBORDINATE = 65536
 """Uids from here on may be subordinate uids (subuid(5)). One user may have more of these than there
-are places. Uids of directory services are often in this range, too."""
+are places. Directory services often use this range, too."""
 
 _ranges: list[tuple[int, int, int]] = []
 """Sorted by the first uid."""
 
 
 def set_subordinate_uids(ranges: Sequence[tuple[int, int, int]]) -> None:
-    """Set the ranges of subordinate uids. Each is the first uid, the last uid, and the user who has
-    them. Call this before any place is taken. A uid in two ranges belongs to the one that begins
-    later."""
+    """Set the ranges of subordinate uids: the first uid, the last uid, and their user. Call this
+    before any place is taken. A uid in two ranges belongs to the one that begins later."""
     _ranges[:] = sorted(ranges)
 
 

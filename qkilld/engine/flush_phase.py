@@ -36,8 +36,8 @@ SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which usually takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) at which the state of disks is read while the job waits for a backup or is held,
-and at which samples are taken during a flush."""
+"""Interval (µs) of readings while the job waits for a backup or is held, and of samples during a
+flush."""
 REREAD_INTERVAL: Final = 50_000
 """The first interval (µs) between readings for stuck requests. Later intervals are longer."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
@@ -47,7 +47,7 @@ FLUSH_TIMEOUT: Final = USEC_PER_SEC
 held while the processors are stopped."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
 """A flush that does not stop the processors is abandoned after this time (µs) without progress, and
-in any case after StorageStallSec=. Disks write data back in bursts that are up to 5 s apart."""
+in any case after StorageStallSec=. Disks write data back in bursts up to 5 s apart."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
 """How long (µs) QEMU may take to exit after `quit`."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC

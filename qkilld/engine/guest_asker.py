@@ -27,8 +27,7 @@ OBSERVE_INTERVAL: Final = USEC_PER_SEC
 FIRST_INTERVAL: Final = 250_000
 """The interval of observations (µs) before the guest was asked."""
 MAX_UNOBSERVED: Final = 60 * USEC_PER_SEC
-"""How long (µs) to wait at most for a guest that was asked, if a bug in qkilld prevents observing
-it."""
+"""The longest wait (µs) for a guest that was asked, if a bug in qkilld prevents observing it."""
 
 _ENDS: Final = {
     Conclusion.SHUT_DOWN: GuestAsked.SHUT_DOWN,
@@ -117,8 +116,8 @@ class GuestAsker:
         self._span = span
 
     def take_unanswered(self) -> GuestOrder | None:
-        """After QEMU's exit, assume that a request without a reply has reached the guest, because
-        QEMU can exit before its reply is read. Return this request, or None."""
+        """After QEMU's exit, assume that a request without a reply has reached the guest. Return
+        this request, or None."""
         if (method := self._unanswered) is None:
             return None
         self._unanswered = None
@@ -225,8 +224,8 @@ class GuestAsker:
             self._observe_later(until=judgement.until)
 
     def _watch_press(self, refused: str) -> None:
-        """Treat somebody else's press of the power button as one by qkilld, because a second press
-        could cancel the shutdown."""
+        """Treat somebody else's press of the power button as our own, because a second press could
+        cancel the shutdown."""
         self._attempt = powerdown.note_request(self._attempt, AskMethod.BUTTON, self._clock.now())
         self._on_pressed()
         self._observe_later()
@@ -282,8 +281,8 @@ class GuestAsker:
             monitor.order(what, self._guarded(callback))
 
     def _observe_later(self, interval: int | None = None, *, until: int | None = None) -> None:
-        """Observe after `interval` (µs), but not later than `until`: at that time, the conclusion
-        changes even without a new observation."""
+        """Observe after `interval` (µs), but not later than `until`, when the conclusion may change
+        without a new observation."""
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         now = self._clock.now()

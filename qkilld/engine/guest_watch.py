@@ -76,8 +76,8 @@ class GuestWatch:
         return None if key is None else self._guests[key]
 
     async def guests(self) -> Iterable[WatchedGuest]:
-        """Start to watch if guests are not watched yet, and wait for the first scan. Return the
-        guests that the last scan found.
+        """Start to watch if necessary, and wait for the first scan. Return the guests that the last
+        scan found.
 
         Raises what the first scan raises. The next call then starts to watch again.
         """

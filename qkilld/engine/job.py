@@ -140,13 +140,12 @@ class Job:
 
     @property
     def data_at_risk(self) -> bool:
-        """Whether data may be lost (see `risks`)."""
         return bool(self.risks)
 
     @property
     def processors_stopped(self) -> bool:
-        """Whether this job may have stopped the guest's processors. Unless it sends a signal, it
-        must then start them again."""
+        """Whether this job may have stopped the guest's processors, and must start them again
+        unless it sends a signal."""
         return self._flush_phase.stopped
 
     @property
@@ -189,13 +188,13 @@ class Job:
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
-        """Use this connection to the guest's monitor. Call this before `start`. If `start`
-        succeeds, the job owns the connection."""
+        """Use this connection to the guest's monitor. Call this before `start`, which takes
+        ownership if it succeeds."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
-        """Do not ask the guest again if an earlier job for the same process (`ended`) has just
-        asked it. Call this before `start`."""
+        """Do not ask the guest again if the job `ended` has just asked it. Call this before
+        `start`."""
         self._powerdown.follow_up(ended._powerdown.attempt)
 
     def start(self) -> None:
@@ -456,7 +455,6 @@ class Job:
         self._trace.end()
 
     def _end_hold_in_time(self) -> None:
-        """End the hold if its time has passed."""
         if self.control.held and self._parts.clock.now() >= self.control.held_until:
             self.control = steering.release(self.control)
             self._parts.journal.write(events.job_released(self, "MaxSec", None))

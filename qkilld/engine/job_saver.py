@@ -64,8 +64,8 @@ class JobSaver:
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """Note that a job was resumed from `saved`. Save it again only if it has changed, because a
-        daemon that resumes thousands of jobs has more urgent work."""
+        """Note that a job was resumed from `saved`. Save it only if it has changed: a daemon that
+        resumes thousands of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)
@@ -90,8 +90,8 @@ class JobSaver:
         return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
 
     def write_first(self, job: Job, callback: Callable[[], None]) -> None:
-        """Write all changes of this job before those of other jobs, because its SIGKILL must wait
-        until they are written. Call back once they are written, or after TIMEOUT_S."""
+        """Write the changes of this job before those of others, because its SIGKILL waits for that.
+        Call back once they are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:
@@ -106,8 +106,7 @@ class JobSaver:
         self._store.write_first(job.number, once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written, or writing them has failed. There is no
-        time limit."""
+        """Call back once all changes so far are written, or have failed. There is no time limit."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:

@@ -39,7 +39,7 @@ class LadderJob(ObservedJob, Protocol):
     def note_gone(self) -> None: ...
     def finish(self, result: Result) -> None: ...
     def note_signal(self) -> None:
-        """Note that a signal was sent. Call this after each signal."""
+        """Call this after each signal."""
 
     def note_unsent(self) -> None:
         """Note that a signal cannot be sent yet."""

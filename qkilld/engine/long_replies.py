@@ -1,8 +1,8 @@
 """Prepare long replies without blocking the loop.
 
-Some replies grow with the number of jobs or guests. One user alone may have 2,048 jobs, and
-encoding a reply with all properties of all users' jobs takes half a second. During this time, no
-job may miss a deadline, and no notification of the watchdog may be late.
+One user alone may have 2,048 jobs, and encoding all properties of all users' jobs takes half a
+second. During this time, no job may miss a deadline, and no notification of the watchdog may be
+late.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qkilld.engine.fair_shares import user_of
 STEP_S: Final = 0.002
 """How long a step may take before the loop serves its timers and pidfds."""
 MAX_STEP_S: Final = 0.016
-"""The longest step. Work that has to keep up with changes uses longer steps than STEP_S."""
+"""The longest step of work that has to keep up with changes."""
 
 
 class Pace:
@@ -46,7 +46,6 @@ class LongReplies:
     at a time."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
-        """`unlimited`: uids without limits."""
         self._unlimited = unlimited
         self._of_users = asyncio.Lock()
         self._of_user: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()

@@ -31,7 +31,7 @@ class MonitorLink:
         qmp_socket: str,
         on_open: Callable[[GuestMonitor], None],
     ) -> None:
-        """`on_open` is called with each new connection before it is used."""
+        """Call `on_open` with each new connection before it is used."""
         self._process, self._monitors = process, monitors
         self._qmp_socket = qmp_socket
         self._on_open = on_open

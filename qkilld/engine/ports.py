@@ -26,8 +26,7 @@ from qkilld.model.unit import UnitFacts
 
 
 class Process(Protocol):
-    """A process opened by pidfd. The pidfd never refers to another process, even if the pid is
-    reused."""
+    """A process opened by pidfd, so that it stays the same process even if its pid is reused."""
 
     @property
     def guest(self) -> Guest: ...
@@ -50,8 +49,7 @@ class Process(Protocol):
         block."""
 
     def collected(self) -> bool:
-        """Return whether the process has exited and its parent has reaped it. Before that, it is a
-        zombie."""
+        """Return whether the process has exited and is no zombie any more."""
 
     def killed_by(self) -> int:
         """Return the number of the signal that ended the process; 0 if no signal did, or if
@@ -85,8 +83,8 @@ class ServerExits(Protocol):
         """Stop watching a process. Does nothing if it is not watched."""
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Return two sets: the processes that ended, or may have ended, before the guest; and those
-        that ended after it or are ending. Call this once, after the guest's end."""
+        """Return two sets: the processes that ended before the guest, or may have; and those that
+        ended after it or are ending. Call this once, after the guest's end."""
 
     def closed_first(self, tcp_id: str) -> bool | None:
         """Return whether the guest closed a connection (Socket.tcp_id) before its server did; None
@@ -112,12 +110,10 @@ class Host(Protocol):
 
     async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
         """Return every process whose executable is visible, and the processes that cannot be
-        identified at the moment. Does not block the loop, although there may be many processes."""
+        identified at the moment. Does not block the loop."""
 
 
 class Caller(Protocol):
-    """The caller of a method."""
-
     async def uid(self) -> int:
         """Return the caller's uid. Call this after the process was opened: while this waits, a pid
         could be reused."""
@@ -132,16 +128,13 @@ class Caller(Protocol):
 
 
 class Units(Protocol):
-    """Asks systemd's manager for the units that callers of TerminateUnit name. Raises only
-    QkilldErrors."""
+    """Asks systemd about the units that callers name. Raises only QkilldErrors."""
 
     async def unit(self, name: str) -> UnitFacts:
         """Raises InvalidArgs, NoSuchUnit."""
 
 
 class Watch(Protocol):
-    """Takes samples of one process."""
-
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:
@@ -150,8 +143,8 @@ class Watch(Protocol):
 
     @property
     def lacks_thread(self) -> bool:
-        """Return whether the requested sample has not begun yet because all threads that take
-        samples are blocked by other users' processes."""
+        """Return whether the requested sample has not begun because processes of other users block
+        all threads that take samples."""
 
     def close(self) -> None:
         """Stop taking samples; no callback follows."""
@@ -205,8 +198,8 @@ class GuestMonitor(Protocol):
     def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
-        """Read the state of the disks. Call back with the state, or with the reason of a failure.
-        Without `files`, QEMU is not made to ask a file system, so the state lacks some facts
+        """Read the state of the disks. Call back with it, or with the reason of a failure. Without
+        `files`, QEMU asks no file system, and the state lacks some facts
         (monitor.disks.read_state)."""
 
     def read_jobs(
@@ -223,8 +216,7 @@ class GuestMonitor(Protocol):
         stop: bool,
         timeout: int,
     ) -> None:
-        """Stop the processors if `stop` is true, and flush the disks. All of this ends within
-        `timeout` (µs).
+        """With `stop`, stop the processors. Then flush the disks, all within `timeout` (µs).
 
         Calls back with the result of each flush, or with the reason why nothing was flushed.
         """
@@ -253,15 +245,13 @@ class GuestMonitor(Protocol):
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
         """Cut off these connections. Call back with "", with the reason of a refusal, or with None
-        if no reply came. In the last case, they may be cut off."""
+        if no reply came, so that they may be cut off."""
 
     def close(self) -> None:
         """May be called twice."""
 
 
 class Monitors(Protocol):
-    """Opens the monitors of guests."""
-
     def open(
         self,
         process: Process,
@@ -275,18 +265,18 @@ class Monitors(Protocol):
     ) -> Callable[[], None]:
         """Open the guest's monitor. `qmp_socket` is the path that a caller named, or "".
 
-        The connection `kept` is tried first, then `passed`, which `check_passed` must have checked.
-        The callee owns both. `was_asked`: the guest was asked to shut down before, so signs of a
-        shutdown are of interest. `agent_was_open`: whether the guest agent had its port open at
-        that time; None if unknown.
+        `kept` is tried first, then `passed`, which `check_passed` must have checked. The callee
+        owns both connections. `was_asked`: the guest was asked to shut down before, so signs of a
+        shutdown count. `agent_was_open`: whether the agent had its port open at that time; None if
+        unknown.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
         """
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """After QEMU's exit, return the signs of a shutdown that a kept connection still contains.
-        Signs that an earlier daemon has read from it are missing. Does not block.
+        """After QEMU's exit, return the signs of a shutdown that a kept connection still contains,
+        without those that an earlier daemon has read. Does not block.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
@@ -298,9 +288,9 @@ class Monitors(Protocol):
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """Read the state of the disks of a guest that is not being stopped. Return None if another
-        program uses its QMP monitor, or if the monitor does not answer within a second. `files`:
-        see GuestMonitor.read_disks."""
+        """Read the disks of a guest without a job. Return None if another program uses its QMP
+        monitor, or if the monitor does not answer within a second. `files`: see
+        GuestMonitor.read_disks."""
 
     async def describe(self, process: Process) -> AskingWays:
         """Describe how qkilld can ask the guest, and what prevents it."""
@@ -323,9 +313,8 @@ class Clock(Protocol):
         """Return the time at which a process started, by Identity.start_time."""
 
     def call_at(self, when: int, callback: Callable[[], None], user: int | None = None) -> Timer:
-        """Call back at this time. `user`: set it if users can make any number of such callbacks due
-        at the same time. It is the uid whose work this callback is; users then take turns
-        (engine.steps)."""
+        """Call back at this time. `user`: the uid whose work this is, if users can make any number
+        of such callbacks due at a time. Users then take turns (engine.steps)."""
 
 
 class Journal(Protocol):
@@ -334,8 +323,6 @@ class Journal(Protocol):
 
 
 class Recorder(Protocol):
-    """The trace of one job."""
-
     def record(self, record: Record) -> None:
         """Write a record. Never blocks and never raises."""
 
@@ -344,15 +331,11 @@ class Recorder(Protocol):
 
 
 class Traces(Protocol):
-    """Creates the traces of jobs."""
-
     def begin(self, header: Header) -> Recorder:
         """Begin the trace of a job. No file is created before its first record."""
 
 
 class JobState(Protocol):
-    """The state of a job to save."""
-
     @property
     def number(self) -> int: ...
 
@@ -370,12 +353,11 @@ class Store(Protocol):
         """Save a job's state, in place of an earlier one."""
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back in the loop when everything saved before this call is written, or writing it
-        has failed."""
+        """Call back in the loop when everything saved so far is written, or has failed."""
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
-        """Write the saved state of this job before those of other jobs. Call back in the loop when
-        it is written, or writing it has failed."""
+        """Write the state of this job before those of others. Call back in the loop when it is
+        written, or has failed."""
 
     def store_monitor(self, number: int, fd: int) -> None:
         """Store a copy of this job's connection to its guest's monitor in systemd."""
@@ -384,7 +366,7 @@ class Store(Protocol):
         """Drop the stored pidfd of the job's process."""
 
     def drop_monitor(self, number: int) -> None:
-        """Drop the stored connection to the monitor, so that other programs can use the monitor."""
+        """Drop the stored connection, so that other programs can use the monitor."""
 
     def forget(self, number: int) -> None:
         """Remove the job's state."""

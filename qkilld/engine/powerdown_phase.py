@@ -1,8 +1,7 @@
 """The phase in which the guest is asked to shut down.
 
 The phase uses the job only through LadderJob. It ends when asking has ended and the job is not
-held. Asking ends at the latest when MaxSec= or the caller's limit (Request.ask_at_most) requires
-it.
+held. MaxSec= and the caller's limit (Request.ask_at_most) end the asking.
 """
 
 from __future__ import annotations
@@ -67,9 +66,9 @@ class PowerdownPhase:
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """If an earlier job for the same process has asked the guest, and its request may still
-        take effect, continue the asking of that job. The power button must not be pressed again,
-        because a second press cancels the shutdown of some systems. Call this before `begin`."""
+        """Continue the asking of an earlier job for the same process, if its request may still take
+        effect. A second press of the power button would cancel the shutdown of some systems. Call
+        this before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
             return

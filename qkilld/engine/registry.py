@@ -113,12 +113,11 @@ class Registry:
         return len(self._running)
 
     def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
-        """Return the job that stops this process: the running job, after `join`, or a new job,
-        after `start`.
+        """Join the running job for this process, or start a new one. Return the job.
 
-        The registry owns the process from now on, even if this call raises an exception. `passed`
-        is a connection to the monitor for a new job; the registry owns it unless this call raises
-        an exception. Raises what Job.start and Job.join raise, and Busy.
+        The registry owns the process from now on, even if this raises an exception. `passed` is a
+        connection to the monitor for a new job; the registry owns it unless this raises an
+        exception. Raises what Job.start and Job.join raise, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
@@ -348,8 +347,7 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # Remove only this job: another job for the same process may be registered instead, because
-        # several may have been resumed.
+        # Another job for the same process may be registered, because several may have been resumed.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)
@@ -375,8 +373,8 @@ class Registry:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _forget_entirely(self, job: Job) -> None:
-        """Remove the saved state of a job, and stop counting the job for its user. If its process
-        has survived, this waits until the process is gone or has a new job."""
+        """Remove the saved state of a job, which counts for its user until then. If the process has
+        survived, that is when it is gone or has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def may_see(job: ObservedJob, uid: int) -> bool:
-    """Return whether a user may see details of the evidence. Only root, the owner and the requester
-    may see them."""
+    """Return whether a user may see details of the evidence: root, the owner and the requester
+    may."""
     return uid in (0, job.guest.identity.uid, job.request.uid)
 
 

@@ -42,11 +42,9 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 
 TIMEOUT: Final = USEC_PER_SEC * 3
-"""The longest time (µs) that SIGTERM waits for the servers to be found. Finding them usually takes
-30 ms."""
+"""How long (µs) SIGTERM waits until the servers are found. This usually takes 30 ms."""
 RETRY: Final = USEC_PER_SEC // 10
-"""The time (µs) between the first sample and the second one, which looks for servers that the first
-did not find."""
+"""The second sample, for servers that the first did not find, follows after this time (µs)."""
 MAX_RETRY: Final = USEC_PER_SEC * 4 // 10
 """The time (µs) between samples doubles each time, up to this limit."""
 MAX_SAMPLES: Final = 4
@@ -104,8 +102,7 @@ class ServerWatch:
 
     @property
     def is_needed(self) -> bool:
-        """Whether to watch servers: the guest may have storage on a network, and the job goes by
-        evidence."""
+        """Whether the guest may have storage on a network, and the job goes by evidence."""
         can = self._parts.sampler is not None and self._parts.server_exits is not None
         return can and self._job.guest.label.remote and self._job.by_evidence
 
@@ -121,7 +118,7 @@ class ServerWatch:
                 self._end_search()
 
     def note_sample(self, sample: Sample) -> None:
-        """Note the connections in a sample of the guest, whoever requested the sample."""
+        """Note the connections in any sample of the guest."""
         with self._failures():
             before, self._servers = self._servers, follow_servers(self._servers, sample)
             if self._servers is None or self._exits is None:

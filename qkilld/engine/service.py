@@ -373,9 +373,8 @@ class Service:
     async def _check_monitor(
         self, process: Process, given: Mapping[str, object], passed: int | None
     ) -> None:
-        """Check the monitor that the caller names (a socket) or passes (a connection). Raise
-        InvalidArgs if it is not the monitor of this process. On any error, close the pidfd in
-        `process`."""
+        """Check the monitor that the caller names or passes. Raise InvalidArgs if it is not that of
+        this process. On any error, close `process`."""
         if self._monitors is None:
             return
         try:
@@ -393,8 +392,8 @@ class Service:
 
     async def _find_guests(self) -> tuple[list[Guest], list[Unidentified]]:
         """Return all guests, and the processes that may be guests but cannot be identified."""
-        # Concurrent callers share one run (SharedRun), because it reads all of /proc, which takes
-        # 0.1 ms for each process.
+        # Concurrent callers share one run, because reading all of /proc takes 0.1 ms for each
+        # process.
         identities, unidentified = await self._host.identities()
         qemus, guests = list[Identity](), list[Guest]()
         pace = Pace()
@@ -409,8 +408,8 @@ class Service:
         return guests, unidentified
 
     async def _sample_twice(self, process: Process) -> Assessment | None:
-        """Take two samples, because only their difference shows movement. If the second is late,
-        use only the first. If both are late, return None."""
+        """Take two samples, because only their difference shows movement. Use only the first if the
+        second is late; return None if both are."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -447,7 +446,7 @@ class Service:
 
     async def keep(self, *jobs: Job) -> None:
         """Wait until these jobs are saved, so that they survive a crash. If saving takes too long,
-        log this and return."""
+        log it."""
         if self.registry.saver is not None and not await self.registry.saver.wait_saved():
             for job in jobs:
                 self.registry.note(events.not_written(job))

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal, Process, Sampler
 
 RECHECK: Final = USEC_PER_SEC
-"""If a signal cannot be sent because the process's executable is unreadable, it is tried again
-after this time (µs)."""
+"""If the process's executable is unreadable, a signal is tried again after this time (µs)."""
 
 _CONTINUE: Final = SIGCONT.name
 _SIGNALS: Final = {
@@ -92,7 +91,6 @@ class SignalPhase:
 
     @property
     def killed(self) -> bool:
-        """Whether SIGKILL was sent."""
         return self._kill_at is not None
 
     @property
@@ -112,7 +110,7 @@ class SignalPhase:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether a requested sample has not come yet, and its timeout has not expired."""
+        """Whether a requested sample has not come yet and is not late."""
         return self._sampler.is_pending
 
     @property
@@ -156,8 +154,7 @@ class SignalPhase:
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
-            # The deadline may have passed: a sample can also be taken while a signal that is due is
-            # tried again.
+            # If the deadline has passed, a signal that is due is being tried again.
             if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
                 self._unidentified_since = None
             match action:

@@ -97,10 +97,10 @@ class Snapshot:
         progress_at: int | None = None,
         control: Control = UNCONTROLLED,
     ) -> Snapshot:
-        """Make a snapshot from the properties of a job that a caller can read (StartedUSec,
-        Verdict, LastProgressUSec, Held). Assume that SIGTERM was sent at the start, and SIGKILL at
-        `kill_at` if that is given. With `guest_asked`, assume that no signal was sent, and that the
-        guest, if it was asked, was asked at the start.
+        """Make a snapshot from properties that a caller can read (StartedUSec, Verdict,
+        LastProgressUSec, Held). Assume that SIGTERM was sent at the start, and SIGKILL at `kill_at`
+        if given. With `guest_asked`, assume that no signal was sent, and that the guest was asked,
+        if at all, at the start.
 
         `policy` is that of the job, including the time spans of the request. If `progress_at` is
         None, assume that progress goes on until the job is resumed.
@@ -188,8 +188,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Leave out the servers: they may take megabytes, and only the comparison of the next
-            # sample with the last one uses them.
+            # Leave out the servers: they may take megabytes, and only the comparison with the next
+            # sample uses them.
             evidence = replace(
                 evidence,
                 first=_without_servers(counts_of(evidence.first)),
@@ -245,7 +245,6 @@ def _without_servers(sample: Sample) -> Sample:
 
 
 def _latest_of(attempt: Attempt) -> int:
-    """Return the newest time in the attempt."""
     times = [attempt.started, *(one.at for one in attempt.recent), *(o.at for o in attempt.asked)]
     times += [attempt.answered_at or 0, attempt.disk_work_at or 0]
     return max(*times, attempt.effect_at or 0, attempt.progress_at or 0)
@@ -264,8 +263,7 @@ def _with_actions(rungs: object) -> object:
 
 
 def _with_remote(guest: object) -> object:
-    """Set Label.remote in the guest of a snapshot of an older version, because the guest may have
-    storage on a network."""
+    """Set Label.remote in a guest of an older version, which may have storage on a network."""
     if not isinstance(guest, dict) or not isinstance(guest.get("label"), dict):
         return guest
     return guest | {"label": {"remote": True} | guest["label"]}

@@ -58,8 +58,8 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """Return the control of a job that is taken over: end a hold by the owner, and cut the owner's
-    extensions to `limit` (see `owner_limit`)."""
+    """Return the control of a job that is taken over: no hold by the owner, and the owner's
+    extensions cut to `limit` (owner_limit)."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))
 

@@ -36,8 +36,8 @@ class Steps:
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Count this time as part of the present step, because the present work has started a task
-        that will take this time."""
+        """Count this time as part of the present step: it is that of a task which the work has
+        started."""
         self._end -= seconds
 
     def _continue(self) -> None:

@@ -36,7 +36,6 @@ class Turns:
     """Use this class in a running loop. Callers have names that are never reused."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
-        """`unlimited`: uids without limits."""
         self.unlimited = unlimited
         self.limits = CallLimits(unlimited)
         self.long_replies = LongReplies(unlimited)
@@ -70,8 +69,7 @@ class Turns:
         self._serve_soon()
 
     def forget(self, name: str, uid: int | None) -> list[WaitingCall]:
-        """Remove a caller that has disconnected. Return its waiting calls, which will not be
-        started."""
+        """Remove a caller that has disconnected; return its waiting calls."""
         return self._queue.forget(name, uid)
 
     def _serve_soon(self) -> None:
@@ -82,8 +80,8 @@ class Turns:
             self._round = asyncio.get_running_loop().call_soon(self._serve)
 
     def _serve(self) -> None:
-        """Give each user a turn while time remains in this round. The next round follows after the
-        loop has handled other events, and after the tasks started here have begun."""
+        """Give each user a turn while time remains. The next round follows when the loop has
+        handled other events, and the tasks started here have begun."""
         self._round = None
         called, self._has_new_calls = self._has_new_calls, False
         end = time.monotonic() + ROUND_S

@@ -1,8 +1,8 @@
 """The rung before SIGKILL: cut off dead storage, so that QEMU can finish its other disks.
 
 QEMU's command for this is `yank`. Its "instances" are connections; decision.yank decides which of
-them to cut off. The command must be sent on a monitor connection that was open before SIGTERM; QEMU
-then answers in 1 to 3 ms. Data on storage that was cut off is at risk.
+them to cut off. The command needs a monitor connection that was open before SIGTERM; QEMU then
+answers in 1 to 3 ms. Data on storage that was cut off is at risk.
 """
 
 from __future__ import annotations
