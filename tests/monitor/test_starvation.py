@@ -101,11 +101,10 @@ def test_a_press_that_qemu_takes_late(
     monitors = [f"-{kind}", f"unix:{lab_dir}/monitor,server=on,wait=off"]
     monitors += ["-qmp", f"unix:{lab_dir}/other,server=on,wait=off"]
     guest = qemu(qmp=False, arguments=monitors)
-    until((lab_dir / "other").exists, bool)
 
     async def press() -> bool:
         with socket.socket(socket.AF_UNIX) as other:
-            other.connect(str(lab_dir / "other"))
+            until(lambda: other.connect_ex(str(lab_dir / "other")), (0).__eq__)
             events: list[str] = []
             watch = await QmpClient.open(other, lambda event: events.append(event.name))
             async with controlled(guest) as control:
