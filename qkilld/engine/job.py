@@ -34,7 +34,7 @@ from qkilld.model.policy import Policy
 from qkilld.model.trace import ChangeRecord, EndRecord, ExitRecord, RungRecord, VerdictRecord
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import GuestMonitor, Process, Timer
+    from qkilld.engine.ports import Process, Timer
 
 MAX_HISTORY: Final = 100
 """The maximum number of changes of the verdict in a receipt."""
@@ -97,7 +97,7 @@ class Job:
         clock = collaborators.clock
         self._trace = JobTrace(self, collaborators.traces)
         self._link = MonitorLink(
-            process, collaborators.monitors, request.qmp_socket, on_open=self._monitor_opened
+            process, collaborators.monitors, request.qmp_socket, self._keep_monitor
         )
         self._powerdown = PowerdownPhase(self, process, collaborators, self._link)
         self._flush_phase = FlushPhase(
@@ -519,8 +519,8 @@ class Job:
         if self.running:
             self._signals.advance()
 
-    def _monitor_opened(self, monitor: GuestMonitor) -> None:
-        self._parts.on_monitor(self, monitor.fileno())
+    def _keep_monitor(self, fd: int | None) -> None:
+        self._parts.on_monitor(self, fd)
 
     def write_down(self, go_on: Callable[[], None]) -> None:
         self._parts.write_down(self, go_on)

@@ -123,8 +123,10 @@ class JobSaver:
 
     def monitor_opened(self, job: Job, fd: int | None) -> None:
         """If the connection has a descriptor (`fd`), keep it for the next daemon and save its
-        labels."""
-        if fd is not None:
+        labels. Otherwise, drop the descriptor of an earlier connection."""
+        if fd is None:
+            self._store.drop_monitor(job.number)
+        else:
             self._store.store_monitor(job.number, fd)
             self.job_changed(job)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class MonitorLink:
     __slots__ = (
-        "_cancel", "_kept_monitor", "_monitor", "_monitors", "_on_open", "_passed_fd",
+        "_cancel", "_kept_monitor", "_monitor", "_monitors", "_on_descriptor", "_passed_fd",
         "_process", "_qmp_socket",
     )  # fmt: skip
 
@@ -29,12 +29,13 @@ class MonitorLink:
         process: Process,
         monitors: Monitors | None,
         qmp_socket: str,
-        on_open: Callable[[GuestMonitor], None],
+        on_descriptor: Callable[[int | None], None],
     ) -> None:
-        """Call `on_open` with each new connection before it is used."""
+        """`on_descriptor` is called with the descriptor of each new connection before it is used,
+        and with None when a connection was lost or cannot be kept (Collaborators.on_monitor)."""
         self._process, self._monitors = process, monitors
         self._qmp_socket = qmp_socket
-        self._on_open = on_open
+        self._on_descriptor = on_descriptor
         self._monitor: GuestMonitor | None = None
         self._kept_monitor: KeptMonitor | None = None
         self._passed_fd: int | None = None
@@ -91,6 +92,8 @@ class MonitorLink:
         if self._monitors is None:
             callback("this qkilld does not talk to guests")
             return
+        if self._monitor is not None:
+            self._on_descriptor(None)
         self._close_monitor()
 
         def opened(outcome: GuestMonitor | str | Exception) -> None:
@@ -98,7 +101,7 @@ class MonitorLink:
             if not isinstance(outcome, str | Exception):
                 self._monitor = outcome
                 if not outcome.adopted:
-                    self._on_open(outcome)
+                    self._on_descriptor(outcome.fileno())
             callback(outcome)
 
         kept, self._kept_monitor = self._kept_monitor, None
@@ -111,6 +114,7 @@ class MonitorLink:
             passed=passed,
             was_asked=was_asked,
             agent_was_open=agent_was_open,
+            on_lost=lambda: self._on_descriptor(None),
         )
 
     def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:

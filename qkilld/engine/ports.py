@@ -262,13 +262,14 @@ class Monitors(Protocol):
         passed: int | None = None,
         was_asked: bool = False,
         agent_was_open: bool | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> Callable[[], None]:
         """Open the guest's monitor. `qmp_socket` is the path that a caller named, or "".
 
         `kept` is tried first, then `passed`, which `check_passed` must have checked. The callee
         owns both connections. `was_asked`: the guest was asked to shut down before, so signs of a
         shutdown count. `agent_was_open`: whether the agent had its port open at that time; None if
-        unknown.
+        unknown. `on_lost` is called if `kept` cannot be used.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.

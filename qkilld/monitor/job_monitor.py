@@ -67,6 +67,7 @@ class JobMonitors:
         passed: int | None = None,
         was_asked: bool = False,
         agent_was_open: bool | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> Callable[[], None]:
         tasks = _Tasks()
         untouched = [] if kept is None else [kept.fd]
@@ -77,6 +78,8 @@ class JobMonitors:
             if kept is not None:
                 untouched.remove(kept.fd)
                 control = await self._adopt(process, kept, was_asked, agent_was_open)
+                if control is None:
+                    on_lost()
             if passed is not None and control is None:
                 untouched.remove(passed)
                 control = await self._take(process, passed, was_asked, agent_was_open)

@@ -281,6 +281,7 @@ class FakeMonitors:
         passed: int | None = None,
         was_asked: bool = False,
         agent_was_open: bool | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> Callable[[], None]:
         if passed is not None:
             self.passed.append(passed)

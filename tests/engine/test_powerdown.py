@@ -8,6 +8,7 @@ from signal import SIGCONT, SIGKILL, SIGTERM
 
 import pytest
 
+from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.sampling import TIMEOUT
 from qkilld.engine.snapshot import decode
 from qkilld.engine.standstill_check import MAX_SAMPLES
@@ -25,6 +26,7 @@ from qkilld.model.guest_state import (
 from qkilld.model.job import Control, Request
 from qkilld.model.sample import Cgroup, Sample
 from tests.engine.conftest import IDLE, FakeProcess, S, World
+from tests.engine.test_service import FakeStore
 from tests.evidence.until import until
 
 POWERDOWN, FORCE, NOWAIT = Flag.POWERDOWN, Flag.FORCE, Flag.NOWAIT
@@ -799,6 +801,25 @@ def test_a_monitor_that_is_lost_is_opened_again() -> None:
     world.clock.advance(3)
     assert (job.phase, world.monitors.open_monitors) == (Phase.POWERDOWN, 1)
     assert world.monitors.orders == [GuestOrder.BUTTON]
+
+
+def test_the_copy_of_a_lost_connection_is_dropped_first() -> None:
+    """Otherwise QEMU would serve the lost connection, and no new one."""
+    world, process = asked_world(UP), FakeProcess()
+    kept: list[str] = []
+    store = FakeStore()
+    store.store_monitor = lambda number, fd: kept.append("keep")  # type: ignore[method-assign]
+    store.drop_monitor = lambda number: kept.append("drop")  # type: ignore[method-assign]
+    world.registry.saver = JobSaver(store, world.clock)
+    world.stop(process, POWERDOWN)
+    world.clock.advance(3)
+    assert kept == ["keep"]
+    world.monitors.shows = lambda now: None
+    world.clock.advance(3)
+    assert kept == ["keep", "drop"]
+    world.monitors.shows = lambda now: UP
+    world.clock.advance(3)
+    assert kept == ["keep", "drop", "keep"]
 
 
 def test_a_monitor_that_no_later_daemon_can_reach_ends_with_powerdown_sec() -> None:

@@ -15,7 +15,9 @@ import pytest
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import MonitorError, MonitorTimeout
+from qkilld.model.guest_state import KeptMonitor
 from qkilld.monitor.guest_control import GuestControl
+from qkilld.monitor.job_monitor import JobMonitor, JobMonitors
 from tests.lab import needs
 from tests.lab.guest import Guest, make_disk
 from tests.lab.process import run as run_program
@@ -122,3 +124,29 @@ def test_a_connection_that_comes_too_late(qemu: Callable[..., Guest], lab_dir: P
 
         run_for(100, work())
         guest.signal(signal.SIGKILL)
+
+
+def test_a_kept_connection_that_cannot_be_used(qemu: Callable[..., Guest]) -> None:
+    """systemd's copy must be dropped, because QEMU serves no new connection before."""
+    guest = qemu()
+
+    async def work() -> None:
+        outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        process = open_process(guest.pid)
+        ours, theirs = socket.socketpair()
+        try:
+            async with controlled(guest) as control:
+                assert control.qmp is not None
+                copy = socket.socket(fileno=os.dup(control.qmp.fileno()))
+            kept = KeptMonitor(ours.detach(), ())
+            monitors = JobMonitors(listening_unix)
+            monitors.open(process, "", outcome.set_result, kept=kept, on_lost=copy.close)
+            monitor = await outcome
+            assert isinstance(monitor, JobMonitor), monitor
+            monitor.close()
+        finally:
+            theirs.close()
+            copy.close()
+            process.close()
+
+    run_for(60, work())
