@@ -169,8 +169,8 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: Rates = Rates()
-    """The work before the guest was first asked. When the load of that time has ended,
-    CALM_RATES."""
+    """The work before the guest was first asked; CALM_RATES once the load of that time has
+    ended."""
     boots: bool = False
     """Whether the guest has booted during this attempt: it has restarted, or did not listen at some
     time before it was asked."""
@@ -427,7 +427,7 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
 
 
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
-    """Return how to ask again because asking has had no effect; None if not to ask again now.
+    """Return how to ask again after asking had no effect; None if not to ask now.
 
     The power button is tried after the agent. It is pressed a second time only if the machine has
     no register that shows whether the guest has noticed the press, because a second press cancels
@@ -451,7 +451,8 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
 
 
 def _judge_pause(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
-    """A guest that was asked may go on with its shutdown after a pause."""
+    """Judge a guest that is not running. If it was asked and is paused, it may go on with its
+    shutdown later."""
     reason = f"the guest is not running: {last.runstate}"
     until = _progress_until(attempt, powerdown)
     if not attempt.asked or last.runstate not in PAUSED or last.at >= until:

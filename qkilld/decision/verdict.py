@@ -134,13 +134,13 @@ class Assessment:
     """The total time (µs) without samples since the first sample. This time does not prove a
     standstill."""
     progress_unsampled: int = 0
-    """`unsampled` at `progress_at`."""
+    """The value of `unsampled` at `progress_at`."""
     outstanding_unsampled: int = 0
-    """`unsampled` at `outstanding_at`."""
+    """The value of `unsampled` at `outstanding_at`."""
     doubt_at: int | None = None
     """When a doubtful sign last moved; None for never."""
     doubt_unsampled: int = 0
-    """`unsampled` at `doubt_at`."""
+    """The value of `unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
     """The written amounts."""
 

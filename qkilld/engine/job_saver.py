@@ -106,7 +106,7 @@ class JobSaver:
         self._store.write_first(job.number, once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written, or have failed. There is no time limit."""
+        """Call back once all changes so far are written, or writing has failed. No time limit."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:

@@ -268,8 +268,8 @@ class Monitors(Protocol):
 
         `kept` is tried first, then `passed`, which `check_passed` must have checked. The callee
         owns both connections. `was_asked`: the guest was asked to shut down before, so signs of a
-        shutdown count. `agent_was_open`: whether the agent had its port open at that time; None if
-        unknown. `on_lost` is called if `kept` cannot be used.
+        shutdown are of interest. `agent_was_open`: whether the agent had its port open at that
+        time; None if unknown. `on_lost` is called if `kept` cannot be used.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
@@ -354,11 +354,11 @@ class Store(Protocol):
         """Save a job's state, in place of an earlier one."""
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back in the loop when everything saved so far is written, or has failed."""
+        """Call back in the loop when everything saved so far is written, or writing has failed."""
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
-        """Write the state of this job before those of others. Call back in the loop when it is
-        written, or has failed."""
+        """Write the state of this job before the states of others. Call back in the loop when it is
+        written, or writing has failed."""
 
     def store_monitor(self, number: int, fd: int) -> None:
         """Store a copy of this job's connection to its guest's monitor in systemd."""

@@ -373,8 +373,8 @@ class Registry:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _forget_entirely(self, job: Job) -> None:
-        """Remove the saved state of a job, which counts for its user until then. If the process has
-        survived, that is when it is gone or has a new job."""
+        """Remove the saved state of a job, and stop counting the job for its user. A job whose
+        process survived is kept until the process is gone or has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))

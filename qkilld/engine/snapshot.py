@@ -263,7 +263,7 @@ def _with_actions(rungs: object) -> object:
 
 
 def _with_remote(guest: object) -> object:
-    """Set Label.remote in a guest of an older version, which may have storage on a network."""
+    """Set Label.remote in a guest saved by an older version: it may have storage on a network."""
     if not isinstance(guest, dict) or not isinstance(guest.get("label"), dict):
         return guest
     return guest | {"label": {"remote": True} | guest["label"]}

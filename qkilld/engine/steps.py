@@ -36,8 +36,8 @@ class Steps:
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Count this time as part of the present step: it is that of a task which the work has
-        started."""
+        """Count this time as part of the present step, because its work has started a task that
+        takes this long."""
         self._end -= seconds
 
     def _continue(self) -> None:

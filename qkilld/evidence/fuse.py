@@ -44,7 +44,7 @@ PAUSE_FACTOR: Final = 19
 """After a search, pause for this many times its processor time. So the two searches (search_pair)
 together use a tenth of a processor."""
 RETRY_S: Final = 5.0
-"""How long to wait before searching again if no process may serve a connection."""
+"""If no process was found that may serve a connection, the next search begins after this time."""
 AGE_S: Final = 30.0
 """How long the result of a search through all processes is valid if the kernel does not name
 connections."""

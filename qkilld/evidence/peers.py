@@ -40,7 +40,7 @@ MAX_PLACES: Final = 1024
 several connections of the guest, it counts once for each, because the sample has a copy for
 each."""
 MAX_CHILDREN: Final = 4
-"""At most this many processes that a server has started are sampled: the last ones."""
+"""Of the processes that a server has started, only this many are sampled: the newest."""
 KEPT_FILES: Final = 64
 """How many descriptors may stay open between reads for all servers of one guest."""
 HOPS: Final = 2
@@ -112,7 +112,7 @@ class ServerReader:
         self._room = 0
         """How many more servers behind other servers fit into this sample."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
-        """For each FUSE mount and names of images, the processes that may serve the mount."""
+        """By a FUSE mount and names of images: the processes that may serve the mount."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the

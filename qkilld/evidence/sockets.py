@@ -306,7 +306,6 @@ class SocketReader:
         return peer_ends
 
     def close(self) -> None:
-        """Forget everything."""
         self._protocols, self._connections, self._graph = None, {}, None
         self._settled = None
 

@@ -250,7 +250,6 @@ class StorageReader:
         self._disks |= disks
 
     def close(self) -> None:
-        """Forget everything."""
         self._disks, self._filesystems, self._known = {}, {}, False
         self._places, self._images = {}, {}
 

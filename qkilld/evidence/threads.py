@@ -245,8 +245,8 @@ class ThreadReader:
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
         """Return the thread; None if it waits only for events of a ring, or is an idle kernel
-        worker. Only the wait channel shows an idle worker, because /proc shows a worker to be in
-        the call that its creator was in."""
+        worker. An idle worker is recognized by its wait channel, because /proc shows it in the call
+        that its creator was in."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None

@@ -95,7 +95,7 @@ class GuestEndpoints:
     """QMP first, then HMP, then the agent."""
     passable: tuple[Endpoint, ...] = ()
     """Monitors on TCP or an abstract socket, in the same order. Only a program in the guest's
-    network namespace can connect to them. It can pass the connection to the daemon."""
+    network namespace can connect to them, and pass the connection to the daemon."""
     obstacles: tuple[str, ...] = ()
     """Texts that say which monitors and agents cannot be used, and why. The plan shows them."""
     libvirt: bool = False

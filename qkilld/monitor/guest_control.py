@@ -294,7 +294,7 @@ class GuestControl:
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
-        """Close the connection. May be called twice."""
+        """May be called twice."""
         for client in (self.qmp, self._hmp):
             if client is not None:
                 client.close()
@@ -435,16 +435,16 @@ class GuestControl:
             return bool(status == "frozen")
 
     async def thaw(self) -> None:
-        """Thaw the guest's file systems. Raises MonitorError."""
+        """Raises MonitorError."""
         async with self._agent() as agent:
             await agent.execute("guest-fsfreeze-thaw", timeout_s=AGENT_ORDER_S)
 
     async def resume(self) -> None:
-        """Resume a paused guest. Raises MonitorError."""
+        """Raises MonitorError."""
         await self._order("cont", timeout_s=RESUME_S)
 
     async def wake(self) -> None:
-        """Wake a suspended guest. Raises MonitorError."""
+        """Raises MonitorError."""
         await self._order("system_wakeup")
 
     async def quit(self) -> None:
