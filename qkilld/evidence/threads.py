@@ -34,6 +34,10 @@ MAX_THREADS: Final = 512
 """A process with more threads is not examined."""
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
+_RING_WORK: Final = Call(
+    "", waits=False, reads=False, submits=True, of_files=False, descriptor=None
+)
+"""In place of the call of a kernel worker of io_uring, which executes a request."""
 STOPPED: Final = ("T", "t")
 """The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
 MAX_KEPT: Final = 128
@@ -236,6 +240,8 @@ class ThreadReader:
             return
         number, arguments = self._syscall(entry)
         call = None if number is None else describe_call(number, arguments)
+        if number == -1 and status.startswith(b"Name:\tiou-wrk-"):
+            call = _RING_WORK
         if call is None:
             entry.wait_known = False
         if state == "D" or (call is not None and (call.waits or call.reads or call.submits)):
@@ -245,8 +251,7 @@ class ThreadReader:
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
         """Return the thread; None if it waits only for events of a ring, or is an idle kernel
-        worker. An idle worker is recognized by its wait channel, because /proc shows it in the call
-        that its creator was in."""
+        worker. An idle worker is recognized by its wait channel."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None
@@ -277,8 +282,11 @@ class ThreadReader:
         if not words or words[0] == b"running":
             entry.may_have_run = True
             return -1, []
+        # The last two words are the stack pointer and the program counter. A kernel worker has
+        # neither, and the call shown for it is that of its creator.
+        if words[-2:] == [b"0x0", b"0x0"]:
+            return -1, []
         try:
-            # Leave out the last two words, the stack pointer and the program counter.
             return int(words[0]), [int(word, 16) for word in words[1:-2]]
         except ValueError:
             return None, []

@@ -168,6 +168,9 @@ def test_too_many_threads_are_not_looked_into(lab_dir: Path, reader_of: ReaderOf
         ("S", "16 0x4 0xae80 0x0 0x0 0x0 0x0 0x7f 0x7f", None),
         ("S", "16 0x4 0x127f 0x0 0x0 0x0 0x0 0x7f 0x7f", (16, True)),
         ("S", "16 0x4 0x2285 0x0 0x0 0x0 0x0 0x7f 0x7f", (16, True)),
+        # A worker of the kernel shows the call of its creator
+        ("S", "1 0x4 0x2 0x0 0x0 0x0 0x0 0x0 0x0", None),
+        ("D", "1 0x4 0x2 0x0 0x0 0x0 0x0 0x0 0x0", (-1, False)),
         ("D", "running", (-1, False)),
         ("R", "18 0x4 0x2 0x0 0x0 0x0 0x0 0x7f 0x7f", None),
         ("T", "18 0x4 0x2 0x0 0x0 0x0 0x0 0x7f 0x7f", (None, None)),
@@ -204,17 +207,22 @@ def test_values_the_kernel_hides_are_unknown(lab_dir: Path, reader_of: ReaderOf)
     assert (told.tid, told.wchan) == (9, None)
 
 
-def test_an_idle_worker_of_io_uring_is_in_no_call(lab_dir: Path, reader_of: ReaderOf) -> None:
-    own = put_process(lab_dir, threads=1)
-    put(put_thread(own, 8, "S", "18 0x4 0x0 0x0 0x0 0x0 0x0 0x0 0x0") / "wchan", "io_wq_worker")
-    assert read(reader_of(7, lab_dir))["threads"] == ()
+@pytest.mark.parametrize("wchan", ["io_wq_worker", "0", "request_wait_answer"])
+def test_a_worker_of_io_uring_waits_for_its_request(
+    lab_dir: Path, reader_of: ReaderOf, wchan: str
+) -> None:
+    thread = put_thread(put_process(lab_dir, threads=1), 8, "S", f"271{8 * ' 0x0'}")
+    put(thread / "status", (thread / "status").read_text().replace("qemu", "iou-wrk-7"))
+    put(thread / "wchan", wchan)
+    threads = read(reader_of(7, lab_dir))["threads"]
+    assert [one.io_call for one in threads] == [True] * (wchan == "request_wait_answer")
 
 
 def test_a_thread_that_waits_for_its_ring_waits_for_events(
     lab_dir: Path, reader_of: ReaderOf
 ) -> None:
     own = put_process(lab_dir, threads=1)
-    thread = put_thread(own, 8, "S", "426 0x4 0x0 0x0 0x0 0x0 0x0 0x0 0x0")
+    thread = put_thread(own, 8, "S", "426 0x4 0x0 0x0 0x0 0x0 0x0 0x7f 0x7f")
     put(thread / "wchan", "io_cqring_schedule_timeout")
     assert read(reader_of(7, lab_dir))["threads"] == ()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,9 @@ from qkilld.evidence.kept_file import open_directory
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.rings import RingReader, RingRequests, requests_in_flight
 from tests.evidence.until import until
+from tests.lab.fuse import fuse_store
 from tests.lab.guest import Guest, make_disk
+from tests.lab.process import end, spawn
 from tests.lab.qmp import Qmp
 from tests.lab.storage import SlowDisk, slow_disk
 
@@ -251,6 +255,44 @@ def test_io_uring_on_a_slow_disk(disk: SlowDisk, qemu: Make) -> None:
         assert read()[0] in range(1, 4)
         disk.fast()
         until(read, lambda found: found == (0, False))
+
+
+FLUSHES = """
+import ctypes, mmap, os, signal, struct, sys
+libc, params = ctypes.CDLL(None), ctypes.create_string_buffer(120)
+file = os.open(sys.argv[1], os.O_RDWR)
+ring = libc.syscall(425, 4, params)  # io_uring_setup
+queue, entries = mmap.mmap(ring, 4096), mmap.mmap(ring, 4096, offset=0x10000000)
+(tail,), (order,) = struct.unpack_from("I", params, 44), struct.unpack_from("I", params, 64)
+for number in range(3):
+    struct.pack_into("BBHi", entries, 64 * number, 3, 16, 0, file)  # IORING_OP_FSYNC, IOSQE_ASYNC
+    struct.pack_into("I", queue, order + 4 * number, number)
+struct.pack_into("I", queue, tail, 3)
+libc.syscall(426, ring, 3, 0, 0, None, 0)  # io_uring_enter
+signal.pause()
+"""
+
+
+def test_each_worker_of_a_ring_shows_its_request(lab_dir: Path) -> None:
+    """The kernel starts most workers while their process is in another call, and shows that call
+    for them."""
+    (lab_dir / "file").touch()
+    with fuse_store(lab_dir) as store:
+        store.hang("fsync")
+        process = spawn([sys.executable, "-c", FLUSHES, store.directory / "file"])
+        reader = ProcessReader(process.pid)
+
+        def workers() -> list[tuple[str, bool | None]]:
+            found: dict[str, Any] = {}
+            reader.read(found)
+            return [(one.call, one.io_call) for one in found["threads"]]
+
+        try:
+            until(workers, lambda found: found == 3 * [("", True)])
+        finally:
+            store.fast()
+            reader.close()
+            end(process)
 
 
 def test_linux_aio_on_a_slow_disk(disk: SlowDisk, qemu: Make) -> None:
