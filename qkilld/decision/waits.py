@@ -448,7 +448,7 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     # disks may be a console, which may never read.
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
-    certain = (stores and unread) or _is_served([socket])
+    certain = (stores and unread) or _works(socket.peer)
     signs = socket_signs(socket, "", before)
     watched = server_depth(socket.peer)
     if socket.accepted:
@@ -519,7 +519,7 @@ def _node_wait(
         text=text,
         signs=tuple(signs),
         watched=watched,
-        certain=queued > 0 or _unread(sockets) > 0 or _is_served(sockets),
+        certain=queued > 0 or _unread(sockets) > 0 or any(_works(one.peer) for one in sockets),
         connections=frozenset(socket.inode for socket in sockets),
     )
 
@@ -529,13 +529,13 @@ def server_depth(peer: Peer | None) -> int:
     return 0 if peer is None else 1 + max(map(server_depth, peer.behind), default=0)
 
 
-def _is_served(sockets: Sequence[Socket]) -> bool:
-    """Return whether a server without other clients is working on a request."""
-    peers = [socket.peer for socket in sockets if socket.peer is not None]
-    return any(
-        peer.shared is False and any(waits_for_storage(thread) for thread in peer.threads or ())
-        for peer in peers
-    )
+def _works(peer: Peer | None) -> bool:
+    """Return whether a server without other clients, or one behind it, is working on a request or
+    has not read it."""
+    if peer is None or peer.shared is not False:
+        return False
+    behind = any(other.certain and (other.unread or _works(other)) for other in peer.behind)
+    return behind or any(map(waits_for_storage, peer.threads or ()))
 
 
 def _unread(sockets: Sequence[Socket]) -> int:

@@ -122,6 +122,8 @@ TWO_DISKS = (*(SERVER.devices or ()), Device("7:2", "loop2", 5, 0, 0, 0))
 HELD = replace(FULL_PIPE, state="t", call="", descriptor=None, target="", wchan="ptrace_stop")
 BEHIND = replace(SERVER, pid=95, command="qemu-nbd")
 STUCK_SERVER = replace(SERVER, threads=(WRITING,))
+PROXY = replace(SERVER, pid=98)
+UNREAD = replace(SERVER, pid=97, unread=28)
 
 
 def served(peer: Peer) -> dict[str, Any]:
@@ -134,9 +136,8 @@ def beside(peer: Peer) -> dict[str, Any]:
     return {"sockets": (replace(UNIX, node="", role="unknown", peer=peer), stuck)}
 
 
-def two_nodes(peer: Peer, unread: int) -> dict[str, Any]:
-    """Two disks on NBD: on `peer`, and on a server that has not yet read `unread` bytes."""
-    other = replace(SERVER, pid=97, unread=unread)
+def two_nodes(peer: Peer, other: Peer) -> dict[str, Any]:
+    """Two disks on NBD, on these servers."""
     return {
         "nodes": (NBD, replace(NBD, name="disk2")),
         "sockets": (
@@ -467,15 +468,47 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # A server's progress does not explain why another server does not read its request
+        # A server's progress does not excuse another server that does not read its request, or to
+        # which a proxy without other clients has passed it on
         (
-            two_nodes(SHARED, unread=28),
-            two_nodes(replace(SHARED, io=WROTE), unread=28),
+            two_nodes(SHARED, UNREAD),
+            two_nodes(replace(SHARED, io=WROTE), UNREAD),
             Verdict.STORAGE_WAIT,
         ),
         (
-            two_nodes(SHARED, unread=0),
-            two_nodes(replace(SHARED, io=WROTE), unread=0),
+            two_nodes(SHARED, replace(PROXY, behind=(UNREAD,))),
+            two_nodes(replace(SHARED, io=WROTE), replace(PROXY, behind=(UNREAD,))),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            two_nodes(SHARED, replace(PROXY, behind=(replace(STUCK_SERVER, pid=97),))),
+            two_nodes(
+                replace(SHARED, io=WROTE), replace(PROXY, behind=(replace(STUCK_SERVER, pid=97),))
+            ),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            two_nodes(SHARED, PROXY),
+            two_nodes(replace(SHARED, io=WROTE), PROXY),
+            Verdict.UNKNOWN,
+        ),
+        (
+            two_nodes(SHARED, replace(PROXY, behind=(replace(UNREAD, unread=0),))),
+            two_nodes(
+                replace(SHARED, io=WROTE), replace(PROXY, behind=(replace(UNREAD, unread=0),))
+            ),
+            Verdict.UNKNOWN,
+        ),
+        (
+            two_nodes(SHARED, replace(PROXY, behind=(replace(UNREAD, certain=False),))),
+            two_nodes(
+                replace(SHARED, io=WROTE), replace(PROXY, behind=(replace(UNREAD, certain=False),))
+            ),
+            Verdict.UNKNOWN,
+        ),
+        (
+            two_nodes(SHARED, replace(PROXY, shared=True, behind=(UNREAD,))),
+            two_nodes(replace(SHARED, io=WROTE), replace(PROXY, shared=True, behind=(UNREAD,))),
             Verdict.UNKNOWN,
         ),
         # A server's progress does not explain a pipe that nobody reads
