@@ -413,6 +413,10 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
     sure: set[str] = set()
     writable = [device for device in peer.devices or () if device.writable]
     is_only = sum(device.depth == 0 for device in writable) == 1
+    if peer.threads is None:
+        # Its threads may wait for any of these disks. But others may use them, too.
+        used |= {device.number for device in writable}
+        counted |= {device.number for device in writable if _counts(device, writable)}
     for thread in working:
         under = [device for device in peer.devices or () if device.number in thread.disks]
         if is_anywhere := not thread.target and not sleeps_without_disk(thread):

@@ -124,6 +124,10 @@ BEHIND = replace(SERVER, pid=95, command="qemu-nbd")
 STUCK_SERVER = replace(SERVER, threads=(WRITING,))
 PROXY = replace(SERVER, pid=98)
 UNREAD = replace(SERVER, pid=97, unread=28)
+BLIND_SERVERS = [
+    replace(SERVER, threads=None, shared=shared, place=place)
+    for shared, place in ((False, ()), (True, ()), (True, ("7:1",)))
+]
 
 
 def served(peer: Peer) -> dict[str, Any]:
@@ -1182,6 +1186,11 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
             {"sockets": (replace(BACKEND, peer=replace(SERVER, behind=(BEHIND,))),)},
             {"sockets": (replace(BACKEND, peer=replace(SERVER, behind=(BEHIND_WROTE,))),)},
             Verdict.UNKNOWN,
+        ),
+        # The threads of the server cannot be read, such as those of a server with hundreds.
+        *(
+            (served(blind), served(replace(blind, devices=SERVED_DISK)), Verdict.UNKNOWN)
+            for blind in BLIND_SERVERS
         ),
         # A pair of sockets may be NBD.
         (
