@@ -79,8 +79,13 @@ class BackingFinder:
         if search is None:
             if len(self._answers) >= MAX_FILES:
                 return None
-            search = self._answers[pid, backing] = _FileSearch(self._proc / pid / "root", backing)
-            search.start()
+            search = _FileSearch(self._proc / pid / "root", backing)
+            try:
+                search.start()
+            except RuntimeError as error:  # The system allows no more threads.
+                note_once("looking for backing files", error)
+                return None
+            self._answers[pid, backing] = search
             search.join(TIMEOUT_S)
         return search.result
 

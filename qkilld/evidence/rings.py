@@ -245,10 +245,16 @@ class _Mappings:
         descriptor."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._guarded, args=(work, directory), name="mappings", daemon=True
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # The system allows no more threads.
+                os.close(directory)
+                note_once("reading mappings", error)
+                return
+            self._thread = thread
         self._thread.join(MAPPINGS_TIMEOUT_S)
 
     @staticmethod

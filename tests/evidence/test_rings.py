@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -210,6 +212,21 @@ def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> No
     thread.join(30)
     (lab_dir / "7/maps").unlink()
     (lab_dir / "7/maps").write_text(AIO)
+    assert reading.read() == (RingRequests(2), True)
+
+
+def test_without_a_thread_the_mappings_are_unknown(
+    lab_dir: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lab_dir / "7/maps").write_text(AIO)
+    put_ring(lab_dir, 3, 2)
+    put_descriptor(lab_dir, 4, "/a", DIRECT)
+    now = 0.0
+    reading = reader(lambda: now)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
+        assert reading.read() == (RingRequests(2), None)
+    now += rings.REFRESH_S
     assert reading.read() == (RingRequests(2), True)
 
 

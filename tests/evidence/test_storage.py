@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -279,6 +281,23 @@ def test_a_backing_file_counts_only_where_it_is_found(
     )
     assert depths(reader).keys() == {"7:0", *devices}
     assert [mount.kind for mount in reader.read()[1] or ()] == mounts
+
+
+def test_without_a_thread_only_the_backing_file_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
+        reader = reader_of(
+            tmp_path,
+            {3: ("/inside/a", RW, 9)},
+            "9 0 7:0 / /inside rw - ext4 /dev/loop0 rw\n",
+            SYS | loop("loop0", "7:0", "/tmp/a"),
+            more={"1/mountinfo": DISK, "1/root/tmp/a": 1024 * "x"},
+        )
+        assert depths(reader).keys() == {"7:0"}
+    reader.refresh()
+    assert depths(reader).keys() == {"7:0", "8:0"}
 
 
 ELSEWHERE = """
