@@ -309,7 +309,9 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
             # No call waits for this file system. The kernel may write its cached pages back, which
             # shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
-        signs += [replace(sign, sure=sign.sure and other.certain) for sign in of_other]
+        # A server with other clients may use this one for them, unless it stores the guest's image.
+        certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
+        signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs
 
 

@@ -545,6 +545,19 @@ MORE = {
             served(replace(SERVER, behind=(replace(BEHIND, shared=True, io=WROTE),))),
             Verdict.UNKNOWN,
         ),
+        # It may forward for others, unless that server has the file system of the guest's image
+        *(
+            (
+                served(replace(HOLDS, behind=(other,))),
+                served(replace(HOLDS, behind=(replace(other, io=WROTE),))),
+                expected,
+            )
+            for other, expected in (
+                (BEHIND, Verdict.UNKNOWN),
+                (replace(BEHIND, serves=("0:8",)), Verdict.UNKNOWN),
+                (replace(BEHIND, serves=("0:9",)), Verdict.FLUSHING),
+            )
+        ),
         # A new connection that only the server's kernel has accepted
         (
             {"nodes": (ISCSI,), "sockets": (replace(OF_ISCSI, acked=0, received=0),)},
