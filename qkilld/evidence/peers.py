@@ -43,7 +43,7 @@ MAX_CHILDREN: Final = 4
 """Of the processes that a server has started, only this many are sampled: the newest."""
 KEPT_FILES: Final = 64
 """How many descriptors may stay open between reads for all servers of one guest."""
-HOPS: Final = 2
+HOPS: Final = 4
 """How many levels of servers behind a server are sampled. A server may only forward requests."""
 
 _NONE: Final = frozenset[int]()

@@ -184,13 +184,13 @@ def chain_of(peer: Peer) -> list[Peer]:
     return [peer, *(one for other in peer.behind for one in chain_of(other))]
 
 
-def test_servers_too_far_behind_are_unknown(lab_dir: Path) -> None:
-    for sizes, unknown in (((1, 1), [False] * 3), ((1, 1, 1), [False, False, True])):
-        directory = lab_dir / str(len(sizes))
-        directory.mkdir()
-        with layers_of_servers(directory, *sizes) as (path, _), connected_to(path) as inode:
-            peer = server_of(inode, lambda peer: len(pids_of(peer)) == 3)
-            assert [one.behind_unknown for one in chain_of(peer)] == unknown
+def test_servers_too_far_behind_are_unknown(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with layers_of_servers(lab_dir, 1, 1, 1) as (path, _), connected_to(path) as inode:
+        whole = chain_of(server_of(inode, lambda peer: len(pids_of(peer)) == 4))
+        assert not any(one.behind_unknown for one in whole)
+        monkeypatch.setattr(peers, "HOPS", 2)
+        part = chain_of(server_of(inode, lambda peer: len(pids_of(peer)) == 3))
+        assert [one.behind_unknown for one in part] == [False, False, True]
 
 
 @pytest.mark.parametrize(("protocol", "unknown"), [(0, False), (socket.IPPROTO_MPTCP, True)])

@@ -472,8 +472,8 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # A server's progress does not excuse another server that does not read its request, or to
-        # which a proxy without other clients has passed it on
+        # A server's progress does not explain why another server does not read its request, or why
+        # one does not to which a proxy without other clients has passed it on
         (
             two_nodes(SHARED, UNREAD),
             two_nodes(replace(SHARED, io=WROTE), UNREAD),
