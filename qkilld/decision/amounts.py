@@ -89,8 +89,8 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
     before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # `after` may be smaller, because it lacks the bytes of connections that were closed. Then
-    # return only `served`.
+    # `after` may be smaller, because it lacks the bytes of closed connections. If so, return only
+    # `served`.
     return max(0, after - before) + served
 
 

@@ -37,7 +37,7 @@ class Connections:
     broken: int = 0
     """How often connections were replaced by new ones since the last reply."""
     longest: int = 0
-    """The longest time (µs) that such new connections have lasted before they were replaced,
+    """The longest time (µs) for which such new connections have lasted until they were replaced,
     too."""
 
     @property

@@ -71,9 +71,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment | None = None) 
 def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
-    """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
-    `first`, or if every queue that had requests in flight has completed one since `first`, so that
-    none is stuck."""
+    """Return whether `state` shows which requests are stuck: it was read OLD µs after `first`, or
+    none is stuck, because every queue that had requests in flight has completed one since `first`,
+    and `evidence` has no wait for a request."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):

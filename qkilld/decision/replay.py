@@ -29,7 +29,7 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""A sample within this time (µs) after a deadline is taken for the one that the decision at the
+"""A sample within this time (µs) after a deadline is used as the one that the decision at the
 deadline needed."""
 
 _NONE: Final = Flag(0)

@@ -20,8 +20,8 @@ WINDOW: Final = 6 * USEC_PER_SEC
 """The time (µs) over which traffic is counted. Disks write data back in bursts that are up to 5 s
 apart."""
 KEEPALIVE: Final = 512
-"""Fewer bytes than this in a WINDOW do not count, because they may be keepalives. iSCSI sends 48
-bytes each way every 5 s."""
+"""Fewer bytes than this in a WINDOW show no progress: they may be keepalives. iSCSI sends 48 bytes
+each way every 5 s."""
 SERVES: Final = 3
 """An NBD server serves requests if it has this many context switches in a WINDOW, even if no sample
 finds one of its threads in a call."""
@@ -32,13 +32,13 @@ TALK: Final = 256
 """QEMU's threads exchange at least this many bytes in a WINDOW only if replies arrive. Without
 replies, they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
-"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count, because they
-may be for its log."""
+"""If a server reads or writes fewer bytes than this in a WINDOW, they show no progress: they may be
+for its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""If a page cache shrinks by fewer bytes than this, they do not count, because they may be a page
-of a log."""
+"""If a page cache shrinks by fewer bytes than this, they show no progress: they may be a page of a
+log."""
 OWN_IO: Final = 512
-"""If the process itself reads or writes fewer bytes than this, they do not count."""
+"""If the process itself reads or writes fewer bytes than this, they show no progress."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" stands for an unknown
@@ -150,7 +150,8 @@ def write_signs(devices: Iterable[Device]) -> list[Sign]:
 
 
 def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign]:
-    """Return a sign for the completed requests of each device. It is QUIET if they do not count.
+    """Return a sign for the completed requests of each device. It is QUIET if they do not count as
+    the guest's.
 
     `writing`: for calls that only write.
     """
@@ -221,8 +222,8 @@ def mount_signs(
             sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
             signs[sign.name] = sign
         if mount.waiting is not None:
-            # Only a decrease counts, because only replies cause one. The sign is doubtful, because
-            # others may use the mount, too.
+            # Only a decrease shows progress, because only replies cause one. The sign is doubtful,
+            # because others may use the mount, too.
             text = f"a mount of type {mount.kind} answers requests"
             sign = Sign(f"waiting:{mount.number}", SignKind.COUNT, -mount.waiting, text, sure=False)
             signs[sign.name] = sign
@@ -263,8 +264,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # The connection has no sign, because nothing was ever received, so the server may hang: the
-        # kernel accepts connections and requests even for a hanging server.
+        # Nothing was ever received, so the server may hang: the kernel accepts connections and
+        # requests even for a hanging server. So the connection has no sign.
         pass
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU may never read it: after SIGTERM,
@@ -287,8 +288,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
-        # Only a shorter queue counts: a queue grows even if QEMU reads nothing, because the client
-        # of a console or monitor may continue to send.
+        # Only a shorter queue shows progress: a queue grows even if QEMU reads nothing, because the
+        # client of a console or monitor may continue to send.
         name, text = f"unread:{socket.inode}", "it read from the server"
         signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:

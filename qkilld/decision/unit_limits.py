@@ -85,7 +85,8 @@ def would_be_killed(facts: UnitFacts, pid: int) -> bool:
 
 
 def _is_stopping(facts: UnitFacts) -> bool:
-    # A job for an active unit that waits for another unit's ExecStop= can only stop or restart it.
+    # If an active unit has a job, this can only be a stop or a restart that waits for another
+    # unit's ExecStop=.
     return facts.active_state == "deactivating" or facts.job != 0
 
 

@@ -193,8 +193,8 @@ def assess(
     """Return the assessment after one more sample. `before` is None for the first sample.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, the rest of its delay counts as time without samples. If it was missed, all of the
-    time counts.
+    SLACK late, the rest of its delay counts as time without samples. If this one was missed, the
+    whole time since the last one counts as such.
     """
     if before is None:
         return _first(sample)
@@ -563,7 +563,8 @@ def _verdict(
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
     """Return whether an exiting process (for example after SIGKILL) waits for storage to close its
-    files, and this storage has not moved recently. The start of the exit is no such movement."""
+    files, and this storage has not moved recently. The start of the exit does not count as
+    movement."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)

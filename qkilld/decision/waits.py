@@ -436,8 +436,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
-    """Return whether a thread of the process may have run since the last sample. At each reply, one
-    runs."""
+    """Return whether a thread of the process may have run since the last sample. Each reply makes
+    one run."""
     return previous is None or sample.switches is None or sample.switches != previous.switches
 
 

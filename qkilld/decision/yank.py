@@ -46,7 +46,7 @@ def choose(
     disks        the disks that were known before SIGTERM
     stuck        names of nodes that did not answer at that time
     cut_off      names of connections that were cut off already
-    still_since  connections that moved since then are left alone; CLOCK_MONOTONIC, µs
+    still_since  leave connections alone that have moved since this time; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     nodes = {node.name: node for node in evidence.last.nodes or ()}

@@ -149,7 +149,7 @@ class BlockGraph:
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
     """Return the path or port that the kernel shows for a connection's server. `relative`: the file
-    names of all relative paths. Such paths are compared without their directory (sockets.py)."""
+    names of all relative paths, which are compared without their directory (sockets.py)."""
     if not end.path:
         return end.port
     path = without_link(end.path)
@@ -328,8 +328,7 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
     """Return whether QEMU only reads from the node that `key` of a disk option names or describes.
-    It does if a node above this node is read-only, or if this node is a backing file or below
-    one."""
+    This is so if a node above it is read-only, or if it is a backing file or below one."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]

@@ -40,7 +40,7 @@ _CACHE_V2: Final = (b"\nfile_dirty ", b"\nfile_writeback ")
 class SharedGroups:
     """Cached figures of groups that several processes share.
 
-    They are only displayed, not used for verdicts, so they may be a few seconds old.
+    They are displayed, but not used for verdicts, so they may be a few seconds old.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -99,14 +99,14 @@ class DescriptorSearch:
         self._is_complete = True
         """CompletedSearch.complete for the present search, so far."""
         self._is_blocked = False
-        """Whether reading a process has timed out in the present search. It may succeed soon: a
-        process blocks readers for a moment while it executes a program."""
+        """Whether reading a process has timed out in the present search. A second attempt may
+        succeed: a process blocks readers for a moment while it executes a program."""
         self._left_out: frozenset[int] = frozenset()
         """The processes that the present search leaves to `beside` because of their number of
         descriptors."""
         self.beside: DescriptorSearch | None = None
-        """The search through the other processes. A process that it has left out is searched here,
-        even if its number of descriptors has changed since."""
+        """The search through the other processes. A process that was left out there is searched
+        here, even if its number of descriptors has changed since."""
         self._seconds = 0.0
         """The processor time of the threads that read the descriptors."""
         self._rests_until = 0.0

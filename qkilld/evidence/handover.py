@@ -27,8 +27,8 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Make the loop run all collected calls after MAX_DELAY_S, including those that are put
-        until then."""
+        """Make the loop run all collected calls after MAX_DELAY_S, including those put until
+        then."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 

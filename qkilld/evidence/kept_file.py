@@ -45,8 +45,8 @@ def kept_files() -> int:
 
 
 def count_kept(number: int) -> None:
-    """Change the result of `kept_files` by the number of other descriptors that were opened or, if
-    it is negative, closed."""
+    """Add other descriptors that were opened to the result of `kept_files`; a negative number means
+    closed ones."""
     _count.add(number)
 
 

@@ -26,7 +26,7 @@ BACKGROUND_SEARCH_S: Final = 1.0
 PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0
-"""How long to wait before searching again for a socket if no process has it."""
+"""If no process has a socket, it is searched for again after this time."""
 MAX_PLACES: Final = 16_384
 """The maximum number of sockets whose process is cached. Each takes 200 bytes."""
 

@@ -215,7 +215,7 @@ class ServerReader:
 
     def _with_behind(self, server: Peer, tables: _SampleTables) -> Peer:
         """Add the servers that this server uses itself, and the servers that those use (HOPS). Each
-        process is added only once, because there may be a huge number of ways to it."""
+        process is added only once, although there may be many ways to it."""
         seen = {self._pid, server.pid}
         level, behind, unknown = [server.pid], dict[int, list[int]](), set[int]()
         served = Counter[int]()

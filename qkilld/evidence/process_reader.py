@@ -72,8 +72,8 @@ class ProcessReader:
         """The hash of /proc/PID/status at the last read. Not the text: the texts of thousands of
         processes would take megabytes."""
         self._last_values: tuple[Any, ...] | None = None
-        """The results of the last read, in the order of _WHOLE, if that read was complete and all
-        threads slept; else None."""
+        """The results of the last read, in the order of _WHOLE; None unless that read was complete
+        and all threads slept."""
         self.start_time: int | None = None
         """The start of the process in clock ticks since boot; None before it was read."""
         try:

@@ -44,7 +44,7 @@ _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _RECEIVE_BYTES: Final = 1 << 16
 _TIMEOUT: Final = struct.pack("@ll", 2, 0)
-"""Receive timeout, in s and µs. The kernel answers during the call, normally without delay."""
+"""Receive timeout, in s and µs. Normally, the kernel answers at once."""
 
 _NO_COOKIE: Final = 0xFFFF_FFFF
 _ESTABLISHED: Final = 1
@@ -370,7 +370,7 @@ def closed_first(id: bytes) -> bool | None:
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
         for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
-            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, it is a listening socket.
+            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise: a listening socket.
                 return buffer[start + 1] in _CLOSED_FIRST or None
     except FileNotFoundError:
         return False

@@ -298,7 +298,7 @@ class SocketReader:
                 try:
                     peer = table.tcp_peer(connection.id)
                 except Unreadable:
-                    is_local = True  # It may be local.
+                    is_local = True  # The other end may be local.
             if peer:
                 peer_ends[socket.inode] = peer
             elif is_local:
@@ -462,8 +462,8 @@ class SocketReader:
         """Return the unix sockets of another network namespace.
 
         The rows do not show which two sockets are connected with each other, and only an accepted
-        socket has a path. So each connection that the process has made gets the purpose that the
-        path of an accepted socket of another process has. Raises Unreadable if the numbers of these
+        socket has a path. So each connection that the process has made gets its purpose from the
+        path of an accepted socket of another process. Raises Unreadable if the numbers of these
         connections and sockets differ, or if a socket has two rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]

@@ -183,7 +183,7 @@ class StorageReader:
 
     def _may_write(self, number: int) -> bool:
         """Return whether the file is open for writing and is not a log. If QEMU was started without
-        standard streams, the descriptors of these may be those of images."""
+        standard streams, an image may have one of their descriptors."""
         image = self._images[number]
         if number > _STANDARD_ERROR or self.names is None:
             return image.writable

@@ -117,7 +117,7 @@ def _complete(made: Any, cls: Any, kw_only: bool) -> None:
 
 
 def _values_of(fields: tuple[dataclasses.Field[Any], ...]) -> Any:
-    """Return a function that returns those values of an object that are compared."""
+    """Return a function that returns the compared values of an object."""
     names = [field.name for field in fields if field.compare]
     return attrgetter(*names) if names else staticmethod(lambda obj: ())
 

@@ -128,4 +128,4 @@ class GuestObservation:
     """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()
     """The signs since the guest was first asked, without those that have disappeared. POWERED_OFF
-    counts even before that."""
+    is included even if it came earlier."""

@@ -94,8 +94,8 @@ class Device:
     """Whether the kernel counts the device's requests: an administrator can disable this, and some
     drivers do not count. None if unknown, as in older traces."""
     only_reads: bool = False
-    """Whether reads are in flight, but no visible writes. A flush may also be in flight then, which
-    nothing shows. This is read only for devices with layers below them."""
+    """Whether reads are in flight, but no visible writes. Nothing shows whether a flush is in
+    flight, too. This is read only for devices with layers below them."""
     hides_flush: bool = False
     """Whether the device may be flushing although it shows no request in flight. This is true of
     loop devices before Linux 6.16. A flush of these may write the whole backing file."""
