@@ -12,7 +12,7 @@ from qkilld.bus.connection import CallFailed, Connection
 from qkilld.model.constants import INFINITY
 from qkilld.model.errors import InvalidArgs, NoSuchUnit
 from qkilld.model.text import printable
-from qkilld.model.unit import HELPER_CALLS, Command, UnitFacts, UnitProcess
+from qkilld.model.unit import HELPER_CALLS, Command, UnitFacts
 
 NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
@@ -26,7 +26,6 @@ _UNIT: Final = "org.freedesktop.systemd1.Unit"
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _GIVES: Final = {
     "GetUnitByPID": "o",
-    "GetUnitProcesses": "a(sus)",
     "ListUnitsByPatterns": "a(ssssssouso)",
     "LoadUnit": "o",
     "StartUnit": "o",
@@ -86,16 +85,6 @@ class Systemd:
                 raise NoSuchUnit(f"Process {pid} is in no unit of systemd") from None
             raise
         return await self._facts(path)
-
-    async def processes(self, name: str) -> list[UnitProcess]:
-        """List the processes in the control group of a unit. Raises NoSuchUnit."""
-        try:
-            rows = await self._manager("GetUnitProcesses", "s", name)
-        except CallFailed as error:
-            if error.name in _NO_SUCH_UNIT:
-                raise _no_such(name) from None
-            raise
-        return [UnitProcess(int(pid), group, command) for group, pid, command in rows]
 
     async def list_units(
         self,

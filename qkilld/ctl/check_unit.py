@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from qkilld.adapters import procfs
 from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.process_stats import executable
 from qkilld.ctl.session import Session, error_as_json, explain
@@ -17,14 +18,15 @@ from qkilld.ctl.unit_context import (
     instances_with_own,
     overrides,
 )
-from qkilld.debug_log import ignore, note
+from qkilld.ctl.unit_processes import others_are_hidden, unit_name_of
+from qkilld.debug_log import ignore
 from qkilld.model.constants import ExitCode
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
 from qkilld.model.policy import Config, is_qemu
 from qkilld.model.text import printable
-from qkilld.model.unit import UnitFacts
+from qkilld.model.unit import UnitFacts, is_user_manager
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
 from qkilld.unitcheck.context import Surroundings, looks_like_qemu
@@ -105,9 +107,13 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
     codes: list[int] = []
     documents: list[dict[str, Any]] = []
     if not names:
-        names = await _with_guests(systemd, config.executables)
+        names = _with_guests(config.executables, user=session.bus.user)
         if not names and not session.json:
-            session.output.line("QEMU runs in no unit.")
+            session.output.line(
+                "No QEMU can be seen: run this as root."
+                if others_are_hidden()
+                else "QEMU runs in no unit."
+            )
     for name in names:
         try:
             report = await check_unit(session, systemd, name, config)
@@ -269,19 +275,14 @@ def _sentence(text: str) -> str:
     return text if text.startswith("systemd") else text[:1].upper() + text[1:]
 
 
-async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
+def _with_guests(executables: Iterable[str], *, user: bool) -> list[str]:
     """List the services and scopes that run a QEMU, whether or not Executables= covers it. Leave
     out user@.service, because its processes belong to units of a user manager."""
-    units = []
-    for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
-        if unit.startswith("user@"):
-            continue
-        try:
-            processes = await systemd.processes(unit)
-        except QkilldError as error:
-            note(f"reading the processes of {unit}, which may be gone", error)
-            continue
-        paths = [executable(process.pid) for process in processes]
-        if any(is_qemu(path, executables) or looks_like_qemu(path) for path in paths):
-            units.append(unit)
-    return sorted(units)
+    units = set()
+    for pid in procfs.pids():
+        path = executable(pid)
+        if is_qemu(path, executables) or looks_like_qemu(path):
+            units.add(unit_name_of(pid, user=user))
+    return sorted(
+        name for name in units if name.endswith(tuple(KINDS)) and not is_user_manager(name)
+    )

@@ -24,6 +24,7 @@ from qkilld.bus.systemd import Systemd
 from qkilld.ctl.guest_storage import for_all_instances, planned_options, read_storage
 from qkilld.ctl.process_stats import command_line, executable
 from qkilld.ctl.session import Session, open_connection
+from qkilld.ctl.unit_processes import others_are_hidden, processes_of
 from qkilld.debug_log import ignore, note
 from qkilld.model.bus_address import SYSTEM_BUS
 from qkilld.model.constants import BUS_NAME, INFINITY
@@ -90,13 +91,8 @@ async def gather(
 ) -> Surroundings:
     """`user`: the unit belongs to a user manager. `is_template`: the unit represents all
     instances."""
-    executables: dict[int, str] = {}
-    if facts.control_group:
-        with ignore(f"reading the processes of {facts.id}", QkilldError):
-            executables = {
-                process.pid: executable(process.pid)
-                for process in await systemd.processes(facts.id)
-            }
+    pids = processes_of(facts.id, user=user) if facts.control_group else []
+    executables = {pid: executable(pid) for pid in pids}
     guests = [pid for pid, path in executables.items() if is_qemu(path, config.executables)]
     uncovered = [
         path for pid, path in executables.items() if pid not in guests and looks_like_qemu(path)
@@ -119,6 +115,7 @@ async def gather(
         guests=len(guests),
         uncovered=tuple(dict.fromkeys(uncovered)),
         is_running=bool(executables),
+        are_all_seen="" not in executables.values() and not others_are_hidden(),
         other_unit="" if guests else _other_unit(facts, config),
         can_ask=_can_ask(facts, () if is_template else guests, config, is_template=is_template),
         environment=_environment(facts, texts, is_template=is_template),

@@ -174,13 +174,3 @@ Names, files and the state of a unit depend on no setting."""
 def is_user_manager(name: str) -> bool:
     """Return whether a unit of this name runs a systemd manager that has units of its own."""
     return name.startswith("user@") and name.endswith(".service")
-
-
-@dataclass(frozen=True, slots=True)
-class UnitProcess:
-    """One process in the control group of a unit."""
-
-    pid: int
-    control_group: str
-    command: str
-    """The command line as systemd shows it. It may be any text."""

@@ -280,6 +280,12 @@ def _refused(
             " show whether a QEMU will run in others",
             advice=f"check {shown} instead",
         )
+    if not surroundings.are_all_seen and (surroundings.is_running or not started_qemus(facts)):
+        return replace(
+            comparison,
+            reason="no QEMU can be seen in it, but not all of its processes can be seen",
+            advice="run this as root",
+        )
     if surroundings.is_running or not started_qemus(facts):
         return replace(
             comparison,

@@ -118,6 +118,13 @@ def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
 
 
+def test_no_guest_may_be_one_that_cannot_be_seen() -> None:
+    around = replace(ASKABLE, guests=0)
+    assert judge(BARE, around).reason == "no QEMU runs in it"
+    found = judge(BARE, replace(around, are_all_seen=False))
+    assert (found.word, found.advice) == (UnitVerdict.UNKNOWN, "run this as root")
+
+
 @pytest.mark.parametrize("program", ["systemd-nspawn", "lxc-start"])
 def test_a_container_is_left_alone(program: str) -> None:
     """With KillMode=control-group, a database in the container would be ended without its own
