@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Final
@@ -11,18 +12,41 @@ from typing import Final
 from qkilld.model.unit import Command
 
 HELPER: Final = "qkilld-stop"
+SHELLS: Final = frozenset(["sh", "bash", "dash", "zsh", "ksh", "ash", "mksh"])
+_EXEC: Final = re.compile(
+    r"\s*exec\s+((?:[\w./=:,@%+-]|\s|\$?\$(?:MAINPID\b|\{MAINPID\}))+)", re.ASCII
+)
 _INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
 
 
 def is_helper(command: Command) -> bool:
+    """Return whether a command runs qkilld-stop, by itself or as `sh -c 'exec qkilld-stop …'`."""
+    command = _without_shell(command)
     words = command.arguments
     return PurePosixPath(command.path).name == HELPER or any(
         pair == ("-m", "qkilld.stop") for pair in pairwise(words)
     )
 
 
+def _without_shell(command: Command) -> Command:
+    words = command.arguments
+    is_shell = PurePosixPath(command.path).name in SHELLS and words[1:2] == ("-c",)
+    if is_shell and len(words) == 3 and (text := text_after_exec(words[2])):
+        return replace(command, path=text.split()[0], arguments=tuple(text.split()))
+    return command
+
+
+def text_after_exec(text: str) -> str:
+    """Return what a shell executes in place of itself, as words for a unit file; "" if the text is
+    more than one `exec`, or has words that the shell or systemd would change."""
+    match = _EXEC.fullmatch(text)
+    # In a unit file, `$$` is the `$` of a shell.
+    return match[1].replace("$$", "$") if match else ""
+
+
 def helper_options(command: Command) -> dict[str, str]:
     """Return the options of a helper's line, with their values; "" for options without a value."""
+    command = _without_shell(command)
     words = command.arguments[_words_before_options(command) :]
     options: dict[str, str] = {}
     for number, word in enumerate(words):
@@ -35,6 +59,7 @@ def helper_options(command: Command) -> dict[str, str]:
 
 def helper_arguments(command: Command) -> str:
     """Return the arguments of a helper's line, as in a unit file."""
+    command = _without_shell(command)
     return " ".join(quoted(word) for word in command.arguments[_words_before_options(command) :])
 
 

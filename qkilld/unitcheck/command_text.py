@@ -16,6 +16,7 @@ from typing import Final
 
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.unit import Command
+from qkilld.unitcheck.command import text_after_exec
 
 _SPACE: Final = " \t\r\n"
 _PREFIXES: Final = "-@:+!"
@@ -65,6 +66,8 @@ def helper_arguments_of(text: str) -> str:
     """Return the arguments in a line of qkilld-stop, as written. Raises ValueError."""
     words = list(_words(text))
     first = 2 if "@" in _prefixes(words[0].text) else 1
+    if len(words) == first + 2 and (inner := text_after_exec(words[-1].text)):
+        return helper_arguments_of(inner)
     pairs = enumerate(pairwise(word.text for word in words), 2)
     first = next((number for number, pair in pairs if pair == ("-m", "qkilld.stop")), first)
     return text[words[first].start :] if len(words) > first else ""

@@ -231,6 +231,15 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             )
     elif any(line.has(ActKind.KILLS) for line in lines):
         yield _kills(facts, surroundings, *_listening(facts))
+    elif indirect := next((line for line in lines if line.has(ActKind.HELPER)), None):
+        yield Finding(
+            "exec-stop-indirect",
+            _MAY,
+            f"its {indirect.shown} in ExecStop= starts {HELPER}",
+            "systemd extends the timeout only for the process that it has started itself; a line"
+            f" that is just {HELPER}, or ends with exec {HELPER} in a shell, is such a process",
+            fixes,
+        )
     elif waits_for_guest(facts, lines):
         if is_cut(facts):
             yield Finding(

@@ -13,7 +13,7 @@ from qkilld.model import timespan
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import is_helper
+from qkilld.unitcheck.command import SHELLS, is_helper
 from qkilld.unitcheck.programs import acts_of_program, acts_of_text
 from qkilld.unitcheck.shell import (
     Branch,
@@ -27,7 +27,6 @@ from qkilld.unitcheck.shell import (
 )
 from qkilld.unitcheck.stop_act import Act, ActKind, act
 
-_SHELLS: Final = frozenset(["sh", "bash", "dash", "zsh", "ksh", "ash", "mksh"])
 _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
     "env": ("-u", "-C", "-S"),
     "sudo": ("-u", "-g", "-p", "-C", "-h"),
@@ -136,7 +135,7 @@ def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ..
     deeper = depth + 1
     if name == "qkilld-stop" or "qkilld.stop" in arguments:
         return act(ActKind.HELPER)
-    if name in _SHELLS:
+    if name in SHELLS:
         return _acts_of_shell(arguments, deeper)
     if name == "su":
         place = next((n for n, word in enumerate(arguments) if word in ("-c", "--command")), None)

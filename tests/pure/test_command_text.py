@@ -6,7 +6,12 @@ from __future__ import annotations
 import pytest
 
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command_text import ignoring_failure, matching_texts, split_commands
+from qkilld.unitcheck.command_text import (
+    helper_arguments_of,
+    ignoring_failure,
+    matching_texts,
+    split_commands,
+)
 
 
 def command(*words: str, ignores: bool = False, flags: tuple[str, ...] = ()) -> Command:
@@ -28,6 +33,21 @@ def command(*words: str, ignores: bool = False, flags: tuple[str, ...] = ()) -> 
 )
 def test_a_semicolon_ends_a_command(value: str, commands: list[str]) -> None:
     assert split_commands(value) == commands
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("/usr/bin/qkilld-stop --unit %n", "--unit %n"),
+        ("-+/usr/bin/qkilld-stop", ""),
+        ("@/usr/bin/qkilld-stop stop --force", "--force"),
+        ("/bin/sh -c 'exec qkilld-stop --unit %n'", "--unit %n"),
+        ('-@/bin/sh sh -c "exec /usr/bin/qkilld-stop --pid $$MAINPID"', "--pid $MAINPID"),
+        ("/bin/sh -c 'exec qkilld-stop'", ""),
+    ],
+)
+def test_the_arguments_of_the_helper(text: str, arguments: str) -> None:
+    assert helper_arguments_of(text) == arguments
 
 
 @pytest.mark.parametrize("value", ["/bin/a 'x", '/bin/a "x', "/bin/a \\", "/bin/a '\\'"])

@@ -6,6 +6,7 @@ import pytest
 
 from qkilld.model.constants import INFINITY
 from qkilld.model.unit import Command
+from qkilld.unitcheck.command import is_helper
 from qkilld.unitcheck.shell import MAX_DEPTH, MAX_TEXT, read_shell
 from qkilld.unitcheck.stop_act import ActKind
 from qkilld.unitcheck.stop_line import StopLine, read_line
@@ -154,6 +155,10 @@ def test_a_line_of_shell(text: str, expected: list[ActKind]) -> None:
 def test_programs_without_a_shell() -> None:
     assert kinds(program("qkilld-stop", "--force")) == [HELPER]
     assert kinds(read_line(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")))) == [HELPER]
+    # The shell is no process of its own, but runs other things before.
+    assert is_helper(Command("/bin/sh", ("/bin/sh", "-c", "exec qkilld-stop --force")))
+    for text in ("qkilld-stop", "exec qkilld-stop; true", "exec qkilld-stop $X", "true", "exec "):
+        assert not is_helper(Command("/bin/sh", ("/bin/sh", "-c", text))), text
     assert kinds(program("kill", "-n", "9", "$MAINPID")) == [KILLS]
     assert kinds(program("vm-stop")) == [UNKNOWN]
 

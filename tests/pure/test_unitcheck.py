@@ -113,6 +113,16 @@ def test_units_without_findings(facts: UnitFacts) -> None:
             ["[Service] ExecStop=-/usr/bin/qkilld-stop"],
         ),
         (
+            {"exec_stop": (line("logger stop; qkilld-stop"),)},
+            "exec-stop-indirect",
+            MAY,
+            [
+                "[Service] ExecStop=",
+                '[Service] ExecStop=-/bin/sh -c "logger stop; qkilld-stop"',
+                "[Service] ExecStop=-/usr/bin/qkilld-stop",
+            ],
+        ),
+        (
             {"exec_stop": (line("echo quit | nc -U /run/m"),), "timeout_stop": 5 * S},
             "exec-stop-early",
             LOSES,
@@ -397,7 +407,14 @@ def test_names_as_systemd_escapes_them() -> None:
     ],
 )
 def test_arguments_of_the_helper(words: str, key: str) -> None:
-    command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
+    check_arguments(Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split())), key)
+    if "$MAX" not in words:  # Another variable may be several words of the shell.
+        shell = line(f"exec qkilld-stop {words.replace('$MAINPID', '$$MAINPID')}")
+        check_arguments(shell, key, words)
+
+
+def check_arguments(command: Command, key: str, words: str | None = None) -> None:
+    words = " ".join(command.arguments[1:]) if words is None else words
     start = ("/usr/bin/qemu-system-x86_64", "-pidfile", "/run/web.pid")
     facts = replace(SAFE, exec_start=(Command(start[0], start),), exec_stop=(command,))
     keys = [finding.key for finding in check(facts, AROUND) if finding.is_unsafe]
