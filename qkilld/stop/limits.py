@@ -1,5 +1,5 @@
-"""Compute how long systemd should wait for the helper. Pure; times in µs. Imports nothing: see
-stop.main.
+"""Compute how long systemd should wait for the helper. Pure; times in µs unless noted. Imports
+nothing: see stop.main.
 
 For the limits that the unit's own settings impose, see decision.unit_limits.
 """
@@ -23,6 +23,11 @@ MARGIN = 5 * USEC_PER_SEC
 ASK_ALL = 20 * 60 * USEC_PER_SEC
 """Time limit for asking all guests of a host. systemd limits a host shutdown to 30 minutes, and
 qkilld-guests.service uses at most 25 of them."""
+MAX_RESTARTS = 3
+"""How often to look for another QEMU of the unit when the guest has exited. After that, systemd's
+own signals stop it."""
+RESTART_S = 1.0
+"""How long (s) to wait for a shell to start another QEMU."""
 
 
 def extension(deadlines: Iterable[int], now: int) -> int:

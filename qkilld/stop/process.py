@@ -10,7 +10,7 @@ from qkilld.adapters import blockable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from qkilld.model.errors import QkilldError
 
@@ -136,6 +136,25 @@ def _shares_service_with_init() -> bool:
     # With Delegate=, there may be control groups below that of the service.
     in_service = any(end in cgroups[0] for end in (b".service\n", b".service/"))
     return in_service and cgroups[0] == cgroups[1]
+
+
+def has_others(pids: Collection[int], proc: str = "/proc", sys: str = "/sys/fs/cgroup") -> bool:
+    """Return whether our unit may have more processes than these and this one. Takes 0.1 ms."""
+    try:
+        with open(f"{proc}/self/cgroup") as file:  # noqa: PTH123
+            groups = dict(line.rstrip("\n").split(":", 2)[1:] for line in file)
+        # The hierarchies in which systemd may keep its units: v2, v2 in hybrid mode, and v1.
+        for hierarchy, place in (("", ""), ("", "/unified"), ("name=systemd", "/systemd")):
+            directory = f"{sys}{place}{groups.get(hierarchy, '')}"
+            if directory.endswith(".service") and os.path.isdir(directory):  # noqa: PTH112
+                with os.scandir(directory) as entries:
+                    if any(entry.is_dir() for entry in entries):  # Delegate=
+                        return True
+                with open(f"{directory}/cgroup.procs") as file:  # noqa: PTH123
+                    return not {*pids, os.getpid()}.issuperset(map(int, file))
+    except (OSError, ValueError):
+        pass  # Unknown.
+    return True
 
 
 def by_systemd(environment: Mapping[str, str]) -> bool:

@@ -14,12 +14,13 @@ import time
 from qkilld.adapters.journal_stream import stderr_is_journal
 from qkilld.stop.daemon import DaemonStopper, socket_paths
 from qkilld.stop.guest_stop import ENDINGS, GuestStop
-from qkilld.stop.limits import ASK_ALL, FIRST, NO_STATE, extension
+from qkilld.stop.limits import ASK_ALL, FIRST, MAX_RESTARTS, NO_STATE, RESTART_S, extension
 from qkilld.stop.log import say, say_ending
 from qkilld.stop.process import (
     ProcessHandle,
     by_systemd,
     has_libvirt,
+    has_others,
     may_pass_monitor,
     open_main_process,
     ran_for_s,
@@ -47,11 +48,6 @@ FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""
 NEVER = float("inf")
-
-MAX_RESTARTS = 3
-"""A shell may start QEMUs one after another. After this many, systemd's signals stop the rest."""
-RESTART_S = 1.0
-"""How long to wait for a shell to start another QEMU."""
 
 
 class StopRun:
@@ -104,7 +100,7 @@ class StopRun:
             self.begin(self._processes())
             self._work_until_over()
             for _ in range(MAX_RESTARTS):
-                if not self._stop_restarted():
+                if not self._stop_others():
                     break
                 self._work_until_over()
             return self.code
@@ -116,18 +112,22 @@ class StopRun:
             self._wait()
             self.turn()
 
-    def _stop_restarted(self) -> bool:
-        """Stop guests that a shell in the unit has started meanwhile. Return False if none."""
+    def _stop_others(self) -> bool:
+        """Stop the other guests of the unit: those that run beside its main process, and those that
+        a shell has started meanwhile. Return whether there are any."""
         main_pid = os.environ.get("MAINPID", "")
-        shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
-        if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
+        pids = {stop.process.pid for stop in self._stops}
+        shelled = any(str(pid) != main_pid for pid in pids)
+        has_more = self._by_systemd and (shelled or has_others(pids))
+        if self._departure is not None or not has_more or not self.targets.finder.in_own_unit:
             return False
-        until = self._clock() + RESTART_S
+        self._notifier.extend(FIRST)
+        until = self._clock() + (RESTART_S if shelled else 0)
         while not (others := self._substitutes()):
             if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
                 return False
             time.sleep(0.05)
-        say("another QEMU was started in the unit after the guest had exited: stopping it too")
+        say("another QEMU runs in the unit after the guest has exited: stopping it too")
         self.begin(others)
         return True
 

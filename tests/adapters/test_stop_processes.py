@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.guest import Unit
 from qkilld.stop.finder import ProcessFinder
 from qkilld.stop.options import Options
-from qkilld.stop.process import open_process
+from qkilld.stop.process import has_others, open_process
 from qkilld.stop.systemd_units import unattended
 from tests.lab.guest import Guest
 
@@ -107,3 +108,30 @@ def test_every_guest_but_those_of_unknown_units(
     assert f"process {hidden.pid} is not stopped" in capsys.readouterr().err
     with pytest.raises(Failed, match="cannot tell whose"):
         find(there, None).of_manager(globs)
+
+
+@pytest.mark.parametrize(
+    ("groups", "directory", "others"),
+    [
+        ("0::/a.slice/web.service\n", "a.slice/web.service", {"": False, "7": False, "8": True}),
+        ("0::/web.service\n", "unified/web.service", {"7": False, "8": True}),
+        ("1:name=systemd:/web.service\n0::/\n", "systemd/web.service", {"7": False, "7\n8": True}),
+        # Unknown: another kind of unit, control groups of the service's own, no such files.
+        ("0::/web.scope\n", "web.scope", {"7": True}),
+        ("0::/web.service\n", "web.service/own", {"7": True}),
+        ("0::/web.service\n", "db.service", {"7": True}),
+        ("nonsense", "web.service", {"7": True}),
+    ],
+)
+def test_whether_the_unit_has_other_processes(
+    tmp_path: Path, groups: str, directory: str, others: dict[str, bool]
+) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text(groups)
+    (tmp_path / "sys" / directory).mkdir(parents=True)
+    for pids, expected in others.items():
+        text = f"{os.getpid()}\n{pids}".rstrip()
+        (tmp_path / "sys" / directory / "cgroup.procs").write_text(f"{text}\n")
+        assert has_others({7}, str(tmp_path), str(tmp_path / "sys")) is expected
+    (tmp_path / "self/cgroup").unlink()
+    assert has_others({7}, str(tmp_path), str(tmp_path / "sys"))

@@ -20,6 +20,7 @@ from qkilld.model.event import MessageId
 from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.container import CHECKOUT, PYTHON, Container
+from tests.lab.image import busybox
 from tests.lab.process import OTHER_UID, TOP, run
 from tests.lab.records import records
 from tests.lab.scratch import run_directory, scratch
@@ -502,8 +503,21 @@ def test_a_shell_that_starts_the_guest_again(system: Container, start_unit: Star
         command=f"/bin/sh -c '{QEMU} -name first; {QEMU} -name second; exit 0'",
     )
     stop(system, unit)
-    assert "another QEMU was started in the unit" in said(system, unit)
+    assert "another QEMU runs in the unit" in said(system, unit)
     assert story(system, unit).count("JOB_ENDED") == 2
+
+
+def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUnit) -> None:
+    """systemd alone would send SIGKILL to it when the timeout has passed."""
+    beside = "/usr/local/bin/qemu-system-beside"
+    system.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", beside)
+    slow = "trap 'sleep 2; echo saved; exit' TERM; while true; do sleep 0.1; done"
+    script = f'(exec -a busybox {beside} sh -c "{slow}") &\nexec {QEMU}\n'
+    system.write("/run/beside", script)
+    unit = start_unit("TimeoutStopSec=1", command="/bin/bash /run/beside")
+    stop(system, unit)
+    assert "another QEMU runs in the unit" in said(system, unit)
+    assert "saved" in said(system, unit)
 
 
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
