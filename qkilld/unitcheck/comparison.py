@@ -189,12 +189,20 @@ def compare(
         )
     if unseen := _unseen(surroundings):
         return replace(comparison, word=UnitVerdict.UNKNOWN, reason=unseen)
-    if any(line.by_hand for each in unsafe for line in each.fixes) or overrides:
+    if any(line.by_hand for each in unsafe for line in each.fixes):
         return replace(
             comparison,
             word=UnitVerdict.MANUAL,
             reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
+        )
+    if overrides:
+        return replace(
+            comparison,
+            word=UnitVerdict.MANUAL,
+            reason=f"{overrides[-1].path} overrides what adopt writes",
+            advice=f"rename that file so that it sorts before {FILE_NAME}, or remove those lines"
+            " from it; run `systemctl daemon-reload`, and check it again",
         )
     # A longer timeout does not change the outcomes, but it gives QEMU more time before SIGKILL.
     longer = before_settings.is_cut and after_settings.timeout > before_settings.timeout

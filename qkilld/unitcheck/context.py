@@ -209,11 +209,16 @@ def starts_elsewhere(facts: UnitFacts) -> bool:
 
 
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
-    """Return whether ExecStart= contains this guest name or these arguments of QEMU."""
+    """Return whether a guest in another unit is that of this unit: ExecStart= contains its name or
+    its whole command line. A QEMU that ExecStart= starts in this unit has the same words, but is
+    not in another unit."""
+    if started_qemus(facts) and not starts_elsewhere(facts):
+        return False
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
-    same = " ".join(words[1:])
     named = bool(name) and name in re.findall(r"[\w.:-]+", text)
-    return named or (bool(same) and same in text.replace('"', ""))
+    command = re.escape(" ".join((PurePosixPath(words[0]).name, *words[1:])) if words else "")
+    same = re.search(rf"(?<![\w.-]){command} *(?:[;&|)\n]|$)", re.sub("[\"']", "", text))
+    return named or (len(words) > 1 and same is not None)
 
 
 def helper_reach(facts: UnitFacts) -> Helper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.command import line_of
 from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
-from qkilld.unitcheck.context import Surroundings
+from qkilld.unitcheck.context import Surroundings, is_guest_of
 from qkilld.unitcheck.dropin import Override, changes
 from qkilld.unitcheck.keepers import GuestKeeper
 from qkilld.unitcheck.stop_outcome import Occasion, Patience
@@ -116,6 +117,28 @@ def test_a_guest_in_another_unit() -> None:
 def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -> None:
     found = judge(facts, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
+
+
+@pytest.mark.parametrize(
+    ("start", "name", "words", "expected"),
+    [
+        ("/bin/su - vm -c 'exec qemu-system-x86_64 -S'", "", "qemu-system-x86_64 -S", True),
+        ("/bin/su - vm -c '/opt/bin/qemu-kvm -S; true'", "", "/opt/bin/qemu-kvm -S", True),
+        ("/bin/su - vm -c 'exec qemu-system-x86_64 -S -m 1G'", "", "qemu-system-x86_64 -S", False),
+        ("/bin/su - vm -c 'exec qemu-system-x86_64 -m 1G -S'", "", "qemu-system-x86_64 -S", False),
+        ("/bin/su - vm -c 'exec qemu-kvm'", "", "qemu-kvm", False),
+        ("/usr/bin/virsh start web", "web", "qemu-kvm -name web", True),
+        ("/opt/start-vm web", "web", "qemu-kvm -name web", True),
+        ("/opt/start-vm web-1", "web", "qemu-kvm -name web", False),
+        # The QEMU of this unit runs in it, so the other guest is not that one.
+        (f"{QEMU} -name db -drive file=/srv/web/disk.img", "web", "qemu-kvm -name web", False),
+        (f"/bin/sh -c '{QEMU} -S'", "", "qemu-system-x86_64 -S", False),
+    ],
+)
+def test_a_guest_elsewhere_that_a_unit_starts(
+    start: str, name: str, words: str, expected: bool
+) -> None:
+    assert is_guest_of(starting(*shlex.split(start)), name, words.split()) is expected
 
 
 def test_no_guest_may_be_one_that_cannot_be_seen() -> None:
