@@ -51,12 +51,18 @@ class DropIn:
         with self._errors():
             if not self.base.is_dir():
                 self.base.mkdir(parents=True)
+            is_new = not self.directory.exists()
             with contextlib.suppress(FileExistsError):
                 self.directory.mkdir(mode=0o755)
-            with self._open() as directory:
-                if directory is None:
-                    raise Failed(f"{self.directory} was removed in the meantime")
-                self._write(directory, text)
+            try:
+                with self._open() as directory:
+                    if directory is None:
+                        raise Failed(f"{self.directory} was removed in the meantime")
+                    self._write(directory, text)
+            except BaseException:
+                if is_new:
+                    self._remove_directory()
+                raise
 
     def remove(self) -> bool:
         """Remove our file, and its directory if that is empty; return whether there was a file."""
@@ -64,9 +70,12 @@ class DropIn:
             if directory is None or not self._read(directory):
                 return False
             os.unlink(FILE_NAME, dir_fd=directory)
-            with ignore(f"removing {self.directory}, which may not be empty", OSError):
-                self.directory.rmdir()
+            self._remove_directory()
             return True
+
+    def _remove_directory(self) -> None:
+        with ignore(f"removing {self.directory}, which may not be empty", OSError):
+            self.directory.rmdir()
 
     def _write(self, directory: int, text: str) -> None:
         replaces = bool(self._read(directory))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -219,6 +221,22 @@ def test_other_files_in_the_directory_stay(tmp_path: Path) -> None:
     (drop_in.directory / "other.conf").touch()
     drop_in.remove()
     assert [path.name for path in drop_in.directory.iterdir()] == ["other.conf"]
+
+
+def test_nothing_remains_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(Failed, match="No space left"):
+        DropIn(tmp_path / "base", "web.service").write(TEXT)
+    assert list((tmp_path / "base").iterdir()) == []
+    # An earlier file stays as it was.
+    drop_in = DropIn(tmp_path, "web.service")
+    drop_in.directory.mkdir()
+    drop_in.path.write_text(TEXT)
+    with pytest.raises(Failed):
+        drop_in.write(text_of("web.service", "undo", "2.0", CHANGES))
+    assert [path.read_text() for path in drop_in.directory.iterdir()] == [TEXT]
 
 
 @pytest.mark.parametrize("text", ["[Service]\nNice=1\n", TEXT + "Nice=1\n", ""])
