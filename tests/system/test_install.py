@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -174,6 +175,41 @@ def test_pacman_removes_the_package_during_a_stop(
     script = script.replace("/usr/lib/qkilld/", f"{lab_dir}/")
     run(["sh", "-c", f"{script}\npre_remove"], env={"PATH": f"{lab_dir}:/usr/bin:/bin"})
     assert log.read_text().split("\n")[:-1] == calls
+
+
+@pytest.mark.parametrize("package", ["rpm", "arch"])
+def test_a_removed_package_leaves_no_enabled_unit(lab_dir: Path, package: str) -> None:
+    """Otherwise, a later installation would stop guests at once. Nor may the removal stop any."""
+    units = lab_dir / "usr/lib/systemd"
+    for place in ("system", "user"):
+        (units / place).mkdir(parents=True)
+        source = TOP / "units" / ("user" if place == "user" else "")
+        for name in ("qkilld-guests.service", *["qemu-guest@.service"][: place == "system"]):
+            shutil.copy(source / name, units / place / name)
+    systemctl = ("systemctl", f"--root={lab_dir}")
+    run([*systemctl, "enable", "qkilld-guests.service", "qemu-guest@web.service"])
+    run([*systemctl, "--global", "enable", "qkilld-guests.service"])
+    links = {path.name for path in lab_dir.rglob("*.wants/*")}
+    assert links == {"qkilld-guests.service", "qemu-guest@web.service"}
+    fake = 'case "$*" in\n*--now* | *guest*stop* | *stop*guest*) exit 1 ;;\n'
+    fake += f'*disable*) exec {shutil.which("systemctl")} --root={lab_dir} "$@" ;;\nesac\n'
+    for name, text in (("systemctl", fake), ("undo-adopt", "")):
+        (lab_dir / name).write_text(f"#!/bin/sh\n{text}")
+        (lab_dir / name).chmod(0o755)
+    if package == "rpm":
+        script = (TOP / "packaging/rpm/qkilld.spec").read_text()
+        script = script.partition("%preun\n")[2].partition("%postun")[0]
+        script = script.replace("%{_unitdir}", str(TOP / "units"))
+        script = script.replace("%{_prefix}/lib/qkilld", str(lab_dir))
+    else:
+        script = (TOP / "packaging/arch/qkilld.install").read_text() + "\npre_remove\n"
+        script = script.replace("/usr/lib/qkilld", str(lab_dir))
+    path = f"{lab_dir}:/usr/bin:/bin"
+    if package == "rpm":
+        run(["sh", "-ec", script, "preun", "1"], env={"PATH": path})
+        assert {path.name for path in lab_dir.rglob("*.wants/*")} == links
+    run(["sh", "-ec", script, "preun", "0"], env={"PATH": path})
+    assert not list(lab_dir.rglob("*.wants/*"))
 
 
 @pytest.mark.parametrize("variable", ["PREFIX=usr", "BINDIR=/usr/b in", "PYTHON=python3"])
