@@ -120,6 +120,7 @@ def _start_stop_daemon(words: Sequence[str], text: str) -> tuple[Act, ...]:
     by_name = not any(re.match(r"-p|--pidfile|--pid\b", word) for word in words)
     options = dict(pairwise(words))
     options |= dict(word.partition("=")[::2] for word in words if "=" in word)
+    options |= {word[:2]: word[2:] for word in words if re.match(r"-[sR][^-]", word)}
     name = options.get("--signal") or options.get("-s") or "TERM"
     retry = options.get("--retry") or options.get("-R") or ""
     # A number alone means TERM/NUMBER/KILL/NUMBER.
@@ -130,7 +131,8 @@ def _start_stop_daemon(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _awk(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    return _UNKNOWN if any("system" in word or "|" in word for word in words) else _NOTHING
+    may_run = any("system" in word or "|" in word or word.startswith("-f") for word in words)
+    return _UNKNOWN if may_run else _NOTHING
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
@@ -169,36 +171,38 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
             return _ASKS_AND_WAITS
         case "qemu-monitor-command" | "qemu-agent-command":
             return acts_of_text(" ".join(words))
-        case "send-process-signal" | "":
-            return _UNKNOWN
-        case "reset" | "reboot" | "undefine":
-            return _UNKNOWN
         case "domid" | "dominfo" | "domstate" | "list":
             return _NOTHING
-    return _CHANGES
+        case "autostart" | "start" | "dumpxml" | "domdisplay":
+            return _CHANGES
+    return _UNKNOWN
 
 
-def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """Classify a command of docker or nerdctl, and those of podman that are like docker's."""
+def _container(
+    words: Sequence[str], text: str, *, forced_removal: tuple[Act, ...] = _KILLS
+) -> tuple[Act, ...]:
+    """Classify docker, nerdctl and podman."""
     command = _verb(words, ("--context", "-H", "--host", "--namespace", "-n"))
+    if command in ("container", "pod"):
+        rest = words[list(words).index(command) + 1 :]
+        return _container(rest, text, forced_removal=forced_removal)
     if command == "machine":
         subcommand = _verb(words[list(words).index("machine") + 1 :], ())
-        return _ASKS_AND_WAITS if subcommand == "stop" else _CHANGES
+        return _ASKS_AND_WAITS if subcommand == "stop" else _UNKNOWN
     if command == "kill":
         number = _signal_option(words, ("s",))
         has_signal = any(re.match(r"-s|--signal|-[A-Z0-9]+$", word) for word in words)
         return acts_of_signal(number if has_signal else signal.SIGKILL)
     if command == "rm" and _has_flag(words, "f", "--force"):
-        return _KILLS
+        return forced_removal
     # The effect of a stop is unknown, because the container's entry point may do anything on
     # SIGTERM. SIGKILL follows 10 s later.
-    return _UNKNOWN if command in ("stop", "restart", "compose", "") else _CHANGES
+    return _CHANGES if command in ("rm", "network", "volume", "image", "cp") else _UNKNOWN
 
 
 def _podman(words: Sequence[str], text: str) -> tuple[Act, ...]:
     # Unlike docker, podman stops the container before it removes it, as in units of Quadlet.
-    is_removal = _verb(words, ()) == "rm"
-    return _UNKNOWN if is_removal and _has_flag(words, "f", "--force") else _container(words, text)
+    return _container(words, text, forced_removal=_UNKNOWN)
 
 
 def _has_flag(words: Iterable[str], letter: str, name: str) -> bool:
@@ -208,9 +212,12 @@ def _has_flag(words: Iterable[str], letter: str, name: str) -> bool:
 
 def _instances(words: Sequence[str], text: str) -> tuple[Act, ...]:
     """Classify a command of incus, lxc, multipass, limactl, crc or minikube."""
-    if _verb(words, ("--project",)) not in ("stop", "restart", "pause", "suspend"):
-        return _CHANGES if words else _UNKNOWN
-    return _KILLS if {"-f", "--force"} & set(words) else _ASKS_AND_WAITS
+    command, forced = _verb(words, ("--project",)), {"-f", "--force"} & set(words)
+    if command in ("stop", "restart", "delete", "rm") and forced:
+        return _KILLS
+    if command in ("stop", "suspend"):
+        return _ASKS_AND_WAITS
+    return _CHANGES if command in ("list", "info", "config", "start") else _UNKNOWN
 
 
 def _proxmox(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -218,7 +225,8 @@ def _proxmox(words: Sequence[str], text: str) -> tuple[Act, ...]:
     command = _verb(words, ())
     if command == "monitor":
         return acts_of_text(text)
-    return acts.get(command, _CHANGES if command else _UNKNOWN)
+    harmless = command in ("status", "list", "config", "set", "unlock")
+    return acts.get(command, _CHANGES if harmless else _UNKNOWN)
 
 
 def _xen(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -231,7 +239,7 @@ def _xen(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _ganeti(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    return _ASKS_AND_WAITS if _verb(words, ()) in ("shutdown", "stop") else _CHANGES
+    return _ASKS_AND_WAITS if _verb(words, ()) in ("shutdown", "stop") else _UNKNOWN
 
 
 def _machinectl(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -242,21 +250,24 @@ def _machinectl(words: Sequence[str], text: str) -> tuple[Act, ...]:
             return _KILLS
         case "kill":
             return acts_of_signal(_signal_option(words, ("s",)))
-    return _CHANGES
+        case "list" | "status" | "show":
+            return _NOTHING
+    return _UNKNOWN
 
 
 def _systemctl(words: Sequence[str], text: str) -> tuple[Act, ...]:
     match _verb(words, ("-s", "--signal", "-M", "-H", "-t", "-p", "-P")):
         case "kill":
             return acts_of_signal(_signal_option(words, ("s",)))
-        case "stop" | "restart" | "isolate" | "":
-            return _UNKNOWN
-        case "poweroff" | "halt":
-            # With -H, the command powers off the guest: `systemctl -H GUEST poweroff`.
-            return _ASKS if "-H" in words else _UNKNOWN
-        case "is-active" | "show" | "status":
+        case "poweroff" | "halt" if "-H" in words:
+            return _ASKS  # Powers off the guest: `systemctl -H GUEST poweroff`.
+        case "is-active" | "is-failed" | "show" | "status":
             return _NOTHING
-    return _CHANGES
+        case "start" | "daemon-reload" | "reset-failed" | "set-property":
+            return _CHANGES
+        case "enable" | "disable" if "--now" not in words:
+            return _CHANGES
+    return _UNKNOWN
 
 
 def _ssh(words: Sequence[str], text: str) -> tuple[Act, ...]:

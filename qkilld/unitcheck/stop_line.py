@@ -28,7 +28,7 @@ from qkilld.unitcheck.shell import (
 from qkilld.unitcheck.stop_act import Act, ActKind, act
 
 _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "env": ("-u", "-C", "-S"),
+    "env": ("-u", "-C"),
     "sudo": ("-u", "-g", "-p", "-C", "-h"),
     "doas": ("-u", "-C"),
     "nice": ("-n",),
@@ -148,6 +148,8 @@ def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ..
         return _bounded(
             _after_options(arguments, ("-k", "-s", "--signal", "--kill-after")), deeper, text
         )
+    if name == "env" and any(re.match(r"-[a-zA-Z]*S|--split", word) for word in arguments):
+        return _UNKNOWN  # A whole command line in one word.
     if name in _WRAPPERS:
         arguments = _after_options(arguments, _WRAPPERS[name])[_USES_UP.get(name, 0) :]
         return _acts_of_words(arguments, text, deeper) if arguments else act(ActKind.NOTHING)
