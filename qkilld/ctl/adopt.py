@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import stat
 from collections.abc import Sequence
 from itertools import product
@@ -29,6 +30,7 @@ from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
 _POLL_S: Final = 0.1
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _SHOWN: Final = 4096
 
 
@@ -46,6 +48,7 @@ async def adopt(
     `all_units`: with `undo`, select every adopted unit. `now`: do not wait for running stops before
     `daemon-reload`.
     """
+    _end_like_ctrl_c()
     adopter = _Adopter(session, await config_of(session), dry_run=dry_run, now=now)
     codes: list[int] = []
     documents: list[dict[str, Any]] = []
@@ -63,6 +66,16 @@ async def adopt(
     if session.json:
         session.output.json(documents)
     return worst(codes)
+
+
+def _end_like_ctrl_c() -> None:
+    """Let a closed terminal (SIGHUP) or SIGTERM cancel the task, as Ctrl-C does, so that it takes
+    back what it has begun."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in _INTERRUPTS[1:]:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            loop.add_signal_handler(number, task.cancel)
 
 
 class _Adopter:
@@ -92,7 +105,7 @@ class _Adopter:
             # The file is complete, so something overrides it, or systemd has not reloaded yet.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
-                await self._reload(drop_in)
+                await self._reload(f"{drop_in.path} is complete")
                 report = await self._check(name)
             return self._report(report, None, "")
         undo = f"{self._session.command} adopt --undo {shlex.quote(report.name)}"
@@ -107,9 +120,10 @@ class _Adopter:
             return ExitCode.OK, document
         drop_in.write(text)
         try:
-            await self._reload(drop_in)
             after = await self._check_adopted(drop_in, old, report)
-        except asyncio.CancelledError:  # Ctrl-C.
+        except asyncio.CancelledError:
+            for number in _INTERRUPTS:  # Nothing may interrupt this.
+                signal.signal(number, signal.SIG_IGN)
             self._say("Interrupted: taking the drop-in back.")
             await self._restore(drop_in, old)
             raise
@@ -117,10 +131,11 @@ class _Adopter:
 
     async def _check_adopted(self, drop_in: DropIn, old: str, report: UnitReport) -> UnitReport:
         try:
+            await self._systemd.reload()
             after = await self._check(report.name)
             _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd rejects the drop-in, or parses it differently.
+            # systemd was not reloaded, rejects the drop-in, or parses it differently.
             await self._restore(drop_in, old)
             raise
         return after
@@ -130,7 +145,7 @@ class _Adopter:
             drop_in.write(old)
         else:
             drop_in.remove()
-        await self._systemd.reload()
+        await self._reload(f"{drop_in.path} was taken back")
 
     def _report_unchanged(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         if not self._session.json:
@@ -181,7 +196,7 @@ class _Adopter:
         if not paths:
             raise await self._not_adopted(primary)
         if not self._dry_run:
-            await self._systemd.reload()
+            await self._reload(f"{', '.join(paths)} was removed")
         return ExitCode.OK, {"unit": primary, "removed": paths, "error": None, "exit_code": 0}
 
     async def _not_adopted(self, name: str) -> Failed:
@@ -275,13 +290,14 @@ class _Adopter:
             raise Failed(f"this systemd manager does not read drop-ins from {base}")
         return base
 
-    async def _reload(self, drop_in: DropIn) -> None:
+    async def _reload(self, done: str) -> None:
+        """Reload systemd. Raise Failed, with what was done before, if that fails."""
         try:
             await self._systemd.reload()
         except QkilldError as error:
             user = " --user" if self._session.bus.user else ""
             raise Failed(
-                f"{drop_in.path} was written, but reloading systemd failed ({error}): run "
+                f"{printable(done, _SHOWN)}, but reloading systemd failed ({error}): run "
                 f"`systemctl{user} daemon-reload`"
             ) from None
 

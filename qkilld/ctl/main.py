@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with password_agent(needs_agent):
             code = asyncio.run(_run(arguments, bus, output, outcomes, interactive))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         code = INTERRUPTED
         output.error("interrupted")
     except QkilldError as error:

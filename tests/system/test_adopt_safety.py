@@ -93,22 +93,46 @@ def test_an_earlier_drop_in_of_ours_comes_back_as_it_was(installed: Container) -
         assert installed.run("cat", path).stdout == text
 
 
-def test_an_interrupted_adoption_is_taken_back(installed: Container) -> None:
-    slow = "/run/systemd/system-generators/slow"
+@pytest.mark.parametrize("number", ["INT", "HUP", "TERM"])
+def test_an_interrupted_adoption_is_taken_back(installed: Container, number: str) -> None:
+    slow, end = "/run/systemd/system-generators/slow", "/run/slow-end"
     with unit(installed) as name:
         before = files(installed)
-        installed.write(slow, "#!/bin/sh\nsleep 3\n", 0o755)
+        installed.write(slow, f"#!/bin/sh\nuntil [ -e {end} ]; do sleep 0.05; done\n", 0o755)
         try:
             with installed.spawn("qkillctl", "adopt", name) as adopting:
                 until(lambda: files(installed), lambda found: OURS in found)
-                installed.run("pkill", "-INT", "-f", f"qkillctl adopt {name}")
+                installed.run("pkill", f"-{number}", "-f", f"python.*qkillctl adopt {name}")
+                installed.run("touch", end)
                 assert adopting.wait(90) == 130
                 assert adopting.stdout is not None
                 assert "taking the drop-in back" in adopting.stdout.read().decode()
         finally:
-            installed.run("rm", slow)
+            installed.run("touch", end)
+            installed.run("rm", slow, end)
         assert files(installed) == before
         assert OURS not in installed.property(name, "DropInPaths")
+
+
+def test_a_drop_in_that_systemd_does_not_load_is_taken_back(installed: Container) -> None:
+    """Otherwise, the next reload of the host would load it, and nobody would check its effect."""
+    policy = "/etc/dbus-1/system.d/no-reload.conf"
+    manager = "org.freedesktop.systemd1"
+    rule = f'<deny send_destination="{manager}" send_interface="{manager}.Manager"'
+    rule += ' send_member="Reload"/>'
+    with unit(installed) as name:
+        before = files(installed)
+        text = f'<busconfig><policy context="mandatory">{rule}</policy></busconfig>'
+        installed.write(policy, text)
+        installed.run("systemctl", "reload", "dbus.service")
+        try:
+            said = " ".join(ctl(installed, "adopt", name, code=1).split())
+        finally:
+            installed.run("rm", policy)
+            installed.run("systemctl", "reload", "dbus.service")
+        assert "was taken back, but reloading systemd failed" in said
+        assert "systemctl daemon-reload" in said
+        assert files(installed) == before
 
 
 @pytest.fixture
