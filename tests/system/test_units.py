@@ -54,6 +54,14 @@ def test_systemd_finds_nothing_wrong_with_them(installed: Container, manager: st
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.parametrize("unit", ["qkilld-guests.service", "qkilld-scope@dbus.service.service"])
+def test_what_network_storage_needs_is_stopped_later(installed: Container, unit: str) -> None:
+    """A mount with nofail is not ordered before remote-fs.target. It stays mounted while a guest
+    uses it, but needs the network and its initiator."""
+    after = installed.property(unit, "After").split()
+    assert {"network.target", "remote-fs-pre.target", "remote-fs.target"} <= set(after)
+
+
 def test_a_guest_runs_from_its_file(system: Container) -> None:
     unit = "qemu-guest@web.service"
     system.run("systemctl", "start", unit)
