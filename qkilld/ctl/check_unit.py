@@ -108,12 +108,14 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
     documents: list[dict[str, Any]] = []
     if not names:
         names = _with_guests(config.executables, user=session.bus.user)
-        if not names and not session.json:
-            session.output.line(
-                "No QEMU can be seen: run this as root."
-                if others_are_hidden()
-                else "QEMU runs in no unit."
+        if not session.bus.user and others_are_hidden():
+            codes.append(ExitCode.UNSAFE)
+            session.output.error(
+                "you may not see the processes of other users, so units may be missing: run this"
+                " as root"
             )
+        if not names and not codes and not session.json:
+            session.output.line("QEMU runs in no unit.")
     for name in names:
         try:
             report = await check_unit(session, systemd, name, config)

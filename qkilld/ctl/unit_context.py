@@ -115,7 +115,7 @@ async def gather(
         guests=len(guests),
         uncovered=tuple(dict.fromkeys(uncovered)),
         is_running=bool(executables),
-        are_all_seen="" not in executables.values() and not others_are_hidden(),
+        are_all_seen="" not in executables.values() and (user or not others_are_hidden()),
         other_unit="" if guests else _other_unit(facts, config),
         can_ask=_can_ask(facts, () if is_template else guests, config, is_template=is_template),
         environment=_environment(facts, texts, is_template=is_template),

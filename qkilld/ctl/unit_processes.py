@@ -9,15 +9,28 @@ from __future__ import annotations
 import os
 
 from qkilld.adapters import procfs
+from qkilld.debug_log import ignore
 
 
 def unit_name_of(pid: int, *, user: bool) -> str:
     """Return the unit in which a process runs; "" for none, or if it may not be read. `user`: the
     unit of our own user manager, not of the system's."""
+    if user:
+        return _unit_of_user(pid)
     unit = procfs.read_unit(pid)
-    if unit is None or not user:
-        return "" if unit is None else unit.system
-    return unit.user if unit.system == f"user@{os.getuid()}.service" else ""
+    return "" if unit is None else unit.system
+
+
+def _unit_of_user(pid: int) -> str:
+    """Unlike procfs.read_unit(), this works if /proc hides process 1 (hidepid=)."""
+    with ignore(f"reading the control group of process {pid}", OSError):
+        text = os.fsdecode((procfs.PROC / str(pid) / "cgroup").read_bytes())
+        for line in text.split("\n"):
+            parts = line.partition(f"/user@{os.getuid()}.service/")[2].split("/")
+            name = next((part for part in parts if part and not part.endswith(".slice")), "")
+            if name:
+                return name.removeprefix("_")
+    return ""
 
 
 def processes_of(name: str, *, user: bool) -> list[int]:

@@ -217,7 +217,7 @@ def _check_scope(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             "written; a guard, a unit that is stopped before the scope, can wait for the guest",
             (Line("", f"systemctl start {surroundings.guard}", by_hand=True),)
             if surroundings.guard
-            else (),
+            else (Line("", "systemd-run --user … (a service, without --scope)", by_hand=True),),
         )
 
 
