@@ -264,8 +264,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
-                # Continue: qkilld can still try the power button, or try it again because the
-                # monitor was lost, or the guest may react to an earlier request.
+                # Continue: qkilld can still press the power button (again, if the monitor was
+                # lost), or the guest may react to an earlier request.
                 self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:

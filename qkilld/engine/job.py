@@ -548,8 +548,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Do this now. While the job waits for servers, the monitor reports its end, and that
-            # changes the state of both phases.
+            # Do this now: while the job waits for servers, the monitor will report that it was
+            # closed, which changes the state of both phases.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:
@@ -577,7 +577,7 @@ class Job:
             self._process.watch(self._survivor_gone)
         elif not self.processors_stopped:
             self._process.close()
-        self.interrupt_waits()  # First, so that writing the journal does not delay replies.
+        self.interrupt_waits()  # First: writing the journal must not delay replies.
         self._parts.on_end(self)
         self._parts.journal.write(events.job_ended(self))
         self._trace.record(EndRecord(self.ended, result))

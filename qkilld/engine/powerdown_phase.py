@@ -250,8 +250,8 @@ class PowerdownPhase:
         job.enter(job.phase)
 
     def _asker_ended(self, end: AskOutcome) -> None:
-        """A monitor may be unreachable because the process was stopped meanwhile, or before if its
-        samples came late. Check once more."""
+        """If the monitor is unreachable, check once more whether the process is stopped: this may
+        have happened meanwhile, or samples may have come too late to show it."""
         if end.outcome is not GuestAsked.UNREACHABLE or self._is_rechecked:
             self._ended(end)
             return

@@ -74,7 +74,7 @@ AGENT_REFUSAL_S: Final = 1.0
 """How long to wait for a refusal of guest-shutdown. If it succeeds, there is no reply."""
 AGENT_ORDER_S: Final = 10.0
 FOREIGN_PRESS_AGE: Final = 10 * USEC_PER_SEC
-"""How long (µs) a press of somebody else counts if the guest has noticed it."""
+"""How long (µs) to remember somebody else's press that the guest has noticed."""
 
 PM1_POWER_BUTTON: Final = 0x100
 """The bit of the power button in PM1_STS and PM1_EN (ACPI specification, 4.8.4.1)."""
@@ -113,7 +113,7 @@ class GuestControl:
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
-        """Whether a shutdown was requested. Only then do signs of a shutdown count."""
+        """Whether a shutdown was requested. Until then, signs of a shutdown are ignored."""
         self._pressed_at = -FOREIGN_PRESS_AGE
         """When somebody else pressed the power button (µs, CLOCK_MONOTONIC)."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
@@ -275,7 +275,8 @@ class GuestControl:
     @property
     def signs(self) -> frozenset[ShutdownSign]:
         """The signs of a shutdown since one was requested, except signs that were disproved later.
-        RESTARTED ends with the next observation. POWERED_OFF counts even without a request."""
+        RESTARTED is dropped at the next observation. POWERED_OFF is included even without a
+        request."""
         return frozenset(self._signs)
 
     @property

@@ -66,7 +66,7 @@ def parse_load(text: str) -> int | None:
     """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if the thread has
     no such average.
 
-    The first line contains the thread's name, which may be any text, so the last match counts.
+    The first line contains the thread's name, which may be any text, so the last match is used.
     """
     policies, averages = _POLICY.findall(text), _RUNNABLE.findall(text)
     if not policies or not averages or int(policies[-1]) not in _FAIR:
