@@ -38,7 +38,7 @@ arbitrarily long."""
 _MAX_WORDS: Final = 10_000
 """Parsing a command line with more words would take seconds. libvirt's longest have about 5,000."""
 _CHUNK: Final = 1 << 14
-_MAX_MOUNTINFO: Final = 4 << 20
+MAX_MOUNTINFO: Final = 4 << 20
 """The maximum number of bytes of a mountinfo, enough for about 25,000 mounts. A longer one is not
 read."""
 _PF_EXITING: Final = 0x4
@@ -397,12 +397,13 @@ def read_bounded(path: str, limit: int) -> bytes | None:
 class Mounts:
     """The mounts that one process sees at one moment."""
 
-    def __init__(self, pid: int | str, proc: Path = PROC) -> None:
-        """Read mountinfo. If it cannot be read, this object has no mounts."""
+    def __init__(self, pid: int | str, proc: Path = PROC, max_bytes: int = MAX_MOUNTINFO) -> None:
+        """Read mountinfo. If it cannot be read, or is longer than `max_bytes`, this object has no
+        mounts."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
         # Not splitlines(): a path may contain any line separator except a line feed.
-        for line in (read_bounded(f"{proc}/{pid}/mountinfo", _MAX_MOUNTINFO) or b"").split(b"\n"):
+        for line in (read_bounded(f"{proc}/{pid}/mountinfo", max_bytes) or b"").split(b"\n"):
             if line:
                 self._lines[line.partition(b" ")[0]] = line
 

@@ -299,9 +299,11 @@ def _is_bound_to(
     listening = table()
     if listening is not None:
         inode = status.st_ino & 0xFFFFFFFF
-        for device in (status.st_dev, _device_of_mount(file, identity.pid, proc)):
-            if device is not None and (device, inode) in listening:
-                return listening[device, inode] == endpoint.listener.inode
+        device: int | None = status.st_dev
+        if (device, inode) not in listening:
+            device = _device_of_mount(file, identity.pid, proc)
+        if device is not None and (device, inode) in listening:
+            return listening[device, inode] == endpoint.listener.inode
         if endpoint.listener.inode in listening.values():
             return False
     return status.st_uid == identity.uid
@@ -312,14 +314,11 @@ def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
     overlays."""
     try:
         lines = Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
-        mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
-        for place in (proc / str(pid) / "mountinfo", Path("/proc/self/mountinfo")):
-            with place.open("rb") as mounts:
-                for line in mounts:
-                    fields = line.split(maxsplit=3)
-                    if fields[0] == mount.encode():
-                        major, _, minor = fields[2].partition(b":")
-                        return os.makedev(int(major), int(minor))
+        mount = next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+        for mounts in (procfs.Mounts(pid, proc), procfs.Mounts("self")):
+            if (filesystem := mounts.get(mount)) is not None:
+                major, _, minor = filesystem.number.partition(":")
+                return os.makedev(int(major), int(minor))
     except (OSError, ValueError, IndexError, StopIteration):
         pass
     return None

@@ -195,6 +195,24 @@ def test_nfs_by_our_own_mounts_where_they_have_it(tmp_path: Path) -> None:
     assert reader.read()[1] == (Mount("nfs4", 8, 4096, "0:50"),)
 
 
+def test_a_process_with_many_more_mounts_than_we_have(tmp_path: Path) -> None:
+    """Then the kernel takes long for mountinfo. In the host's mount namespace, ours has them,
+    too."""
+    many = "".join(
+        f"{number} 9 0:50 / /{'x' * 200} rw - tmpfs x rw\n" for number in range(10, 2000)
+    )
+    disk_mount = "9 0 8:0 / / rw - ext4 /dev/sda rw\n"
+    for name, more, known in (
+        ("alone", {"self/mountinfo": ""}, False),
+        ("host", {"self/mountinfo": "", "1/mountinfo": disk_mount}, True),
+        ("both", {"self/mountinfo": many}, True),
+    ):
+        reader = reader_of(tmp_path / name, {3: ("/a", RW, 9)}, disk_mount + many, SYS, more)
+        devices, mounts = reader.read()
+        assert [device.number for device in devices or ()] == (["8:0"] if known else []), name
+        assert bool(mounts) is not known, name  # Unknown storage has no counters.
+
+
 OVERLAY = "9 0 0:60 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/up\\040per/x,workdir=/w\n"
 
 
