@@ -24,30 +24,34 @@ class Handover:
         self._loop = asyncio.get_running_loop()
         self._urgent: deque[Callable[[], None]] = deque()
         self._others: deque[Callable[[], None]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
+        self._next: asyncio.Handle | None = None
+        """The next run of `_deal`, if it is known when that will be."""
 
     def expect(self) -> None:
         """Make the loop run all collected calls after MAX_DELAY_S, including those put until
         then."""
-        if self._timer is None:
-            self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
+        if self._next is None:
+            self._next = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> bool:
         """Make the loop run `call`: at once if it is urgent or if no call follows soon (`more` is
-        false), otherwise together with a later call, or at the time that `expect` has set. Return
-        False if the loop is closed. Thread-safe."""
+        false), otherwise together with a later call, or after MAX_DELAY_S. Return False if the loop
+        is closed. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
-        if urgent or not more:
-            try:
+        try:
+            if urgent or not more:
                 self._loop.call_soon_threadsafe(self._deal)
-            except RuntimeError:
-                return False
+            elif self._next is None:
+                # The time that `expect` had set has passed, and the next sample may block.
+                self._loop.call_soon_threadsafe(self.expect)
+        except RuntimeError:
+            return False
         return True
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
 
     def _deal(self) -> None:
         self.close()
@@ -60,4 +64,5 @@ class Handover:
             # Schedule the other calls even if this call has raised an exception: nothing else
             # would.
             if self._urgent or self._others:
-                self._loop.call_soon(self._deal)
+                self.close()
+                self._next = self._loop.call_soon(self._deal)

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from functools import partial
 
+import pytest
+
 from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.handover import AT_ONCE, Handover
 
@@ -49,10 +51,14 @@ def test_an_urgent_one_precedes_those_that_wait() -> None:
     assert got == ["urgent", "first"]
 
 
-def test_queued_calls_run_even_if_further_calls_block() -> None:
+@pytest.mark.parametrize("is_expected", [True, False])
+def test_queued_calls_run_even_if_further_calls_block(is_expected: bool) -> None:
+    """And even if they come after the time for which they were expected."""
+
     async def main() -> None:
         handover, called = Handover(), asyncio.Event()
-        handover.expect()
+        if is_expected:
+            handover.expect()
         thread = threading.Thread(target=partial(handover.put, called.set, more=True))
         thread.start()
         thread.join()
