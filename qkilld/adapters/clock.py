@@ -13,8 +13,8 @@ from qkilld.model.constants import USEC_PER_SEC
 
 
 class UserTimer:
-    """A timer whose callback engine.steps calls, in a step of one user. Implements
-    engine.ports.Timer."""
+    """A timer that does not run its callback at once, but queues it as work of one user
+    (engine.steps). Implements engine.ports.Timer."""
 
     __slots__ = ("_callback", "_user", "handle")
 
@@ -68,6 +68,6 @@ class LoopClock:
         return self._call_at(when, callback)
 
     def _call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        # Round up, because at a timer that fires early, the deadline would still be in the future.
-        # Share one context, because asyncio would make one for each timer.
+        # Round up: if the timer fired early, the deadline would still be in the future. Share one
+        # context, because asyncio would make one for each timer.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

@@ -5,8 +5,8 @@ fails, for example because /run is full, jobs continue, and the first failure af
 reported.
 
 Files may come from an earlier run, or from anyone else. A file that is incomplete or not ours is
-renamed to NAME.bad and reported. A file of a newer version is reported and kept. So is a file that
-cannot be read for lack of descriptors or memory.
+renamed to NAME.bad and reported. A file is reported and kept if it is of a newer version, or if
+there are too few descriptors or too little memory to read it.
 """
 
 from __future__ import annotations

@@ -92,4 +92,4 @@ class TargetThreads:
 
 shared: Final = TargetThreads()
 """The threads of the whole program. They are counted together, because TasksMax= limits the sum of
-all threads of its unit."""
+all threads of the unit."""

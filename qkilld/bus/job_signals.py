@@ -53,13 +53,13 @@ class Announcer:
         self._manager_changed()
 
     def job_changed(self, job: ObservedJob) -> None:
-        """Schedule one signal for all changes in this turn of the loop."""
+        """Schedule one signal for all changes in this iteration of the loop."""
         if job.number in self._announced_values and job.number not in self._pauses:
             self._announce_soon(job)
 
     def job_ended(self, job: ObservedJob) -> None:
         """Schedule the signals about the end. They are not sent now, because thousands of jobs may
-        end at a time, and other jobs are to send SIGKILL meanwhile."""
+        end at a time, and this must not delay the SIGKILL of other jobs."""
         self._ended.append(job)
         self._schedule()
 

@@ -17,8 +17,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Busy, NoSuchJob
 
 MAX_REPETITIONS: Final = 4
-"""Each element is encoded at most this many times on average. If that is not enough, objects change
-faster than they can be listed."""
+"""Each element is encoded at most this many times on average. If the list is then still not
+current, objects change faster than they can be listed."""
 SPARE: Final = 64
 """In addition to MAX_REPETITIONS, this many elements may be encoded, because a few objects may
 change often."""

@@ -47,8 +47,8 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE, and its next step is due, or comes at a known time unless there is
-    progress."""
+    """Whether the job has FORCE and the time of its next step is known (unless there is progress)
+    or has come."""
 
 
 class Shape(NamedTuple):
@@ -92,7 +92,7 @@ def cells_of(job: JobStatus, now: int) -> JobCells:
 
 
 def shape_for(rows: Sequence[JobCells], columns: int) -> Shape:
-    """Return the most detailed shape that fits, or the narrowest. It always has the time and the
+    """Return the most detailed shape that fits, or the narrowest. Every shape has the time and the
     next rung."""
     shape = None
     for shape in _shapes(rows):

@@ -51,7 +51,7 @@ class ProcessStats:
 
 def process_stats(pid: int, uid: int) -> ProcessStats:
     """Read the statistics of a process; empty if it is a zombie, belongs to another user, or blocks
-    the calls."""
+    the reading."""
     import psutil
 
     def read(directory: str) -> ProcessStats:

@@ -379,7 +379,7 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether the job has NOWAIT. If the call joined an older job, that job has not."""
+    """Return whether the job has NOWAIT. The job may be an older one that the call has joined."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

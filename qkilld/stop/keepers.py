@@ -167,11 +167,10 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """At once, release the processes of which no keeper is being stopped. Release each other
+    """Release at once the processes that have no keeper that is being stopped. Release each other
     process when `KeeperWatch.leave` returns for it.
 
-    `on_keeper` is called with each process of which a keeper is being stopped, and the keeper's
-    name.
+    `on_keeper` is called with each process that has such a keeper, and with the keeper's name.
     """
     if isinstance(connection, str):
         release(processes)

@@ -24,8 +24,8 @@ ASK_ALL = 20 * 60 * USEC_PER_SEC
 """Time limit for asking all guests of a host. systemd limits a host shutdown to 30 minutes, and
 qkilld-guests.service uses at most 25 of them."""
 MAX_RESTARTS = 3
-"""How often to look for another QEMU of the unit when the guest has exited. After that, systemd's
-own signals stop it."""
+"""How often to search for another QEMU of the unit when the guest has exited. A later QEMU is
+stopped by systemd's own signals."""
 RESTART_S = 1.0
 """How long (s) to wait for a shell to start another QEMU."""
 

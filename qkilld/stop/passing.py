@@ -1,8 +1,8 @@
 """Connect to a monitor on TCP or an abstract socket, and pass the connection to the daemon, which
 cannot reach the monitor.
 
-The helper runs in the network namespace of its unit. Usually, the guest's is the same. If not, the
-helper can enter the guest's as root.
+The helper runs in the network namespace of its unit, which is usually that of the guest. If the
+guest has another one, the helper can enter it as root.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 IDENTITY_TIMEOUT_S = 3.0
 """How long to wait for a process that blocks the reading of its start time. Shorter than
-limits.FIRST, so that systemd's timeout does not expire before."""
+limits.FIRST, so that systemd's timeout does not expire first."""
 IDENTITY_RETRY_S = 0.1
 MAX_COMMAND_LINE = 1 << 20
 READ_TIMEOUT_S = 0.2

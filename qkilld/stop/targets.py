@@ -22,7 +22,7 @@ OUTSIDE_TIMEOUT_S = 2.0
 
 
 class GuestElsewhere(QkilldError):
-    """The guest of our own unit keeps running in another unit."""
+    """The guest that our own unit started is in another unit, and continues to run."""
 
     exit_code = ExitCode.SURVIVED
 

@@ -407,7 +407,7 @@ class _Stop:
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
             # If systemd signals QEMU and the server at the same time, QEMU usually exits first. If
-            # something stops QEMU more slowly, the server exits first.
+            # a line or another unit stops QEMU more slowly, the server exits first.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(

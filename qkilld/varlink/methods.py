@@ -22,15 +22,15 @@ from qkilld.varlink.streams import FirstReply, JobStream, Streams
 from qkilld.varlink.unit_queries import UnitQueries
 
 UNIT_AFTER_S: Final = 0.3
-"""Delay before the unit's settings are read. Most idle guests exit before, even if many are stopped
-at the same time. But a unit with TimeoutStopSec=1 is still handled in time."""
+"""Delay before the unit's settings are read. Most idle guests exit earlier, even if many are
+stopped at the same time. But a unit with TimeoutStopSec=1 is still handled in time."""
 OPEN_AFTER_S: Final = 0.1
 """With `byUnit`, the first of several replies is delayed by at most this long, because the jobs may
-end before. It is not delayed until the unit's settings are known: if the daemon crashed before this
-reply, the caller would not know of the job, and would send SIGTERM again."""
+end within this time. It is not delayed until the unit's settings are known: if the daemon crashed
+before this reply, the caller would not know of the job, and would send SIGTERM again."""
 JOBS_OF_WAIT: Final = 4
-"""The number of jobs of one call that cost as much as one Wait. While the client does not read, the
-end of each job takes 1.5 kB."""
+"""This many jobs of one call cost as much as one Wait. While the client does not read, the end of
+each job takes 1.5 kB."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 

@@ -45,7 +45,7 @@ class UnitQueries:
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Wait for a place, then do what UnitStops.limit does. A user who has too many queries gets
         UnitLimits without limits."""
-        # A waiting query is charged as a Wait of its own, because it may wait longer than its
+        # A waiting query counts as one more Wait of its user, because it may wait longer than its
         # client.
         try:
             self._limits.begin(uid, Cost.WAIT)
@@ -82,8 +82,8 @@ class UnitQueries:
     def _hand_out(self) -> None:
         """Give free places to waiting queries."""
         # Besides root, try MAX_AT_ONCE + 1 users of each kind (FairShares). This is enough: at most
-        # MAX_AT_ONCE users have a place, so at least one of the tried users has none. If that user
-        # gets no place, no other user of the same kind would get one.
+        # MAX_AT_ONCE users have a place, so at least one of the tried users has none. If a user
+        # without a place gets none, no other user of the same kind would get one.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (

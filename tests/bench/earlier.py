@@ -16,7 +16,7 @@ from tests.lab.process import TOP
 from tests.lab.scratch import scratch
 
 COMMIT: Final = "b662140"
-"""The last commit before waits had their own signs of progress. Since then, each sample reads
+"""The last commit before each wait got its own sign of progress. Since then, each sample reads
 more."""
 OURS: Final = "qkilld"
 """The name of this tree in dictionaries that contain both."""

@@ -65,7 +65,7 @@ class Judgement:
     """The greatest delay of a sample, s."""
     detection: float | None
     """For a correct SIGKILL: how late it was (s) after the policy's limit, which counts from the
-    last movement."""
+    last progress."""
     ticks: int
     right_ticks: int
     """The number of right verdicts. `ticks` is the number of all verdicts that were checked."""

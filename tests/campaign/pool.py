@@ -76,7 +76,7 @@ def run_all(
     way: str = OURS,
     most: int = TRIES,
 ) -> Iterator[RunResult]:
-    """Run these specs in order. Yield the result of each when it has ended."""
+    """Run these specs in order. Yield the result of each run when the run has ended."""
     with contextlib.ExitStack() as stack:
         keeper = stack.enter_context(Keeper())
         directory = stack.enter_context(scratch("c"))

@@ -66,8 +66,8 @@ class Change:
     """The number of a disk, PROCESS or HOST."""
     what: str
     """For a disk: fast, slow; freeze, thaw; leave, back; dead, alive (the storage below its
-    server); fail; hang (close and flush of its file). For the process: stop, frozen, trace, pipe,
-    and go, which ends them; kill (SIGKILL, as from the kernel if memory runs out). For the host:
+    server); fail; hang (close and flush of its file). For the process: stop, frozen, trace, pipe;
+    go ends any of these four; kill (SIGKILL, as from the kernel if memory runs out). For the host:
     pause, go."""
     value: float = 0
     """For slow: how slow, 1 (a little) or more. For hang: the seconds that each close and flush of

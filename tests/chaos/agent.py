@@ -50,7 +50,8 @@ class Event:
 
     guest: int
     what: str
-    """started, asked (a call is sent), answered, refused, looked, result, lost, gone, alive."""
+    """started, asked (a call is sent), answered, refused, looked (the job's properties were read),
+    result, lost, gone, alive."""
     at: float
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
 

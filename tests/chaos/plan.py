@@ -193,8 +193,8 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = Fals
     others = [_SHORT[i % len(_SHORT)] for i in range(jobs // 2)] + [Kind.QEMU] * qemus
     guests += [_guest(rng, jobs + i, kind, at) for i, kind in enumerate(others)]
     guests += [Guest(len(guests) + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(5)]
-    # Set a long patience, because on a busy machine, each planned SIGKILL may be delayed until the
-    # daemon is ready.
+    # Wait long for the end, because on a busy machine, each planned SIGKILL may be delayed until
+    # the daemon is ready.
     return Plan(tuple(guests), tuple(incidents), at, patience_s=150.0 + 2 * at, realtime=realtime)
 
 

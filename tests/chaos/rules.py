@@ -2,7 +2,7 @@
 
 All times are seconds of the same CLOCK_MONOTONIC. Signals are recorded after they were sent, and
 calls are recorded before they take effect. So every span measured here is longer than the daemon's
-own. If a span is too short, it is an error, however busy the host is.
+own. A measured span that is too short is therefore an error, even on a busy host.
 """
 
 from __future__ import annotations

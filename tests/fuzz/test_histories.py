@@ -71,7 +71,7 @@ class History:
         self.terminated_at = 0
         self.not_before = 0
         self.held = False
-        """Held, or extended, by somebody other than the owner."""
+        """Whether somebody other than the owner has held or extended the job."""
         self.ends = 0
         self.job: Job | None = None
         self.job = self.world.stop(self.process, flags, uid=uid)

@@ -624,6 +624,6 @@ def test_messages_that_a_bus_lets_pass_are_read(seed: int) -> None:
     )
 )
 def test_receipts_in_the_journal(entry: dict[str, Any]) -> None:
-    """Another service can write anything in our name. Only the time is set by journald."""
+    """Another service can write anything in our name. Only the time comes from journald."""
     now = datetime.datetime.now(tz=datetime.UTC)
     journal_reader.receipts_of([entry | {"__REALTIME_TIMESTAMP": now}] * 2)

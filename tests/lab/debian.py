@@ -288,8 +288,8 @@ def _save_state(place: Path) -> None:
             # After the boot, the guest still works for a few seconds.
             debian.shell.run("sync; sleep 5; sync")
             with Qmp(debian.guest) as qmp:
-                # Do not stop the guest before: it would be saved as a stopped guest, and be stopped
-                # again when it is continued.
+                # Do not stop the guest before it is saved: it would be saved as a stopped guest,
+                # and be stopped again when its state is loaded.
                 limits = {"max-bandwidth": 1 << 40, "downtime-limit": 60_000}
                 qmp.call("migrate-set-parameters", **limits)
                 qmp.call("migrate", uri=f"exec:cat >{work}/state")

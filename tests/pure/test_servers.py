@@ -312,7 +312,7 @@ def test_many_connections_to_the_server_of_many_nodes_take_little_time() -> None
     [
         ([sample(node=replace(NODE, served=False))], True),
         ([sample(), sample(node=replace(NODE, served=False))], True),
-        # Something listens, so QEMU has closed the node.
+        # A server listens again, so it was QEMU that closed the connection.
         ([sample(node=replace(NODE, served=True))], False),
         (
             [sample(node=replace(NODE, served=True)), sample(node=replace(NODE, served=False))],

@@ -564,7 +564,8 @@ MORE = {
             {"sockets": (replace(OF_ISCSI, acked=900, received=0),)},
             Verdict.STORAGE_WAIT,
         ),
-        # In another network namespace, only transfers between its threads are visible
+        # If the server is in another network namespace, only transfers between its threads are
+        # visible
         (
             {"nodes": (NBD,), "sockets": None},
             {"io": replace(NO_IO, wchar=1_300)},
@@ -648,7 +649,7 @@ MORE = {
         ),
         # If rings are unreadable but something moves, this is no standstill
         ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
-        # For AIO, qkilld can read only the tail of the ring, and whether there can be requests
+        # For AIO, qkilld can read only the tail of the ring and whether requests are possible
         ({"direct": True}, {}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"switches": 101}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),

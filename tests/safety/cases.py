@@ -40,8 +40,8 @@ _SETTLED_S: Final = 8
 """For this time (s) after a change of the storage, the earlier verdict is right, too."""
 
 _DETAIL_S: Final = 5
-"""After this time (s), a sample with detail has found servers and read rings. When a wait is 2 s
-old, samples have detail."""
+"""After this time (s), a sample with detail has found servers and read rings. Samples have detail
+when a wait has lasted 2 s."""
 _MOVES: Final = frozenset({Verdict.FLUSHING})
 _WAITS: Final = frozenset({Verdict.STORAGE_WAIT})
 _EITHER: Final = _MOVES | _WAITS
@@ -132,8 +132,7 @@ ONE_TABLE: Final = f"{_records(90, 3, 2 * MIB)} lab.at={256 * MIB}"
 """With clusters of 64 KiB, a single L2 table covers all records. QEMU makes the table for the first
 record, so later writes cause no flush."""
 GAPS: Final = "3600"
-"""At this rate (bits per second), nbdkit passes 4 KiB on after 25 s: its bucket has room for the
-amount of 2 s, and it waits for the rest in shorter and shorter intervals."""
+"""At this rate (bits per second), nbdkit passes on a request of 4 KiB after 25 s."""
 _RATE: Final = 2_000_000
 """Speed of a slow disk, bytes per second."""
 TWO_TABLES: Final = _records(80, 40)

@@ -126,8 +126,8 @@ def test_other_places(lab_dir: Path) -> None:
 
 
 def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
-    """For a package, byte code, the list of installed files and the licence are handled by the
-    package's system."""
+    """With PACKAGE=yes, `make install` leaves byte code, the list of installed files and the
+    licence to the package manager."""
     make("install", f"DESTDIR={lab_dir}", "PACKAGE=yes")
     names = [path.name for path in lab_dir.rglob("*")]
     assert "qkillctl" in names and "qkilld.conf.5" in names
