@@ -518,6 +518,18 @@ def test_a_guest_that_restarts_each_time_is_not_asked_a_third_time() -> None:
     assert course.last is not None and "restarts" in course.last.reason
 
 
+def test_the_resets_of_one_restart() -> None:
+    """Linux tries several ways to reset the machine."""
+    course = Course(restarting_at(10, 11, 12, then=Moment())).run(200)
+    assert [at for at, _ in course.asked][:2] == [0, 13]
+    assert course.end[1] is Conclusion.IGNORED and course.end[0] > 13 + 60
+
+
+def test_a_guest_that_restarts_for_ever_before_it_listens() -> None:
+    course = Course(restarting_at(*range(10, 1000, 5), then=Moment())).run(900)
+    assert course.end == (310, Conclusion.IGNORED)
+
+
 @pytest.mark.parametrize("then", [Moment(runstate=None), Moment(button=Button.NOT_LISTENED)])
 def test_a_guest_that_restarted_was_reached(then: Moment) -> None:
     """The guest was asked and did not shut down. Later events do not change this outcome."""
