@@ -429,8 +429,8 @@ class RunningDaemon:
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
-            # Do not exit while files wait to be closed: this process could not end, and systemd
-            # would not start another one before.
+            # Do not exit while files wait to be closed: this process could not end, and until then
+            # systemd would not start another one.
             busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return

@@ -120,13 +120,13 @@ class Journald:
         """Wait until journald has processed all entries, for at most PROCESSING_TIMEOUT_S.
 
         When journald processes an entry, it reads the sender's unit from /proc/PID. If the sender
-        has exited before, the entry belongs to no unit. Then `journalctl --unit` does not show the
+        has exited by then, the entry belongs to no unit. Then `journalctl --unit` does not show the
         entry, and `qkillctl history` trusts it only if root or the reader wrote it.
         """
         if self._socket is None:
             return
-        # journald ignores an empty datagram, and reads it only after it has processed all datagrams
-        # before.
+        # journald ignores an empty datagram, and reads it only after it has processed all earlier
+        # datagrams.
         with contextlib.suppress(OSError):
             self._socket.send(b"")
         deadline = time.monotonic() + PROCESSING_TIMEOUT_S

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 EXITING_TIMEOUT_S = 60.0
 """The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""The unit's settings are read after this time, because an idle guest exits before."""
+"""The unit's settings are read after this time, because an idle guest exits earlier."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""

@@ -134,8 +134,8 @@ class VarlinkMethods:
             self._obey_unit(call, parameters, [job], None)
 
     def _stream(self, call: VarlinkCall, parameters: dict[str, Any], first: FirstReply) -> None:
-        """Reply with `first`, then with the progress and results of its jobs. With `byUnit`, wait
-        OPEN_AFTER_S before, because most guests exit in this time, and then one reply is enough."""
+        """Reply with `first`, then with the progress and results of its jobs. With `byUnit`, reply
+        only after OPEN_AFTER_S: most guests exit in this time, so one reply is enough."""
         jobs = first.jobs
         stream = self._follow(call, jobs, first)
         if parameters.get("byUnit"):

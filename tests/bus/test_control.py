@@ -37,7 +37,7 @@ def test_held_and_released(daemon: Daemon, client: Client, fake_qemu: Make) -> N
     values = client.properties(job, JOB)
     assert (values["Held"], values["DeadlineUSec"]) == (True, NEVER)
     # Wait for the SIGKILL of a later job with the same grace. Without the hold, the first job would
-    # have sent SIGKILL before.
+    # have sent SIGKILL earlier.
     other = fake_qemu(stubborn=True)
     assert client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3 * S)))[0] == "killed"
     assert guest.alive

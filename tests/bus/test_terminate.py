@@ -127,7 +127,7 @@ def test_cancel(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
     result, receipt = client.wait(job)
     assert (result, signals(receipt)) == ("cancelled", ["SIGTERM"])
     # Wait for the SIGKILL of a later job with the same grace. If the first job were not cancelled,
-    # it would have sent SIGKILL before.
+    # it would have sent SIGKILL earlier.
     other = fake_qemu(stubborn=True)
     result, _ = client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3_000_000)))
     assert result == "killed"

@@ -122,8 +122,8 @@ def _save(state: Path) -> None:
             guest.serial.wait_for("^GUEST (WAITING|ERROR.*\n)", _BOOT_S)
             assert "GUEST ERROR" not in guest.serial.text(), guest.serial.text()
             with Qmp(monitor) as qmp:
-                # Do not stop the guest before: it would be saved as a stopped guest, and be stopped
-                # again when it is continued.
+                # Do not stop the guest before it is saved: it would be saved as a stopped guest,
+                # and be stopped again when its state is loaded.
                 qmp.call("migrate-set-parameters", **_AT_ONCE)
                 qmp.call("migrate", uri=f"exec:cat >{directory}/state")
                 # The migration has further states, such as "device" while QEMU saves its devices.

@@ -76,5 +76,5 @@ def stuck_guests() -> Iterator[StuckGuests]:
         store.hang("flush")
         guests = StuckGuests(store)
         stack.enter_context(guests.stack)
-        stack.callback(guests.free)  # SIGKILL does not end a flush, so let it end before.
+        stack.callback(guests.free)  # SIGKILL does not end a flush, so let the flush end first.
         yield guests

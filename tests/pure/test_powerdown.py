@@ -374,8 +374,8 @@ def test_an_ignoring_guest_that_was_asked_at_once(vcpus: float) -> None:
 
 
 def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
-    """Return an attempt for a guest that was resumed at START and was busy for `busy_s`. The guest
-    was asked when qkilld concluded so."""
+    """Return an attempt for a guest that was resumed at START, was busy for `busy_s`, and was then
+    asked. Append the time of asking to `asked_at`."""
     attempt = powerdown.start(START - 9 * S)
     for second in range(-9, 1):
         seen = GuestObservation(

@@ -187,7 +187,7 @@ def test_a_line_of_shell(text: str, expected: list[ActKind]) -> None:
 def test_programs_without_a_shell() -> None:
     assert kinds(program("qkilld-stop", "--force")) == [HELPER]
     assert kinds(read_line(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")))) == [HELPER]
-    # The shell is no process of its own, but runs other things before.
+    # The shell executes qkilld-stop in place of itself.
     assert is_helper(Command("/bin/sh", ("/bin/sh", "-c", "exec qkilld-stop --force")))
     for text in ("qkilld-stop", "exec qkilld-stop; true", "exec qkilld-stop $X", "true", "exec "):
         assert not is_helper(Command("/bin/sh", ("/bin/sh", "-c", text))), text

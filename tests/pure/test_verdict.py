@@ -422,7 +422,8 @@ MORE = {
             served(replace(SHARED, threads=(WRITING,), devices=SERVED_DISK)),
             Verdict.UNKNOWN,
         ),
-        # But not if the storage of the image is known, and a call on this storage is stuck
+        # They are not for this guest if the storage of its image is known and a call on this
+        # storage is stuck
         (served(HOLDS), served(replace(HOLDS, io=WROTE)), Verdict.STORAGE_WAIT),
         (
             served(replace(HOLDS, place=("0:8",))),
@@ -631,7 +632,8 @@ MORE = {
             {"devices": (HUNG, replace(BESIDE, writes=900))},
             Verdict.FLUSHING,
         ),
-        # The same for a disk below another image, but not for one below the disk with the request
+        # The same is true of a disk below another image, but not of one below the disk with the
+        # request
         (
             {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
             {"devices": (HUNG, TOP, replace(UNDER_TOP, writes=900))},
@@ -1054,7 +1056,7 @@ VHOST = {"nodes": (replace(NBD, protocol="vhost-user", served=False),), "sockets
         # QEMU gave up the server (reconnect-delay), and exits silently.
         ([UNSERVED, *[GONE] * 5], ["unknown"]),
         ([UNSERVED, *[GONE] * 5, UNSERVED], []),
-        # QEMU closed this disk while another took long; or the server is remote
+        # QEMU closed this disk and still waits for another one; or the server is on another host
         ([UNSERVED, *[CLOSED] * 5], []),
         ([UNSERVED, *[FAR] * 5], []),
         ([VHOST] * 6, []),

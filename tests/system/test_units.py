@@ -26,7 +26,7 @@ def system(installed: Container) -> Iterator[Container]:
     drop_in = "/etc/qkilld/qkilld.conf.d/units.conf"
     installed.write(drop_in, "[Policy]\nPowerdownSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")
-    # Create the group, because only udev's package does so.
+    # Create the group, because otherwise only udev's package creates it.
     installed.run("groupadd", "--system", "--force", "kvm")
     text = f"# A guest.\n{QEMU}-name web one,debug-threads=on\n"
     installed.write("/etc/qkilld/guests/web.conf", text)
