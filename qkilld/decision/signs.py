@@ -129,6 +129,15 @@ def waits_for_storage(thread: Thread) -> bool:
     return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
 
 
+def works(peer: Peer | None) -> bool:
+    """Return whether a server without other clients, or one behind it, is working on a request or
+    has not read it."""
+    if peer is None or peer.shared is not False:
+        return False
+    behind = any(other.certain and (other.unread or works(other)) for other in peer.behind)
+    return behind or any(map(waits_for_storage, peer.threads or ()))
+
+
 def write_signs(devices: Iterable[Device]) -> list[Sign]:
     """Return two signs of each device for calls that only write: its completed writes and reads.
 

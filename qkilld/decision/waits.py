@@ -28,6 +28,7 @@ from qkilld.decision.signs import (
     sleeps_without_disk,
     socket_signs,
     waits_for_storage,
+    works,
     write_signs,
 )
 from qkilld.model.dataclass import dataclass
@@ -448,7 +449,7 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     # disks may be a console, which may never read.
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
-    certain = (stores and unread) or _works(socket.peer)
+    certain = (stores and unread) or works(socket.peer)
     signs = socket_signs(socket, "", before)
     watched = server_depth(socket.peer)
     if socket.accepted:
@@ -519,7 +520,7 @@ def _node_wait(
         text=text,
         signs=tuple(signs),
         watched=watched,
-        certain=queued > 0 or _unread(sockets) > 0 or any(_works(one.peer) for one in sockets),
+        certain=any(map(owes_reply, sockets)),
         connections=frozenset(socket.inode for socket in sockets),
     )
 
@@ -529,13 +530,10 @@ def server_depth(peer: Peer | None) -> int:
     return 0 if peer is None else 1 + max(map(server_depth, peer.behind), default=0)
 
 
-def _works(peer: Peer | None) -> bool:
-    """Return whether a server without other clients, or one behind it, is working on a request or
-    has not read it."""
-    if peer is None or peer.shared is not False:
-        return False
-    behind = any(other.certain and (other.unread or _works(other)) for other in peer.behind)
-    return behind or any(map(waits_for_storage, peer.threads or ()))
+def owes_reply(socket: Socket) -> bool:
+    """Return whether a reply is certainly missing: data is on the way to the server, or the server
+    has not read it, or is working on a request."""
+    return bool(socket.send_queue or socket.unacked or _unread([socket]) or works(socket.peer))
 
 
 def _unread(sockets: Sequence[Socket]) -> int:

@@ -3,9 +3,10 @@
 `query-yank` lists every connection that can be cut off, even healthy ones. If a healthy connection
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
 looks like a dead one. So connections on which a reply is certainly missing are cut off first: those
-with unacknowledged bytes, without a server, or with a request that had no reply before SIGTERM. If
-there are none, and QEMU waits only for connections, those that do not move are cut off. The next
-rung, SIGKILL, would lose more.
+with bytes that are unacknowledged or that the server has not read, whose server waits for its own
+storage, without a server, or with a request that had no reply before SIGTERM. If there are none,
+and QEMU waits only for connections, those that do not move are cut off. The next rung, SIGKILL,
+would lose more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from qkilld.decision.verdict import Assessment, OpenWait
-from qkilld.decision.waits import WaitKind
+from qkilld.decision.waits import WaitKind, owes_reply
 from qkilld.model.block_state import GuestDisk, YankInstance
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Node, Sample
@@ -90,12 +91,12 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing, because there is no server or data is not
-    acknowledged yet."""
+    """Return whether a reply is certainly missing, because there is no server, or by the
+    connection."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True
-    return node.served is False or any(one.send_queue or one.unacked for one in sockets)
+    return node.served is False or any(map(owes_reply, sockets))
 
 
 def _why(waits: Sequence[OpenWait]) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from qkilld.decision.ladder import Action, JobFacts, decide
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.decision.yank import choose
 from qkilld.model.block_state import GuestDisk, YankInstance
 from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
-from qkilld.model.sample import Node, Sample, Socket, Thread
+from qkilld.model.sample import Node, Peer, Sample, Socket, Thread
 from tests.engine.conftest import IDLE, S
+from tests.pure.test_verdict import SERVER, STUCK_SERVER
 
 DEAD, WELL = Node("dead", "nbd", served=True), Node("well", "nbd", served=True)
 TERM = 100 * S
@@ -55,6 +58,22 @@ def test_connections_that_owe_a_reply_are_cut_off_first() -> None:
     evidence = still(with_nodes(link("dead", queue=67_840), link("well", inode=2)))
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]
     assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        replace(SERVER, unread=28),
+        STUCK_SERVER,
+        replace(SERVER, behind=(replace(SERVER, pid=97, unread=28),)),
+    ],
+    ids=["frozen", "its disk", "behind a proxy"],
+)
+def test_a_server_that_has_a_request_is_cut_off_first(server: Peer) -> None:
+    """All bytes are acknowledged: the kernel does that for a server of this host."""
+    dead = replace(link("dead"), peer=server)
+    evidence = still(with_nodes(dead, replace(link("well", inode=2), peer=SERVER)))
+    assert chosen(evidence, node("dead"), node("well")) == ["dead"]
 
 
 def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -> None:

@@ -148,19 +148,18 @@ def devices(names: Sequence[str]) -> list[str]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("no_flush")
-def test_a_healthy_server_is_left_alone_and_has_all_its_time_afterwards(
-    lab_dir: Path, remote: NbdStore
-) -> None:
+def test_a_healthy_server_is_left_alone_and_has_all_its_time_afterwards(lab_dir: Path) -> None:
     """The disk with the records is on a healthy NBD server. QEMU's last writes to this disk take
-    longer than StorageStallSec=."""
+    longer than StorageStallSec=. The kernel acknowledges all bytes to the frozen server."""
     local = qcow2(lab_dir / "local.qcow2")
     with local.open("r+b") as image:
         image.truncate(local.stat().st_size + (64 << 20))
-    with nbd_store(local) as healthy:
+    with nbd_store(local) as healthy, store(lab_dir, "tcp") as remote:
         place = f"file.server.type=unix,file.server.path={healthy.server()['path']}"
         arguments = ["-drive", f"driver=qcow2,file.driver=nbd,{place},if=none,id=local"]
-        dead = f"driver=nbd,server.type=unix,server.path={remote.server()['path']}"
-        arguments += ["-drive", f"{dead},if=none,id=remote", *devices(["local", "remote"])]
+        dead = ",".join(f"server.{key}={value}" for key, value in remote.server().items())
+        arguments += ["-drive", f"driver=nbd,{dead},if=none,id=remote"]
+        arguments += devices(["local", "remote"])
         arguments += ["-qmp", f"unix:{lab_dir / 'qmp'},server=on,wait=off"]
         with bare_guest(lab_dir, arguments) as guest:
             assert guest.write("local", RECORDS) == 300
