@@ -35,7 +35,7 @@ def read_subordinate_uids(
 
 
 def _lines(path: Path, fields: int) -> Iterator[list[str]]:
-    """Yield the fields of each line that has this many; nothing if the file is unreadable."""
+    """Yield the words of each line that has `fields` words; nothing if the file is unreadable."""
     try:
         with path.open(errors="surrogateescape") as file:
             text = file.read(MAX_BYTES)

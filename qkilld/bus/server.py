@@ -99,7 +99,7 @@ class BusObject(Protocol):
 
 
 class Authority(Protocol):
-    """Decides whether callers may act who are neither root nor the owner of the process.
+    """Decides whether a caller may act who is neither root nor the owner of the process.
     Implemented by polkit's client."""
 
     async def check(

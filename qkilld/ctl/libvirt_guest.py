@@ -37,8 +37,9 @@ async def shut_down_by_libvirt(
     exit.
 
     libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
-    `span` (µs), or the guest's PowerdownSec= if `span` is None. If libvirt has asked the guest, a
-    job follows only with `wait` and without `only`. Without `wait`, this program exits at once.
+    `span` (µs), or the guest's PowerdownSec= if `span` is None. With `only`, no job
+    follows. If libvirt has asked the guest, a job follows if the guest has not exited in its time,
+    and only with `wait`. Without `wait`, this program exits at once.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN

@@ -3,9 +3,10 @@
 A flush before SIGTERM shows errors that QEMU hides after SIGTERM. If the guest's processors are
 stopped during the flush, it also proves that QEMU holds no data back. But the QMP command `stop`
 waits for all requests of all disks: if one disk does not answer, `stop` blocks the monitor. So
-`stop` is sent only if no request seems older than OLD. A running guest must also have no vhost-user
-or network disk that hides its requests. Without `stop`, the disks that are expected to answer are
-flushed one by one, so that a later SIGKILL loses none of their data.
+`stop` is sent only if no request seems older than OLD. It is not sent to a running guest that has
+a vhost-user disk, or a network disk whose requests QEMU does not report. Without `stop`, the disks
+that are expected to answer are flushed one by one, so that a later SIGKILL loses none of their
+data.
 
 QEMU reports requests in flight only for virtio disks. For other local disks (IDE, NVMe), evidence
 from outside shows such requests: a thread waits, or a ring has requests.

@@ -40,7 +40,8 @@ class FairShares:
     Root may take all `places`; `of_root` of these are for root only. Each other user gets a first
     place if one is free. The second and further places of all users together are limited to
     `shared`, which is divided equally among the users who have places. So the other places stay
-    free for users who have none. Uids that may be subordinate can take only half of these.
+    free for users who have none. Uids that may be subordinate can take
+    at most `shared` and half of the other places.
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

@@ -48,6 +48,6 @@ class LadderJob(ObservedJob, Protocol):
         """Save the job. Call back when it is saved, or when saving takes too long."""
 
     def is_last_rung_due(self) -> bool:
-        """Return whether the deadline has passed, by the evidence so far."""
+        """Return whether the deadline that follows from the evidence so far has passed."""
 
     def note_processors_running(self) -> None: ...

@@ -33,7 +33,8 @@ class WaitingCall(Protocol):
 
 
 class Turns:
-    """Use this class in a running loop. Callers have names that are never reused."""
+    """Use this class in a running loop. Each client of D-Bus or Varlink has a name, which is never
+    used for another client."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         self.unlimited = unlimited

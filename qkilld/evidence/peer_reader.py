@@ -53,7 +53,7 @@ class PeerReader:
         """Whether `upstream` may be incomplete, because sockets or their other ends are
         unreadable."""
         self.mounts: tuple[Mount, ...] = ()
-        """The file systems without a block device under the server's files."""
+        """The file systems that hold the server's files and have no block device."""
         self._sockets = SocketReader(pid, proc)
         self._exports = ExportReader(pid, budget, proc)
 

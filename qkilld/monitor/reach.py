@@ -229,8 +229,8 @@ def _unix_listeners(
     for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
         rows.setdefault(row.inode, []).append(row)
     # If several rows have the same inode, at most one of them is true; the others are forged.
-    # `connect` refuses forged paths. Leave such rows out of `used`: otherwise, a forged row could
-    # make the monitor look used, and the guest would not be asked.
+    # `connect` refuses forged paths. Leave all rows that share an inode out of `used`: otherwise, a
+    # forged row could make the monitor look used, and the guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
     for inode, own in sorted(rows.items()):

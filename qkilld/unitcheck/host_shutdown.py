@@ -91,7 +91,8 @@ def predict_stop(
 
 
 def shutdown_order(guests: Iterable[HostGuest]) -> tuple[tuple[str, ...], ...]:
-    """Return groups of units: keepers and units with ExecStop=, qkilld-guests.service, others."""
+    """Return three groups of units, without empty ones, in the order in which systemd stops them:
+    those that stop their guests themselves, with all keepers; qkilld-guests.service; the others."""
     guests = list(guests)
     keepers = sorted({name for guest in guests for name in guest.keepers})
     own_units = sorted({guest.unit for guest in guests if guest.stopped_by is StoppedBy.OWN_UNIT})

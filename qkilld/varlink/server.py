@@ -106,7 +106,7 @@ def _service_description() -> idl.Description:
 
 
 class ProcessAuthority(Protocol):
-    """Decides whether processes may act whose users are neither root nor the owner of the guest.
+    """Decides whether a process may act if its user is neither root nor the owner of the guest.
     Implemented by polkit's client."""
 
     async def check_process(

@@ -17,8 +17,8 @@ from tests.engine.test_service import FakeHost
 
 
 class SlowUnits(UnitStops):
-    """Queries block until `goes_on` is set, or the event for their caller in `ends`. The caller
-    with process id N stops N.service."""
+    """A query blocks until the event of its caller in `ends` is set or, if it has none, until
+    `goes_on` is set. The caller with process id N stops N.service."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service, lambda pid: None, user=False)
