@@ -17,7 +17,13 @@ from typing import Final
 from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
 from qkilld.adapters.target_files import MAX_CONFIGS, read_config
-from qkilld.ctl.local_servers import Owners, owners_of, tcp_listeners, unix_listeners
+from qkilld.ctl.local_servers import (
+    Owners,
+    fuse_servers,
+    owners_of,
+    tcp_listeners,
+    unix_listeners,
+)
 from qkilld.debug_log import ignore
 from qkilld.evidence.block_graph import BlockGraph, ConnectionEnd, read_block_graph
 from qkilld.evidence.files import read_descriptors
@@ -246,11 +252,30 @@ def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iter
 
 def _mounts_of(path: str) -> Iterator[Storage]:
     """Yield the network file system that contains a path. The path itself is not accessed."""
-    points = dict(_mounts("self").values())
+    points = {name: (kind, number) for name, kind, number in _mounts("self").values()}
     parents = [path, *map(str, PurePosixPath(path).parents)]
     point = next((parent for parent in parents if parent in points), "/")
-    if _is_remote(points.get(point, "")):
-        yield Storage(mount_point=point, unit=mount_unit(point))
+    if point in points:
+        yield from _of_mount(point, *points[point])
+
+
+def _of_mount(point: str, kind: str, number: str) -> Iterator[Storage]:
+    """Yield a remote mount and, for FUSE, the unit of the process that serves it."""
+    if not _is_remote(kind):
+        return
+    yield Storage(mount_point=point, unit=mount_unit(point))
+    (fuse, _, name), (major, _, minor) = kind.partition("."), number.partition(":")
+    if fuse != "fuse" or major != "0":
+        return
+    servers, is_complete = fuse_servers(int(minor), name)
+    found = list(_units_of("fuse", point, set(servers.pids), Owners({}, is_complete)))
+    # A server that systemd has started to mount the file system is in the unit of the mount.
+    found = [place for place in found if place.server != mount_unit(point)]
+    if len(found) > 1 and not servers.certain:
+        names = ", ".join(place.server for place in found if place.server)
+        why = f"the kernel does not show which of these serves {printable(point)}: {names}"
+        found = [Storage(protocol="fuse", unseen=why)]
+    yield from found
 
 
 # ---- from the process ----
@@ -259,9 +284,8 @@ def _mounts_of(path: str) -> Iterator[Storage]:
 def _of_process(pid: int, options: Sequence[QemuOption]) -> Iterator[Storage]:
     mounts = _mounts(str(pid))
     points = {mounts[number] for number in _open_mounts(pid) if number in mounts}
-    for point, kind in sorted(points):
-        if _is_remote(kind):
-            yield Storage(mount_point=point, unit=mount_unit(point))
+    for point, kind, number in sorted(points):
+        yield from _of_mount(point, kind, number)
     for path in _open_devices(pid):
         if kind := device_kind(path) or _kind_of_device(path):
             yield Storage(device=path, protocol=kind)
@@ -341,10 +365,10 @@ def _is_remote(kind: str) -> bool:
     return kind in REMOTE_TYPES or kind.startswith("fuse")
 
 
-def _mounts(pid: str) -> dict[str, tuple[str, str]]:
-    """Return {mount id: (mount point, file system type)}: proc(5), mountinfo."""
+def _mounts(pid: str) -> dict[str, tuple[str, str, str]]:
+    """Return {mount id: (mount point, file system type, MAJOR:MINOR)}: proc(5), mountinfo."""
     return {
-        str(mount.id): (os.fsdecode(procfs.unescape(mount.point)), mount.kind)
+        str(mount.id): (os.fsdecode(procfs.unescape(mount.point)), mount.kind, mount.number)
         for mount in procfs.Mounts(pid).every()
     }
 

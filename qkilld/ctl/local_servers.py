@@ -9,17 +9,19 @@ to (sock_diag(7) reports the file), and a process by its descriptor of the socke
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import note
+from qkilld.evidence.fuse import DEVICE, FuseServers
 from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
-from qkilld.monitor.tcp import read_tcp, socket_descriptors
+from qkilld.monitor.tcp import MAX_DESCRIPTORS, read_tcp, socket_descriptors
 
 _LOOPBACK: Final = {
     "localhost": frozenset({"127.0.0.1", "::1"}),
@@ -55,6 +57,43 @@ def owners_of(inodes: Iterable[int]) -> Owners:
         for inode in sought.intersection(descriptors):
             owners.setdefault(inode, set()).add(pid)
     return Owners(owners, is_complete)
+
+
+def fuse_servers(connection: int, name: str) -> tuple[FuseServers, bool]:
+    """Find the processes that serve a FUSE connection: those that have /dev/fuse open for it. Also
+    return whether the descriptors of all processes were read.
+
+    Kernels before Linux 6.16 do not show for which connection, so any such process may serve it.
+    Programs usually have the `name` of the file system's type, as sshfs for fuse.sshfs.
+    """
+    certain, possible = set(), set()
+    is_complete = os.geteuid() == 0
+    for pid in procfs.pids():
+        try:
+            directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                links = procfs.read_links(directory, MAX_DESCRIPTORS) or []
+            finally:
+                os.close(directory)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It has exited.
+        except OSError as error:
+            note(f"listing the descriptors of process {pid}", error)
+            is_complete = False
+            continue
+        for number, link in links:
+            if link == DEVICE:
+                text = procfs.read_bounded(f"/proc/{pid}/fdinfo/{number}", 4096) or b""
+                named = re.search(rb"^fuse_connection:\t(\d+)$", text, re.MULTILINE)
+                if named is None:
+                    possible.add(pid)
+                elif int(named[1]) == connection:
+                    certain.add(pid)
+    if certain or not possible:
+        return FuseServers(tuple(certain), True), is_complete
+    command = f"{name[:15]}\n".encode()
+    likely = {pid for pid in possible if procfs.read_bounded(f"/proc/{pid}/comm", 64) == command}
+    return FuseServers(tuple(likely or possible), False), is_complete
 
 
 def tcp_listeners(host: str, port: int | None) -> set[int]:

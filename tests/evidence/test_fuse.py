@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from qkilld.adapters import procfs
+from qkilld.ctl.guest_storage import read_storage
 from qkilld.evidence import descriptor_search, fuse, peers
 from qkilld.evidence.files import MAX_DESCRIPTORS, Descriptors
 from qkilld.evidence.fuse import FuseFinder, FuseServers, connection_of
@@ -19,7 +21,10 @@ from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
 from qkilld.evidence.sockets import SocketTable
 from qkilld.evidence.storage import StorageTable
+from qkilld.model.guest import Unit
 from qkilld.model.sample import Mount, Sample
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.unitcheck.storage import Storage, mount_unit
 from tests.evidence.test_peers import connected, end_of, server_of
 from tests.evidence.until import until
 from tests.lab.fuse import FuseStore, fuse_store
@@ -91,6 +96,36 @@ def test_the_server_and_the_disks_of_the_image(lab_dir: Path, named: bool) -> No
         assert server.devices
         assert set(server.place) <= {device.number for device in server.devices}
         assert server.place
+
+
+@pytest.mark.parametrize("shows", KERNELS)
+def test_a_unit_is_ordered_after_the_unit_of_the_server(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch, shows: bool
+) -> None:
+    if not shows:
+        read = procfs.read_bounded
+        hide = lambda path, most: b"" if "/fdinfo/" in path else read(path, most)  # noqa: E731
+        monkeypatch.setattr(procfs, "read_bounded", hide)
+    units: dict[int, Unit] = {}
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: units.get(pid, Unit("")))
+    with mounted(lab_dir, IMAGE) as store, mounted(lab_dir, "another") as other:
+        words = ("/usr/bin/qemu-system-x86_64", "-drive", f"file={store.directory / IMAGE}")
+        facts = UnitFacts("web.service", exec_start=(Command(words[0], words),))
+        mount = mount_unit(str(store.directory))
+        first = Storage(mount_point=str(store.directory), unit=mount)
+        units[store.process.pid] = Unit("rclone.service")
+        found = [first, Storage(protocol="fuse", server="rclone.service")]
+        assert read_storage(facts, []) == found
+        with opened(store, IMAGE):
+            assert read_storage(facts, [os.getpid()]) == found
+        # systemd runs the server of a mount in fstab in the unit of the mount.
+        units[store.process.pid] = Unit(mount)
+        assert read_storage(facts, []) == [first]
+        units |= {store.process.pid: Unit("a.service"), other.process.pid: Unit("b.service")}
+        place = read_storage(facts, [])[1]
+        assert (place.server, "serves" in place.unseen) == (
+            ("a.service", False) if shows else ("", True)
+        )
 
 
 def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
