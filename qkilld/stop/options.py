@@ -33,7 +33,7 @@ class Options:
         self.all_guests = all_guests
         """--all: stop every guest that its own unit does not stop."""
         self.force = force
-        """Whether to use FORCE; None means only if systemd would send SIGKILL, too."""
+        """Whether to use FORCE. None: use it only if systemd would also send SIGKILL."""
         self.powerdown = powerdown
         """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
         self.spans = spans or {}

@@ -546,7 +546,8 @@ MORE = {
             served(replace(SERVER, behind=(replace(BEHIND, shared=True, io=WROTE),))),
             Verdict.UNKNOWN,
         ),
-        # It may forward for others, unless that server has the file system of the guest's image
+        # The first server may forward requests of others, unless the second one has the file system
+        # of the guest's image
         *(
             (
                 served(replace(HOLDS, behind=(other,))),

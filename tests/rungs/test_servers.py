@@ -38,7 +38,8 @@ from tests.rungs.stopping import Stopper, actions, codes, stopper, until
 RECORDS = Layout(40, passes=3)
 WRITTEN = 120
 ROUNDS = 20
-"""The maximum number of stops until records are lost. In most rows, the first stop loses some."""
+"""The maximum number of stops until records are lost. In most rows, the first stop already loses
+some records."""
 
 
 @dataclass
