@@ -135,12 +135,13 @@ async def gather(
 
 
 async def with_target(systemd: Systemd, place: Storage) -> Storage:
-    """Set Storage.outside_target."""
-    if place.unit:
-        with ignore(f"asking systemd for {place.unit}", QkilldError):
-            is_before = await systemd.is_before(place.unit, "remote-fs.target")
-            return replace(place, outside_target=is_before is False)
-    return place
+    """Set Storage.outside_target; True also if systemd does not answer."""
+    if not place.unit:
+        return place
+    is_before: bool | None = False
+    with ignore(f"asking systemd for {place.unit}", QkilldError):
+        is_before = await systemd.is_before(place.unit, "remote-fs.target")
+    return replace(place, outside_target=is_before is False)
 
 
 async def find_keepers(

@@ -193,9 +193,11 @@ class ProcessFinder:
 
 def _is_pam_session(pid: int) -> bool:
     """Return whether this is systemd's process for a PAM session (PAMName=). Each command of the
-    unit has such a process, qkilld-stop too. The unit's user may not read its executable."""
+    unit has such a process, qkilld-stop too. The unit's user may not read its executable. A QEMU
+    can have any name (-name process=), but always has several threads."""
     with ignore(f"reading the name of process {pid}", OSError):
-        return procfs.read_stat(pid).comm == b"(sd-pam)"
+        stat = procfs.read_stat(pid)
+        return stat.comm == b"(sd-pam)" and stat.threads == 1
     return False
 
 

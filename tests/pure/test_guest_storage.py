@@ -288,7 +288,7 @@ def test_templates_do_not_get_the_server_of_one_instance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "ordered"), [(True, True), (None, True), (False, False), (BusError(), True)]
+    ("answer", "ordered"), [(True, True), (None, True), (False, False), (BusError(), False)]
 )
 def test_a_mount_that_its_target_does_not_order(
     answer: bool | BusError | None, ordered: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -240,6 +241,24 @@ def test_a_process_of_the_unit_that_may_not_be_seen_is_not_taken_for_none(
     targets.report_not_qemu("Process 4 (sh) is not a QEMU")
     said = capsys.readouterr().err
     assert said.count("not permitted") == 1 and "has no other" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "may_be_guest"),
+    [(b"(sd-pam)", 1, False), (b"(sd-pam)", 3, True), (b"sudo", 1, True)],
+)
+def test_a_process_that_may_not_be_seen_but_is_no_guest(
+    monkeypatch: pytest.MonkeyPatch, name: bytes, threads: int, may_be_guest: bool
+) -> None:
+    own = finder.ProcessFinder(Options(), {})
+    own.unit = Unit("web.service")
+    stat = procfs.Stat(name, "S", 1, False, 0, threads, 1, 0)
+    monkeypatch.setattr(procfs, "pids", lambda: [5])
+    monkeypatch.setattr(procfs, "read_executables", lambda pids: [(5, PermissionError())])
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: own.unit)
+    monkeypatch.setattr(procfs, "read_stat", lambda pid: stat)
+    with pytest.raises(Failed) if may_be_guest else contextlib.nullcontext():
+        assert own.in_unit([]) == []
 
 
 @pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])
