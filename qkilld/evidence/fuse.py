@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -120,6 +120,11 @@ class FuseFinder:
     def go_on(self, connections: Mapping[int, float]) -> None:
         """Continue the search between samples. Takes at most about BACKGROUND_SEARCH_S."""
         self._search(connections, BACKGROUND_SEARCH_S)
+
+    def searches(self, connections: Iterable[int]) -> bool:
+        """Return whether a search for a server of one of these connections has yet to end."""
+        unknown = [number for number in connections if not self._living(number)]
+        return any(s.searched(str(number)) is None for number in unknown for s in self._searches)
 
     def _search(self, connections: Mapping[int, float], seconds: float) -> set[int]:
         """Search for servers, unless another thread is searching. Return the connections for which

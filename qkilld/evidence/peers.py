@@ -93,7 +93,7 @@ class ServerReader:
         self._budget = WaitBudget()
         self._used_pids: list[int] = []
         """The servers that the last read_all() needed."""
-        self.missing_ends: Set[int] = _NONE
+        self._missing_ends: Set[int] = _NONE
         """The sockets (inodes) whose servers were not found yet, including servers behind other
         servers."""
         self._connections: Mapping[int, float] = {}
@@ -117,15 +117,22 @@ class ServerReader:
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the
         inodes of their sockets."""
-        self.missing_ends = frozenset(ends)
+        self._missing_ends = frozenset(ends)
         self._connections = self._since(_connections_of(mounts).values())
 
     def search(self) -> None:
         """Continue the search for servers that were not found yet. May run in any thread."""
-        if missing := self.missing_ends:
+        if missing := self._missing_ends:
             self._finder.go_on(missing)
         if connections := self._connections:
             self._fuse_finder.go_on(connections)
+
+    @property
+    def searches(self) -> bool:
+        """Return whether a search for a server that the last sample lacks has yet to end."""
+        return self._finder.searches(self._missing_ends) or self._fuse_finder.searches(
+            self._connections
+        )
 
     def read(
         self, ends: Mapping[int, str | None], storage: StorageTable, sockets: SocketTable
@@ -162,7 +169,7 @@ class ServerReader:
         chains = {pid: self._with_behind(self._sampled[pid], tables) for pid in owners.values()}
         values = {end: self._placed(chains[pid]) for end, pid in owners.items()}
         served = self._read_fuse(mounts, names, tables)
-        self.missing_ends = self._new_missing_ends
+        self._missing_ends = self._new_missing_ends
         self._connections = self._new_connections
         # Close unused readers, so that they do not pile up: a server that forks for each connection
         # has a new process after each reconnect.

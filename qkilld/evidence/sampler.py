@@ -149,7 +149,7 @@ class Reader:
             cgroup=call("reading control groups", self._cgroup.read),
             host=memory,
             nodes=nodes,
-            searching=detail and self._searches(),
+            searching=detail and self._servers is not None and self._servers.searches,
             pluggable=None if graph is None else graph.pluggable,
             shared_memory=None if graph is None else graph.shared_memory,
             formatted=self._graph.formatted(self._storage.writable),
@@ -182,11 +182,6 @@ class Reader:
         self._sockets.close()
         if self._servers is not None:
             self._servers.close()
-
-    def _searches(self) -> bool:
-        """Return whether a search for a server of the process is in progress."""
-        servers = self._servers
-        return servers is not None and self._tables.peers.searches(servers.missing_ends)
 
     def _refresh(self, graph: BlockGraph | None, has_run: bool) -> None:
         """List the open files and sockets again, if they may have changed."""

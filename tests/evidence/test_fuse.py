@@ -18,6 +18,7 @@ from qkilld.evidence import descriptor_search, fuse, peers
 from qkilld.evidence.files import MAX_DESCRIPTORS, Descriptors
 from qkilld.evidence.fuse import FuseFinder, FuseServers, connection_of
 from qkilld.evidence.peer_finder import PeerFinder
+from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.sampler import HostTables, Reader
 from qkilld.evidence.sockets import SocketTable
 from qkilld.evidence.storage import StorageTable
@@ -390,6 +391,26 @@ def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
         assert server.certain or not named
         assert peer.unseen_requests is False
         assert not peer.behind_unknown
+
+
+def test_a_search_that_has_not_ended(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM waits for it."""
+    monkeypatch.setattr(fuse, "SEARCH_S", 0)
+    with (
+        mounted(lab_dir, IMAGE) as store,
+        nbd_store(store.directory / IMAGE) as nbd,
+        connected(nbd) as connection,
+        contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader,
+    ):
+        end = end_of(connection)
+        until(lambda: reader.read({end: None}, StorageTable(), SocketTable()), bool)
+        assert reader.searches
+
+        def searches() -> bool:
+            reader.search()
+            return reader.searches
+
+        until(searches, lambda found: not found)
 
 
 def test_the_server_of_a_server_that_is_not_found(
