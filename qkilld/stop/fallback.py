@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from qkilld.adapters import config
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import favour_the_loop
@@ -27,15 +26,14 @@ from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.access import Answer, PolkitAction, Steerer
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, Phase
 from qkilld.model.dataclass import dataclass
-from qkilld.model.errors import ConfigError, ProcessChanged, QkilldError, UnknownIdentity
+from qkilld.model.errors import ProcessChanged, QkilldError, UnknownIdentity
 from qkilld.model.guest import Guest
 from qkilld.model.job import Control, Request
 from qkilld.model.job_status import BEFORE_SIGNALS, JobStatus, guest_asked_of, verdict_of
-from qkilld.model.policy import Config
 from qkilld.model.varlink_state import flags_of, status_of
 from qkilld.monitor.job_monitor import JobMonitors
+from qkilld.stop.configuration import configuration
 from qkilld.stop.helper_events import stop_fallback
-from qkilld.stop.log import say
 from qkilld.varlink.values import state
 
 if TYPE_CHECKING:
@@ -246,13 +244,3 @@ class Fallback:
     def job_ended(self, job: ObservedJob) -> None: ...
 
     def job_forgotten(self, job: ObservedJob) -> None: ...
-
-
-def configuration() -> Config:
-    """Load qkilld.conf. If the file is invalid, use the defaults, because the guest must be stopped
-    anyway."""
-    try:
-        return config.load()
-    except ConfigError as error:
-        say(f"the configuration is wrong, so the defaults are used:\n{error}")
-        return Config()

@@ -12,7 +12,7 @@ from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
 from qkilld.model.policy import Config
 from qkilld.model.text import printable
-from qkilld.stop.fallback import configuration
+from qkilld.stop.configuration import configuration
 from qkilld.stop.finder import OutsideGuest, ProcessFinder
 from qkilld.stop.log import say
 from qkilld.stop.options import Options

@@ -186,9 +186,9 @@ def test_qkillctl_shows_no_usage_of_a_stuck_process(stuck: StuckGuests) -> None:
 _FOR_STAND_INS = """
 import sys
 from qkilld.model.policy import Config
-from qkilld.stop import fallback
+from qkilld.stop import configuration, fallback
 config = Config(executables=(sys.argv.pop(1),))
-fallback.configuration = lambda: config
+fallback.configuration = configuration.configuration = lambda: config
 from qkilld.stop.main import main
 main()
 """

@@ -55,11 +55,22 @@ ALLOWED = {
 }
 
 
+def imported_by(program: str) -> set[str]:
+    top = str(Path(qkilld.stop.__file__).parents[2])
+    command = [sys.executable, "-I", "-S", "-c", program, top]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_looking_for_other_guests_of_the_unit_does_not_import_the_engine() -> None:
+    loaded = imported_by(FAST.replace("qkilld.stop.run", "qkilld.stop.run, qkilld.stop.targets"))
+    assert "qkilld.stop.targets" in loaded
+    assert not {"qkilld.engine.service", "qkilld.stop.fallback", "asyncio"} & loaded
+
+
 def test_the_way_of_an_idle_guest_imports_next_to_nothing() -> None:
     """When a host shuts down, each guest costs the time of these imports."""
-    command = [sys.executable, "-I", "-S", "-c", FAST, str(Path(qkilld.stop.__file__).parents[2])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    loaded = imported_by(FAST)
     ours = {name for name in loaded if name.startswith("qkilld") and "qkilld.stop" not in name}
     assert ours == ALLOWED
     of_stop = {
