@@ -307,8 +307,9 @@ def test_process_ids_of_another_namespace_are_not_confused(tmp_path: Path) -> No
     needs.root("a PID namespace")
     unshare = [str(needs.program("unshare", "util-linux")), "--fork", "--pid", "--kill-child"]
     # Choose an id in the namespace that does not exist in ours.
-    far = Path("/proc/sys/kernel/pid_max").read_text().strip()
-    last = int(far) - 2
+    last = int(Path("/proc/sys/kernel/pid_max").read_text()) - 2
+    while Path(f"/proc/{last}").exists():
+        last -= 1
     script = f"echo {last - 1} >/proc/sys/kernel/ns_last_pid; sleep 60 & wait"
     process = spawn([*unshare, "--mount-proc", "sh", "-c", script])
     try:

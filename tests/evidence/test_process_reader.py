@@ -386,11 +386,17 @@ def test_a_stopped_one_has_not_taken_sigterm(qemu: Make, reader_of: ReaderOf) ->
 
 
 def test_exiting_takes_as_long_as_the_memory_does(qemu: Make, reader_of: ReaderOf) -> None:
-    guest = qemu(arguments=LARGE)
-    reader = reader_of(guest.pid)
-    assert read(reader)["exiting"] is False
-    guest.signal(signal.SIGTERM)
-    found = until(lambda: read(reader), lambda found: bool(found["exiting"]))
+    for _ in range(5):  # On a busy host, the exit may be over before the next reading.
+        guest = qemu(arguments=LARGE)
+        reader = reader_of(guest.pid)
+        assert read(reader)["exiting"] is False
+        guest.signal(signal.SIGTERM)
+        while not (found := read(reader))["exiting"] and found["state"] != "Z":
+            pass
+        if found["exiting"]:
+            break
+    else:
+        raise needs.Missing("a QEMU that leaves its memory to the kernel when it exits")
     later = until(lambda: read(reader), lambda later: later["cpu"] != found["cpu"])
     assert (later["exiting"], guest.alive) == (True, True)
     os.waitid(os.P_PID, guest.pid, os.WEXITED | os.WNOWAIT)
