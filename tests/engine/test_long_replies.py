@@ -372,7 +372,8 @@ def test_a_search_among_many_programs(world: World) -> None:
 @pytest.mark.parametrize("uid", [0, UID])
 def test_stopping_many_guests(world: World, uid: int) -> None:
     """And refusing to, because a user has no more than MAX_JOBS_PER_UID jobs."""
-    processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in range(2, 3002)]
+    pids = range(5_000_000, 5_003_000)  # above the ids of processes, such as this one
+    processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in pids]
     service, _ = make_service(world, *processes)
 
     async def work() -> None:
@@ -384,7 +385,7 @@ def test_stopping_many_guests(world: World, uid: int) -> None:
 
         assert await longest_share(stop_all()) < MAX_SHARE
         assert len(jobs) == (len(processes) if uid == 0 else MAX_JOBS_PER_UID)
-        assert [job.guest.identity.pid for job in jobs] == list(range(2, len(jobs) + 2))
+        assert [job.guest.identity.pid for job in jobs] == list(pids[: len(jobs)])
 
     asyncio.run(work())
 
