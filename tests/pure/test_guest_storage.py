@@ -165,7 +165,8 @@ def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
         # The first server's socket keeps the name, but loses the file.
         path.unlink()
         second.bind(str(path))
-        assert places("-drive", disk) == []
+        # If another test has a network namespace, the server is unknown.
+        assert not any(place.server for place in places("-drive", disk))
         second.listen()
         assert [place.server for place in places("-drive", disk)] == [f"{os.getpid()}.service"]
 
@@ -181,7 +182,6 @@ def test_a_server_in_another_network_namespace_is_unknown(tmp_path: Path) -> Non
         (place,) = places("-drive", f"file=nbd+unix:///?socket={path}")
         assert "another network namespace" in place.unseen and not place.server
         server.communicate(b"\n")
-    assert places("-drive", f"file=nbd+unix:///?socket={path}") == []
 
 
 @pytest.mark.usefixtures("unit_is_process")
