@@ -123,7 +123,7 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # Names that were read meanwhile are not in `keys`. `_collect` takes their results.
+        # Names that were read since the last `_collect` are not in `keys`. The next one takes them.
         self._pending &= keys
         self._late_keys &= keys
 

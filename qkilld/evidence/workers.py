@@ -23,7 +23,7 @@ RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
 """See FairShares. If storage is dead, many guests on it often belong to one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One more thread is always left, for the calls that are run instead of others."""
+"""One more thread is always left, to run `instead` for calls that find no thread (see submit)."""
 
 Call = Callable[[], None]
 

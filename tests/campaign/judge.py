@@ -31,8 +31,8 @@ _BEFORE: Final = 0.3
 just before they are recorded."""
 _SLOW_REQUEST: Final = 1.0
 """The longest time (s) that a request takes if the storage has slowness 1: two writes of 128 KiB,
-each answered after 0.25 s, and a sync before and after. So the last movement may be this long
-before a standstill."""
+each answered after 0.25 s, and a sync before and after. So a standstill may begin up to this
+much later than the last movement."""
 _QUOTA_S: Final = 2.0
 """If QEMU has a quota of processor time, it reads the last answers of its storage up to this much
 later."""

@@ -1,4 +1,5 @@
-"""Activity beside the storage of a run. It is neither progress nor a hang.
+"""Noise: what a run has besides its storage, such as a busy neighbour or a quota. It is neither
+progress nor a hang.
 
 Each noise gets the run's Surroundings before QEMU starts, and may add arguments. It returns a
 function that is called with the running QEMU.

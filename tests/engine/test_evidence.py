@@ -142,7 +142,7 @@ def test_a_sample_for_which_other_users_leave_no_thread_brings_sigkill_no_nearer
 
 
 def test_progress_seen_by_the_last_look_holds_sigkill_back(world: World) -> None:
-    """Idle between samples, but moving at the deadline."""
+    """The samples before the deadline show an idle process, and the one at the deadline a write."""
     deadline = world.clock.now() + 10 * S
 
     def shows(now: int) -> Sample:

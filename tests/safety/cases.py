@@ -75,8 +75,8 @@ Make = Callable[[Network], contextlib.AbstractContextManager[Scene]]
 
 @dataclass(frozen=True)
 class RightVerdicts:
-    """The verdicts that are right from `since` (s after the request) until that of the next
-    entry."""
+    """The verdicts that are right from `since` (s after the request) until the next entry's
+    `since`."""
 
     since: float
     verdicts: frozenset[Verdict]

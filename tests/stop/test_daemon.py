@@ -134,7 +134,7 @@ def test_asking_every_guest_of_a_host_has_a_limit(
 def test_force_is_asked_for_only_by_who_may(
     monkeypatch: pytest.MonkeyPatch, uid: int, force: bool | None, forced: bool
 ) -> None:
-    """Otherwise the daemon would refuse the whole next call."""
+    """If another user sent FORCE, the daemon would refuse the whole call, not only the flag."""
     monkeypatch.setattr("os.geteuid", lambda: uid)
     run, process = StopRun(Options(force=force), Notifier(""), Log()), FakeHandle()
     stop = stop_of(process)
