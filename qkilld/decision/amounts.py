@@ -45,7 +45,7 @@ class Amounts:
     """The written bytes so far, and their rate. Sizes are in bytes."""
 
     served: int = 0
-    """Bytes that servers behind unix sockets have written since they were first read."""
+    """How many bytes the servers behind unix sockets have written since their first sample."""
     servers: tuple[ServerCount, ...] = ()
     points: tuple[Point, ...] = ()
     """The totals at points in the last RATE_WINDOW, the oldest first."""

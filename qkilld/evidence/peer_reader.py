@@ -67,8 +67,9 @@ class PeerReader:
         """Sample the server; None if it is gone.
 
         `ours`: the export that the guest requested over each of its connections, by the inode of
-        the server's end. None for the server of a FUSE file system: nothing shows who else uses the
-        file system. `names`: the names of the guest's images in the file system.
+        the server's end. None for the server of a FUSE file system, to which the guest has no
+        connection. `shared` is then unknown, because nothing shows who else uses the file system.
+        `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
         self._read_process(values)

@@ -120,7 +120,7 @@ class InteractiveAuthorizationRequired(AccessDenied):
 
 
 class MonitorError(QkilldError):
-    """A guest's monitor or agent cannot be used. Texts from its end are made printable."""
+    """A guest's monitor or agent cannot be used. Texts that it has sent are made printable."""
 
 
 class MonitorUnreachable(MonitorError):

@@ -146,7 +146,8 @@ def test_a_stranger_who_waits_is_not_missed(
         stranger.properties(job, JOB)  # the reply shows that the calls have arrived
         name = stranger.unique_name
     until(lambda: client.call("NameHasOwner", "s", name, **BUS), lambda owned: owned == (False,))
-    assert client.properties(job, JOB)["Result"] == ""  # the daemon has noticed that they are gone
+    # The reply shows that the daemon has noticed the end of the stranger's connection.
+    assert client.properties(job, JOB)["Result"] == ""
     assert "no longer waits" not in daemon.stderr.text()
     with daemon.bus.client() as requester:
         requester.send("Wait", path=job, interface=JOB)

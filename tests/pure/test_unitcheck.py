@@ -408,7 +408,7 @@ def test_names_as_systemd_escapes_them() -> None:
 )
 def test_arguments_of_the_helper(words: str, key: str) -> None:
     check_arguments(Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split())), key)
-    if "$MAX" not in words:  # Another variable may be several words of the shell.
+    if "$MAX" not in words:  # In a shell, $MAX may become several words.
         shell = line(f"exec qkilld-stop {words.replace('$MAINPID', '$$MAINPID')}")
         check_arguments(shell, key, words)
 

@@ -37,8 +37,8 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""This unit delays the end of the shutdown until the guests are stopped, because journalctl
---follow gets an entry 250 ms late."""
+"""This unit is stopped after the guests, and delays the end of the shutdown by 2 s, because
+journalctl --follow gets an entry 250 ms late."""
 
 
 @dataclass
