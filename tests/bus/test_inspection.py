@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qkilld.model.constants import INFINITY, JOB_INTERFACE, UNKNOWN
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.bus import Client, plain
 from tests.lab.guest import LARGE, Guest, make_disk
@@ -160,8 +161,11 @@ def test_inspect_shows_what_is_seen(client: Client, linux_guest: Make, lab_dir: 
     with nbd_server(image, tcp=True, room=1 << 30) as server:
         guest = linux_guest(job="writer", disk=server.uri, records=100_000, stride=4096)
         guest.wait_for(r"\b20\b", 60)
-        found = plain(client.call("Inspect", "u", guest.pid)[0])
-        assert found["verdict"] == "flushing"
+        # On a busy host, the guest may not run between the samples of one call.
+        found = until(
+            lambda: plain(client.call("Inspect", "u", guest.pid)[0]),
+            lambda found: found["verdict"] == "flushing",
+        )
         assert found["unseen"] == []
         assert ("tcp", True) in [(family, its) for family, its, _, _ in found["sockets"]]
         server.freeze()
