@@ -37,6 +37,10 @@ _ELSEWHERE: Final = re.compile(
     r"|systemd-run\s|(?:docker|podman|lxc|incus|kubectl)\s+exec"
     r"|(?:multipass|limactl|incus|lxc|qm|minikube|crc)\s+start|(?:docker|podman)\s+(?:run|start))"
 )
+_MAY_LEAVE: Final = re.compile(
+    r"(?<![\w.-])(?:tmux|screen|byobu|sudo|doas|pkexec|run0|machinectl|at|batch|cgexec)\s"
+)
+"""Programs that may start a command in another unit: in that of their server, or of a session."""
 _NEEDED: Final = ("/proc", "/usr/bin/qkilld-stop", "/usr/lib/qkilld")
 """The paths that qkilld-stop needs to run and to find its guest."""
 _EXECUTED: Final = ("/usr/bin/qkilld-stop", "/usr/bin/python3")
@@ -208,11 +212,22 @@ def starts_elsewhere(facts: UnitFacts) -> bool:
     )
 
 
+def _starts_inside(start: Command) -> bool:
+    """Return whether the command is known to start no QEMU in another unit."""
+    name = PurePosixPath(start.path).name
+    text = " ".join((name, *start.arguments[1:]))
+    return (
+        looks_like_qemu(start.path)
+        or name == OWN_STARTER
+        or (name in _SHELLS and not _ELSEWHERE.search(text) and not _MAY_LEAVE.search(text))
+    )
+
+
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
     """Return whether a guest in another unit is that of this unit: ExecStart= contains its name or
     its whole command line. A QEMU that ExecStart= starts in this unit has the same words, but is
     not in another unit."""
-    if started_qemus(facts) and not starts_elsewhere(facts):
+    if started_qemus(facts) and all(map(_starts_inside, facts.exec_start)):
         return False
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
     named = bool(name) and name in re.findall(r"[\w.:-]+", text)

@@ -133,6 +133,12 @@ def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -
         # The QEMU of this unit runs in it, so the other guest is not that one.
         (f"{QEMU} -name db -drive file=/srv/web/disk.img", "web", "qemu-kvm -name web", False),
         (f"/bin/sh -c '{QEMU} -S'", "", "qemu-system-x86_64 -S", False),
+        (f"{QEMU} -name sudo -S", "sudo", "qemu-system-x86_64 -name sudo -S", False),
+        # These may start it in the unit of a server or of a session.
+        (f"/bin/tmux new -d -s a '{QEMU} -name web'", "web", "qemu-kvm -name web", True),
+        (f"/bin/sh -c '/bin/screen -dm {QEMU} -S'", "", f"{QEMU} -S", True),
+        (f"/bin/sudo -u vm {QEMU} -S", "", f"{QEMU} -S", True),
+        (f"/opt/launch {QEMU} -S", "", f"{QEMU} -S", True),
     ],
 )
 def test_a_guest_elsewhere_that_a_unit_starts(
