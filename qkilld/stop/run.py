@@ -1,7 +1,6 @@
 """One run of the helper: stops all its processes at once, with the daemon or without it.
 
-It polls the stoppers, the processes, signals from systemd, and timers. Modules that only slow
-guests need are imported late: see stop.main.
+Polls stoppers, processes, signals and timers. Imports most modules late: see stop.main.
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ class StopRun:
         main_pid = os.environ.get("MAINPID", "")
         pids = {stop.process.pid for stop in self._stops}
         shelled = any(str(pid) != main_pid for pid in pids)
-        has_more = self._by_systemd and (shelled or has_others(pids))
-        if self._departure is not None or not has_more or not self.targets.finder.in_own_unit:
+        more = self._by_systemd and (shelled or has_others(pids))
+        if self._departure is not None or not more or not self.targets.finder.in_own_unit:
             return False
         self._notifier.extend(FIRST)
         until = self._clock() + (RESTART_S if shelled else 0)
@@ -127,6 +126,8 @@ class StopRun:
             if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
                 return False
             time.sleep(0.05)
+        if not (shelled or self.targets.systemd_stops_all()):
+            return False
         say("another QEMU runs in the unit after the guest has exited: stopping it too")
         self.begin(others)
         return True
@@ -467,12 +468,11 @@ class StopRun:
         self._over(stop, 0)
 
     def _stop_substitutes(self, stop: GuestStop, message: str) -> None:
-        if others := self._substitutes():
-            self._over(stop, 0)
-            self.begin(others)
-            return
-        self.targets.report_not_qemu(message)
-        self._over(stop, 5)
+        others = self._substitutes()
+        if not others:
+            self.targets.report_not_qemu(message)
+        self._over(stop, 0 if others else 5)
+        self.begin(others)
 
     def _substitutes(self) -> list[ProcessHandle]:
         return self.targets.substitutes({stop.process.pid for stop in self._stops})

@@ -146,6 +146,16 @@ class Targets:
             say(str(self.finder.unknown_identity()))
         return bool(self.finder.unidentified)
 
+    def systemd_stops_all(self) -> bool:
+        """Return whether systemd stops all processes of our own unit, and not only its main process
+        (KillMode=). Print if that is unknown, and return False. Asks systemd."""
+        from qkilld.stop.systemd_units import on_bus, own_facts
+
+        facts = on_bus(own_facts, user=self.user)
+        if facts is None:
+            say("another QEMU of the unit is not stopped, because KillMode= cannot be read")
+        return facts is not None and facts.kill_mode in ("control-group", "mixed")
+
     def is_in_own_unit(self, pid: int) -> bool:
         """Return False if that is unknown."""
         own = self.finder.unit

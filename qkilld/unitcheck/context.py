@@ -168,7 +168,9 @@ def outlives(facts: UnitFacts, around: Surroundings) -> bool:
         return False
     if is_manager(facts, around):
         return True
-    if main_is_qemu(facts, around) or (facts.type == "forking" and around.guests == 1):
+    if around.guests <= 1 and main_is_qemu(facts, around):
+        return False
+    if facts.type == "forking" and around.guests == 1:
         return False
     return not is_wrapper(facts, around)
 

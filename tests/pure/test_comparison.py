@@ -105,6 +105,7 @@ def test_a_guest_in_another_unit() -> None:
         (replace(BARE, kill_mode="process", exec_start=(Command("/usr/bin/python3", ()),)),
          replace(MUTE, guests=2)),
         (replace(BARE, kill_mode="process", exec_start=(SHELL,)), replace(MUTE, guests=2)),
+        (replace(SAFE, kill_mode="process"), replace(ASKABLE, guests=2)),
         (starting("/usr/sbin/atd", "-f", kill_mode="process"), MUTE),
         (starting("/usr/libexec/incus/incusd"), MUTE),
         (starting("/usr/sbin/virtqemud", kill_mode="process"), replace(MUTE, guests=0)),

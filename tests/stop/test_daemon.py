@@ -17,7 +17,8 @@ from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, UnknownIdent
 from qkilld.model.guest import Unit
 from qkilld.model.unit import UnitFacts
 from qkilld.stop import daemon as stop_daemon
-from qkilld.stop import finder
+from qkilld.stop import finder, systemd_units
+from qkilld.stop import run as stop_run
 from qkilld.stop.daemon import DaemonStopper
 from qkilld.stop.guest_stop import GuestStop
 from qkilld.stop.log import Log
@@ -259,6 +260,37 @@ def test_a_process_that_may_not_be_seen_but_is_no_guest(
     monkeypatch.setattr(procfs, "read_stat", lambda pid: stat)
     with pytest.raises(Failed) if may_be_guest else contextlib.nullcontext():
         assert own.in_unit([]) == []
+
+
+@pytest.mark.parametrize(
+    ("kill_mode", "options", "stopped"),
+    [
+        ("control-group", {}, True),
+        ("mixed", {}, True),
+        ("process", {}, False),
+        ("none", {}, False),
+        ("", {}, False),  # Unknown.
+    ],
+)
+def test_another_guest_of_the_unit_that_may_have_to_stay(
+    monkeypatch: pytest.MonkeyPatch, kill_mode: str, options: dict[str, Any], stopped: bool
+) -> None:
+    run = StopRun(Options(**options), Notifier(""), Log())
+    run._by_systemd = True
+    processes = FakeHandle(4), FakeHandle(5)
+    run._stops.append(stop_of(processes[0]))
+    monkeypatch.setenv("MAINPID", "4")
+    monkeypatch.setattr(finder.ProcessFinder, "in_own_unit", True)
+    monkeypatch.setattr(stop_run, "has_others", lambda pids: True)
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [processes[1]])
+    facts = UnitFacts("web.service", kill_mode=kill_mode) if kill_mode else None
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    monkeypatch.setattr(run, "_start", Mock())
+    assert run._stop_others() is stopped
+    assert len(run._stops) == 1 + stopped
+    for process in processes:
+        process.exit()
+        process.close()
 
 
 @pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])

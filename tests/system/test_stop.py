@@ -518,6 +518,11 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
     stop(system, unit)
     assert "another QEMU runs in the unit" in said(system, unit)
     assert "saved" in said(system, unit)
+    # With this KillMode=, it is meant to keep running.
+    unit = start_unit("KillMode=process", command="/bin/bash /run/beside")
+    stop(system, unit)
+    system.run("pkill", "-KILL", "-f", "echo saved")
+    assert "another QEMU" not in said(system, unit)
 
 
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
