@@ -117,7 +117,7 @@ class StopRun:
         main_pid = os.environ.get("MAINPID", "")
         pids = {stop.process.pid for stop in self._stops}
         shelled = any(str(pid) != main_pid for pid in pids)
-        more = self._by_systemd and (shelled or has_others(pids))
+        more = self._by_systemd and (shelled or (not self._options.pidfile and has_others(pids)))
         if self._departure is not None or not more or not self.targets.finder.in_own_unit:
             return False
         self._notifier.extend(FIRST)

@@ -270,6 +270,8 @@ def test_a_process_that_may_not_be_seen_but_is_no_guest(
         ("process", {}, False),
         ("none", {}, False),
         ("", {}, False),  # Unknown.
+        # A line of ExecStop= for another guest may follow, with other options.
+        ("control-group", {"pidfile": "/run/web.pid"}, False),
     ],
 )
 def test_another_guest_of_the_unit_that_may_have_to_stay(
