@@ -207,7 +207,7 @@ def test_values_the_kernel_hides_are_unknown(lab_dir: Path, reader_of: ReaderOf)
     assert (told.tid, told.wchan) == (9, None)
 
 
-@pytest.mark.parametrize("wchan", ["io_wq_worker", "0", "request_wait_answer"])
+@pytest.mark.parametrize("wchan", ["io_wq_worker", "io_wqe_worker", "0", "request_wait_answer"])
 def test_a_worker_of_io_uring_waits_for_its_request(
     lab_dir: Path, reader_of: ReaderOf, wchan: str
 ) -> None:
