@@ -83,8 +83,9 @@ class BusService:
             return ""
 
     async def leave(self) -> None:
-        """Release the bus name, then answer every call that was sent to it, and send the signals
-        about jobs that have ended."""
+        """Send the signals about jobs that have ended and release the bus name, then answer every
+        call that was sent to it. Clients may listen to signals only of the name's owner."""
+        await self._announcer.drain()
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)
         await self._server.drain(DRAIN_TIMEOUT_S)

@@ -136,6 +136,15 @@ def test_the_bus_goes_away_without_a_job(private_bus: Bus, start_daemon: Start) 
 
 
 @pytest.mark.each_library
+def test_the_ends_of_jobs_are_announced_under_the_bus_name(
+    daemon: Daemon, client: Client, fake_qemu: Make
+) -> None:
+    jobs = {client.terminate(fake_qemu(stubborn=True).pid) for _ in range(10)}
+    client.subscribe()
+    daemon.stop()
+    assert {client.signal("JobRemoved", 10)[1][1] for _ in jobs} == jobs
+
+
 def test_a_second_daemon_says_so_and_ends(daemon: Daemon, start_daemon: Start) -> None:
     second = start_daemon(ready=False)
     assert second.wait_gone() == 1
