@@ -134,7 +134,11 @@ def works(peer: Peer | None) -> bool:
     has not read it."""
     if peer is None or peer.shared is not False:
         return False
-    behind = any(other.certain and (other.unread or works(other)) for other in peer.behind)
+    # A process behind it without disks may be a client of its monitor, which may never read.
+    behind = any(
+        other.certain and ((other.unread and (other.devices or other.behind)) or works(other))
+        for other in peer.behind
+    )
     return behind or any(map(waits_for_storage, peer.threads or ()))
 
 
@@ -320,6 +324,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
             # shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         # A server with other clients may use this one for them, unless it stores the guest's image.
+        # It is not known whether a FUSE server has other clients. Then a kill would be worse than a
+        # long wait.
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs

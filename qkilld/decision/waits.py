@@ -520,7 +520,7 @@ def _node_wait(
         text=text,
         signs=tuple(signs),
         watched=watched,
-        certain=any(map(owes_reply, sockets)),
+        certain=any(owes_reply(socket) or works(socket.peer) for socket in sockets),
         connections=frozenset(socket.inode for socket in sockets),
     )
 
@@ -532,8 +532,8 @@ def server_depth(peer: Peer | None) -> int:
 
 def owes_reply(socket: Socket) -> bool:
     """Return whether a reply is certainly missing: data is on the way to the server, or the server
-    has not read it, or is working on a request."""
-    return bool(socket.send_queue or socket.unacked or _unread([socket]) or works(socket.peer))
+    has not read it."""
+    return bool(socket.send_queue or socket.unacked or _unread([socket]))
 
 
 def _unread(sockets: Sequence[Socket]) -> int:

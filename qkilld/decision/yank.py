@@ -3,16 +3,18 @@
 `query-yank` lists every connection that can be cut off, even healthy ones. If a healthy connection
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
 looks like a dead one. So connections on which a reply is certainly missing are cut off first: those
-with bytes that are unacknowledged or that the server has not read, whose server waits for its own
-storage, without a server, or with a request that had no reply before SIGTERM. If there are none,
-and QEMU waits only for connections, those that do not move are cut off. The next rung, SIGKILL,
-would lose more.
+with bytes that are unacknowledged or that the server has not read, without a server, or with a
+request that had no reply before SIGTERM. If there are none, and QEMU waits only for connections,
+those whose server waits for its own storage are cut off, perhaps for another disk of the guest. If
+there are none of these, those that do not move are cut off. The next rung, SIGKILL, would lose
+more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from qkilld.decision.signs import works
 from qkilld.decision.verdict import Assessment, OpenWait
 from qkilld.decision.waits import WaitKind, owes_reply
 from qkilld.model.block_state import GuestDisk, YankInstance
@@ -51,7 +53,7 @@ def choose(
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     nodes = {node.name: node for node in evidence.last.nodes or ()}
-    suspects, others = [], []
+    suspects, working, others = [], [], []
     for instance in instances:
         if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
             continue
@@ -64,12 +66,16 @@ def choose(
         owes = any(_owes(nodes[name], evidence.last) for name in names)
         if owes or instance.name in stuck:
             suspects.append(candidate)
+        elif any(_works(nodes[name], evidence.last) for name in names):
+            working.append(candidate)
         elif node_waits or (instance.kind == "block-node" and not names):
             others.append((candidate, bool(node_waits)))
     if suspects:
         return tuple(suspects)
     if _waits_elsewhere(waits.values()):
         return ()
+    if working:
+        return tuple(working)
     connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
     all_still = not any(_has_moved(wait, still_since) for wait in connections)
     return tuple(candidate for candidate, known in others if known or all_still)
@@ -97,6 +103,11 @@ def _owes(node: Node, sample: Sample) -> bool:
     if sample.sockets is not None and not sockets:
         return True
     return node.served is False or any(map(owes_reply, sockets))
+
+
+def _works(node: Node, sample: Sample) -> bool:
+    """Return whether the node's server works on a request, perhaps for another node."""
+    return any(works(socket.peer) for socket in sample.sockets or () if socket.node == node.name)
 
 
 def _why(waits: Sequence[OpenWait]) -> str:

@@ -76,6 +76,20 @@ def test_a_server_that_has_a_request_is_cut_off_first(server: Peer) -> None:
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]
 
 
+def test_a_server_that_works_may_do_so_for_another_disk() -> None:
+    works = replace(link("well", inode=2), peer=STUCK_SERVER)
+    evidence = still(with_nodes(link("dead", unacked=100), works))
+    assert chosen(evidence, node("dead"), node("well")) == ["dead"]
+    assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
+
+
+def test_a_client_of_the_monitor_of_a_server_owes_nothing() -> None:
+    client = replace(SERVER, pid=98, devices=(), unread=512)
+    busy = replace(link("dead"), peer=STUCK_SERVER)
+    idle = replace(link("well", inode=2), peer=replace(SERVER, behind=(client,)))
+    assert chosen(still(with_nodes(busy, idle)), node("dead"), node("well")) == ["dead"]
+
+
 def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -> None:
     lost = still(with_nodes(link("well", inode=2)))
     assert chosen(lost, node("dead"), node("well")) == ["dead"]
