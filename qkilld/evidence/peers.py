@@ -34,7 +34,10 @@ from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Mount, Peer
 
 MAX_PEERS: Final = 64
-"""At most this many servers of one guest are sampled."""
+"""At most this many servers of one guest are sampled, with those behind other servers."""
+OWN_PEERS: Final = 16
+"""How many more may be sampled if they are servers of the guest itself. These may be found after
+many servers behind them."""
 MAX_PLACES: Final = 1024
 """The maximum number of servers in one sample that are behind other servers. If a server is behind
 several connections of the guest, it counts once for each, because the sample has a copy for
@@ -111,6 +114,8 @@ class ServerReader:
         """How many descriptors of servers are open."""
         self._room = 0
         """How many more servers behind other servers fit into this sample."""
+        self._limit = 0
+        """The maximum number of readers at the moment."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
         """By a FUSE mount and names of images: the processes that may serve the mount."""
 
@@ -161,14 +166,22 @@ class ServerReader:
         self._used_pids = []
         self._new_missing_ends, self._new_connections = _NONE, {}
         self._sampled, self._links, self._room = {}, {}, MAX_PLACES
+        self._limit = MAX_PEERS + OWN_PEERS
         self._open_files = sum(reader.open_files for reader in self._readers.values())
         self._budget.renew()
         tables = _SampleTables(storage, sockets)
         owners = self._read(ends, tables)
         owners = {end: pid for end, pid in owners.items() if pid != self._pid}
+        fuse = self._read_fuse(mounts, names, tables)
+        self._limit = MAX_PEERS
         chains = {pid: self._with_behind(self._sampled[pid], tables) for pid in owners.values()}
         values = {end: self._placed(chains[pid]) for end, pid in owners.items()}
-        served = self._read_fuse(mounts, names, tables)
+        served = {
+            number: _SampledServers(
+                tuple(self._placed(self._with_behind(one, tables)) for one in peers), certain
+            )
+            for number, (peers, certain) in fuse.items()
+        }
         self._missing_ends = self._new_missing_ends
         self._connections = self._new_connections
         # Close unused readers, so that they do not pile up: a server that forks for each connection
@@ -312,14 +325,14 @@ class ServerReader:
     def _read_fuse(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], tables: _SampleTables
     ) -> dict[str, _SampledServers]:
-        """Sample the servers of FUSE mounts, by the MAJOR:MINOR of the mount."""
+        """Sample the servers of FUSE mounts, without those behind them, by the MAJOR:MINOR of the
+        mount."""
         served = {}
         for number, servers in self._fuse_servers(mounts, names, {self._pid}).items():
             wanted = names.get(number, frozenset())
             sampled = [self._sample(pid, tables, None, wanted) for pid in servers.pids]
-            peers = [self._with_behind(peer, tables) for peer in sampled if peer is not None]
-            if peers:
-                served[number] = _SampledServers(tuple(map(self._placed, peers)), servers.certain)
+            if peers := tuple(peer for peer in sampled if peer is not None):
+                served[number] = _SampledServers(peers, servers.certain)
         return served
 
     def _fuse_servers(
@@ -379,7 +392,7 @@ class ServerReader:
         return [pid for pid in pids if matches[pid].opens]
 
     def _reader(self, pid: int) -> PeerReader | None:
-        if pid not in self._readers and len(self._readers) < MAX_PEERS:
+        if pid not in self._readers and len(self._readers) < self._limit:
             self._readers[pid] = PeerReader(pid, self._budget, self._proc)
         self._used_pids.append(pid)
         return self._readers.get(pid)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -391,6 +394,49 @@ def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
         assert server.certain or not named
         assert peer.unseen_requests is False
         assert not peer.behind_unknown
+
+
+_WITH_CHILDREN = """
+import signal, socket, subprocess, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+children = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+signal.signal(signal.SIGTERM, lambda *_: [child.kill() for child in children] and sys.exit())
+print(flush=True)
+connection = listener.accept()
+signal.pause()
+"""
+
+
+def test_the_servers_of_the_guest_come_before_those_behind_them(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of a socket has started more processes than there is room for."""
+    monkeypatch.setattr(peers, "MAX_PEERS", 2)
+    command = [sys.executable, "-c", _WITH_CHILDREN, str(lab_dir / "socket")]
+    with (
+        mounted(lab_dir, IMAGE) as store,
+        opened(store, IMAGE),
+        subprocess.Popen(command, stdout=subprocess.PIPE) as server,
+        socket.socket(socket.AF_UNIX) as connection,
+        contextlib.closing(peers.ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader,
+    ):
+        assert server.stdout is not None
+        server.stdout.readline()
+        connection.connect(str(lab_dir / "socket"))
+        number = store.directory.stat().st_dev
+        mount = Mount("fuse.lab", None, None, f"{os.major(number)}:{os.minor(number)}")
+        ends = {end_of(connection): None}
+        try:
+            until(
+                lambda: reader.read_all(
+                    ends, (mount,), {}, storage=StorageTable(), sockets=SocketTable()
+                ),
+                lambda found: len(found[0]) == 1 and pids_of(found[1][0]) == {store.process.pid},
+            )
+        finally:
+            server.terminate()
 
 
 def test_a_search_that_has_not_ended(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
