@@ -136,6 +136,12 @@ class Channel(asyncio.Protocol):
         else:
             self._send_with(data, pass_fd)
 
+    @property
+    def _is_closing(self) -> bool:
+        """Whether the last data could not be sent, because the other end has closed the connection.
+        This is known before `closed`."""
+        return self._transport is None or self._transport.is_closing()
+
     def _send_with(self, data: bytes, fd: int) -> None:
         """Send on the socket itself, because asyncio's transport cannot pass descriptors. Raises
         MonitorError."""

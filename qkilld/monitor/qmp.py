@@ -108,12 +108,13 @@ class QmpClient(Channel):
         *,
         timeout_s: float,
         pass_fd: int | None = None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> Any:
         """Run a command; return its result. Waits until the previous command has its reply.
 
-        `pass_fd`: a descriptor of which QEMU gets a copy, for getfd. Raises CommandUnsent,
-        MonitorTimeout, CommandRefused, MonitorError. After any other MonitorTimeout, QEMU may still
-        execute the command.
+        `pass_fd`: a descriptor of which QEMU gets a copy, for getfd. `on_sent` is called when the
+        command was sent. QEMU may execute it from then on, even if there is no reply. Raises
+        CommandUnsent, MonitorTimeout, CommandRefused, MonitorError.
         """
         until = self._loop.time() + timeout_s
         try:
@@ -126,7 +127,17 @@ class QmpClient(Channel):
             ) from None
         number = self._in_band = self._last_id + 1
         self._idle.clear()
-        return await self._call("execute", command, arguments, number, until, pass_fd)
+        return await self._call("execute", command, arguments, number, until, pass_fd, on_sent)
+
+    async def send(self, command: str, *, timeout_s: float) -> None:
+        """Run a command. Once it was sent, a late or lost reply is no error, because QEMU may
+        execute the command. Raises CommandRefused; MonitorError if it was not sent."""
+        sent = asyncio.Event()
+        try:
+            await self.execute(command, timeout_s=timeout_s, on_sent=sent.set)
+        except MonitorError as error:
+            if isinstance(error, CommandRefused) or not sent.is_set():
+                raise
 
     async def execute_oob(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
@@ -177,6 +188,7 @@ class QmpClient(Channel):
         number: int,
         until: float,
         pass_fd: int | None = None,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> Any:
         request: dict[str, Any] = {how: command, "id": number}
         if arguments is not None:
@@ -186,6 +198,8 @@ class QmpClient(Channel):
         self._answers[number] = answer
         try:
             self._send(json.dumps(request).encode() + b"\r\n", pass_fd)
+            if not self._is_closing:
+                on_sent()
             message = await self._wait(answer, until, command)
         finally:
             self._answers.pop(number, None)

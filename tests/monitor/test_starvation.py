@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import pytest
 
 from qkilld.adapters.process import open_process
 from qkilld.evidence.sockdiag import listening_unix
-from qkilld.model.errors import MonitorBusy, MonitorTimeout
+from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout
 from qkilld.model.guest_state import Button
 from qkilld.monitor import guest_control
+from qkilld.monitor.channel import MAX_FLOW
 from qkilld.monitor.guest_control import GuestControl
-from qkilld.monitor.qmp import OPEN_S, QmpClient
+from qkilld.monitor.qmp import OPEN_S, QmpClient, QmpEvent
 from qkilld.monitor.starvation import Starvation
 from tests.evidence.until import until
 from tests.lab.process import end, spawn
@@ -84,19 +86,27 @@ def test_a_late_greeting(starved: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "busy", "pressed"),
-    [("qmp", False, True), ("qmp", True, False), ("monitor", False, False)],
+    ("kind", "fault", "pressed"),
+    [
+        ("qmp", "late", True),
+        ("qmp", "busy", False),
+        ("qmp", "flood", True),
+        ("qmp", "closed", False),
+        ("qmp", "ended", False),
+        ("monitor", "late", False),
+    ],
 )
 def test_a_press_that_qemu_takes_late(
     qemu: Start,
     lab_dir: Path,
     kind: str,
-    busy: bool,
+    fault: str,
     pressed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If the button is pressed in the end, the guest must not be asked again. It is not pressed if
-    QEMU is busy with another command, or drops the line for its human monitor."""
+    QEMU is busy with another command, if the connection was closed before, or if QEMU drops the
+    line for its human monitor."""
     monkeypatch.setattr(guest_control, "ORDER_S", 0.2)
     monitors = [f"-{kind}", f"unix:{lab_dir}/monitor,server=on,wait=off"]
     monitors += ["-qmp", f"unix:{lab_dir}/other,server=on,wait=off"]
@@ -106,14 +116,33 @@ def test_a_press_that_qemu_takes_late(
         with socket.socket(socket.AF_UNIX) as other:
             until(lambda: other.connect_ex(str(lab_dir / "other")), (0).__eq__)
             events: list[str] = []
-            watch = await QmpClient.open(other, lambda event: events.append(event.name))
+            after_event: list[Callable[[], None]] = []
+
+            def take_event(event: QmpEvent) -> None:
+                events.append(event.name)
+                for call in after_event:
+                    call()
+
+            watch = await QmpClient.open(other, take_event)
             async with controlled(guest) as control:
                 stop(guest)
-                if busy:
+                if fault == "busy":
                     assert control.qmp is not None
                     with pytest.raises(MonitorTimeout):
                         await control.qmp.execute("query-status", timeout_s=0.1)
-                with contextlib.nullcontext() if pressed else pytest.raises(MonitorTimeout):
+                elif fault == "flood":
+                    # It comes after the press, and before the reply.
+                    assert control.qmp is not None and control.qmp._transport is not None
+                    control.qmp._transport.pause_reading()
+                    after_event.append(partial(control.qmp.data_received, b" " * (MAX_FLOW + 1)))
+                    os.kill(guest.pid, signal.SIGCONT)
+                elif fault == "closed":
+                    control.close()
+                elif fault == "ended":
+                    assert control.qmp is not None
+                    with socket.socket(fileno=os.dup(control.qmp.fileno())) as ours:
+                        ours.shutdown(socket.SHUT_WR)
+                with contextlib.nullcontext() if pressed else pytest.raises(MonitorError):
                     await control.press()
                 await asyncio.sleep(0.1)  # The human monitor's connection is closed meanwhile.
                 os.kill(guest.pid, signal.SIGCONT)
