@@ -242,8 +242,9 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken. Earlier work is left out of the baseline."""
-    return replace(attempt, started=at, recent=(), helped_at=at)
+    """Note that the guest was resumed or woken. Earlier work is left out of the baseline. Earlier
+    silence of the monitor does not count."""
+    return replace(attempt, started=at, recent=(), helped_at=at, answered_at=at)
 
 
 def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:

@@ -11,7 +11,7 @@ from qkilld.engine.job import Job
 from qkilld.engine.sampling import TIMEOUT
 from qkilld.engine.standstill_check import MAX_SAMPLES
 from qkilld.model.constants import Flag, GuestAsked
-from qkilld.model.guest_state import GuestOrder
+from qkilld.model.guest_state import GuestObservation, GuestOrder
 
 from .conftest import IDLE, FakeProcess, S, World
 from .test_powerdown import STOPPED, UP, asked_world
@@ -52,9 +52,19 @@ def test_a_process_that_is_stopped_before_the_guest_was_asked() -> None:
     assert any("it is stopped (SIGSTOP)" in turn.reasons[0] for turn in job.history)
 
 
-def test_a_process_that_is_stopped_before_the_guest_was_asked_is_continued() -> None:
+@pytest.mark.parametrize("silent_s", [0, 3])
+def test_a_process_that_is_stopped_before_the_guest_was_asked_is_continued(silent_s: int) -> None:
+    """Its monitor may need time to answer again."""
     world, process, _ = stopped_world(resume=True)
-    world.clock.advance(8)
+    continued: list[int] = []
+
+    def show(now: int) -> GuestObservation:
+        if SIGCONT in process.sent:
+            continued.append(now)
+        return UP if continued and now >= continued[0] + silent_s * S else SILENT
+
+    world.monitors.shows = show
+    world.clock.advance(8 + silent_s)
     assert (process.sent, world.monitors.orders) == ([SIGCONT], [GuestOrder.BUTTON])
 
 
