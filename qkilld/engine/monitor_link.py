@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 class MonitorLink:
     __slots__ = (
-        "_cancel", "_kept_monitor", "_monitor", "_monitors", "_on_descriptor", "_passed_fd",
-        "_process", "_qmp_socket",
+        "_callback", "_cancel", "_kept_monitor", "_monitor", "_monitors", "_on_descriptor",
+        "_passed_fd", "_process", "_qmp_socket",
     )  # fmt: skip
 
     def __init__(
@@ -40,6 +40,7 @@ class MonitorLink:
         self._kept_monitor: KeptMonitor | None = None
         self._passed_fd: int | None = None
         self._cancel: Callable[[], None] | None = None
+        self._callback: Callable[[GuestMonitor | str | Exception], None] = lambda outcome: None
 
     @property
     def monitor(self) -> GuestMonitor | None:
@@ -85,12 +86,19 @@ class MonitorLink:
         was_asked: bool,
         agent_was_open: bool | None = None,
     ) -> None:
-        """See engine.ports.Monitors. Calls back at once if the monitor is already open."""
+        """See engine.ports.Monitors. Calls back at once if the monitor is already open.
+
+        If it is being opened, this only replaces the callback: cancelling that attempt could lose
+        the connection of an earlier daemon.
+        """
         if (monitor := self.monitor) is not None:
             callback(monitor)
             return
         if self._monitors is None:
             callback("this qkilld does not talk to guests")
+            return
+        self._callback = callback
+        if self._cancel is not None:
             return
         if self._monitor is not None:
             self._on_descriptor(None)
@@ -102,7 +110,7 @@ class MonitorLink:
                 self._monitor = outcome
                 if not outcome.adopted:
                     self._on_descriptor(outcome.fileno())
-            callback(outcome)
+            self._callback(outcome)
 
         kept, self._kept_monitor = self._kept_monitor, None
         passed, self._passed_fd = self._passed_fd, None

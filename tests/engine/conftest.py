@@ -287,15 +287,19 @@ class FakeMonitors:
             self.passed.append(passed)
         if kept is not None:
             self.adopted.append(kept)
-        timer = self._clock.call_at(self._clock.now(), lambda: self._open(callback))
+        timer = self._clock.call_at(self._clock.now(), lambda: self._open(callback, kept))
         return timer.cancel
 
-    def _open(self, callback: Callable[[GuestMonitor | str | Exception], None]) -> None:
+    def _open(
+        self,
+        callback: Callable[[GuestMonitor | str | Exception], None],
+        kept: KeptMonitor | None,
+    ) -> None:
         if self.shows(self._clock.now()) is None and not self.opens:
             callback("it has no monitor")
         else:
             self.open_monitors += 1
-            callback(FakeMonitor(self, self._clock))
+            callback(FakeMonitor(self, self._clock, adopted=kept is not None))
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         self.adopted.append(kept)
@@ -319,8 +323,9 @@ class FakeMonitors:
 
 
 class FakeMonitor:
-    def __init__(self, monitors: FakeMonitors, clock: FakeClock) -> None:
+    def __init__(self, monitors: FakeMonitors, clock: FakeClock, *, adopted: bool) -> None:
         self._monitors, self._clock = monitors, clock
+        self.adopted = adopted
         self._closed = False
 
     @property
@@ -335,10 +340,6 @@ class FakeMonitor:
     def lost(self) -> bool:
         seen = self._monitors.shows(self._clock.now())
         return seen is None and not self._monitors.opens
-
-    @property
-    def adopted(self) -> bool:
-        return bool(self._monitors.adopted)
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from signal import SIGCONT, SIGKILL, SIGTERM
 import pytest
 
 from qkilld.engine.job_saver import JobSaver
+from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.sampling import TIMEOUT
 from qkilld.engine.snapshot import decode
 from qkilld.engine.standstill_check import MAX_SAMPLES
@@ -666,6 +667,19 @@ def test_a_connection_that_was_kept_is_gone_on_with() -> None:
     assert after.monitors.open_monitors == 1
     again.die()
     assert after.monitors.open_monitors == 0
+
+
+def test_a_connection_that_was_kept_is_not_lost_if_two_phases_open_it() -> None:
+    """Otherwise systemd's copy would remain, and QEMU would serve no other connection."""
+    world = asked_world(UP)
+    opened: list[object] = []
+    link = MonitorLink(FakeProcess(), world.monitors, "", opened.append)
+    link.keep(KeptMonitor(99, ("monitor",)))
+    link.open(lambda found: opened.append("first"), was_asked=True)
+    link.open(lambda found: opened.append("second"), was_asked=True)
+    world.clock.advance(1)
+    assert link.monitor is not None and link.monitor.adopted
+    assert opened == ["second"]
 
 
 @pytest.mark.parametrize(
