@@ -275,6 +275,9 @@ def _of_mount(point: str, kind: str, number: str) -> Iterator[Storage]:
         names = ", ".join(place.server for place in found if place.server)
         why = f"the kernel does not show which of these serves {printable(point)}: {names}"
         found = [Storage(protocol="fuse", unseen=why)]
+    elif servers.pids and not servers.certain and not is_complete:
+        why = f"another process may serve {printable(point)}, because not all can be seen"
+        found.append(Storage(protocol="fuse", unseen=why))
     yield from found
 
 

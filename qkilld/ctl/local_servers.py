@@ -72,13 +72,17 @@ def fuse_servers(connection: int, name: str) -> tuple[FuseServers, bool]:
         try:
             directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                links = procfs.read_links(directory, MAX_DESCRIPTORS) or []
+                links = procfs.read_links(directory, MAX_DESCRIPTORS)
             finally:
                 os.close(directory)
         except (FileNotFoundError, ProcessLookupError):
             continue  # It has exited.
         except OSError as error:
             note(f"listing the descriptors of process {pid}", error)
+            is_complete = False
+            continue
+        if links is None:
+            note(f"listing the descriptors of process {pid}", OSError("it has too many"))
             is_complete = False
             continue
         for number, link in links:

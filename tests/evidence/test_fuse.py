@@ -113,6 +113,9 @@ def test_a_unit_is_ordered_after_the_unit_of_the_server(
     units: dict[int, Unit] = {}
     monkeypatch.setattr(procfs, "read_unit", lambda pid: units.get(pid, Unit("")))
     with mounted(lab_dir, IMAGE) as store, mounted(lab_dir, "another") as other:
+        # Some process of the host may be unreadable.
+        monkeypatch.setattr(procfs, "pids", lambda: [store.process.pid, other.process.pid])
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
         words = ("/usr/bin/qemu-system-x86_64", "-drive", f"file={store.directory / IMAGE}")
         facts = UnitFacts("web.service", exec_start=(Command(words[0], words),))
         mount = mount_unit(str(store.directory))
@@ -130,6 +133,16 @@ def test_a_unit_is_ordered_after_the_unit_of_the_server(
         assert (place.server, "serves" in place.unseen) == (
             ("a.service", False) if shows else ("", True)
         )
+        # The server has too many descriptors to read. The other process is not taken for it.
+        read_links = procfs.read_links
+
+        def too_many(directory: int, most: int) -> list[tuple[str, str]] | None:
+            path = Path(f"/proc/self/fd/{directory}").readlink()
+            named = path == Path(f"/proc/{store.process.pid}/fd")
+            return None if named else read_links(directory, most)
+
+        monkeypatch.setattr(procfs, "read_links", too_many)
+        assert any("seen" in place.unseen for place in read_storage(facts, []))
 
 
 def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
