@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -108,7 +109,8 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
     documents: list[dict[str, Any]] = []
     if not names:
         names = _with_guests(config.executables, user=session.bus.user)
-        if not session.bus.user and others_are_hidden():
+        # Only root may read the executables of other users' processes.
+        if not session.bus.user and (os.geteuid() != 0 or others_are_hidden()):
             codes.append(ExitCode.UNSAFE)
             session.output.error(
                 "you may not see the processes of other users, so units may be missing: run this"
