@@ -24,6 +24,9 @@ _MAX_MOUNTINFO: Final = 4 << 20
 _MAX_DEPTH: Final = 32
 _MAX_GROUPS: Final = 64
 _MAX_PROCESSES: Final = 64
+_MAX_BYTES: Final = 8 * (_MAX_PROCESSES + 1)
+"""A longer cgroup.procs has more than _MAX_PROCESSES ids of up to seven digits. Such a file is not
+read to its end, because thousands of guests may be in one group, and each of them reads it."""
 _MACHINE: Final = re.compile(r"/machine\.slice/(?:[^/]+\.slice/)*machine-[^/]+\.scope(?:/|$)")
 """The scope of a machine of systemd-machined. All processes in it count as the guest's: libvirt
 also puts QEMU's helpers there."""
@@ -136,7 +139,10 @@ def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
         if "cgroup.procs" not in files:
             return False
         try:
-            members.update(map(int, read_once(Path(path, "cgroup.procs")).split()))
+            listed = read_once(Path(path, "cgroup.procs"), most=_MAX_BYTES)
+            if len(listed) == _MAX_BYTES:
+                return False
+            members.update(map(int, listed.split()))
         except (OSError, ValueError):
             # cgroup.procs of a threaded v2 group cannot be read. Ignore the group, because the
             # group above it lists its processes, too.
