@@ -26,7 +26,7 @@ from qkilld.evidence.sampler import HostTables, Reader
 from qkilld.evidence.sockets import SocketTable
 from qkilld.evidence.storage import StorageTable
 from qkilld.model.guest import Unit
-from qkilld.model.sample import Mount, Sample
+from qkilld.model.sample import Mount, Peer, Sample
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.storage import Storage, mount_unit
 from tests.evidence.test_peers import connected, end_of, server_of
@@ -440,12 +440,17 @@ def test_the_servers_of_the_guest_come_before_those_behind_them(
         connection.connect(str(lab_dir / "socket"))
         number = store.directory.stat().st_dev
         mount = Mount("fuse.lab", None, None, f"{os.major(number)}:{os.minor(number)}")
-        ends = {end_of(connection): None}
+
+        def read() -> tuple[dict[int, Peer], tuple[Mount, ...]]:
+            # The other end is unknown until the server has accepted the connection.
+            ends = {end_of(connection): None}
+            return reader.read_all(
+                ends, (mount,), {}, storage=StorageTable(), sockets=SocketTable()
+            )
+
         try:
             until(
-                lambda: reader.read_all(
-                    ends, (mount,), {}, storage=StorageTable(), sockets=SocketTable()
-                ),
+                read,
                 lambda found: len(found[0]) == 1 and pids_of(found[1][0]) == {store.process.pid},
             )
         finally:

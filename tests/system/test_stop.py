@@ -464,7 +464,8 @@ def test_asking_leaves_time_in_a_unit_that_does_not_listen(
     assert "no more time was given for asking it" in text
     assert "Stopping timed out" not in text
     (after,) = re.findall(r"Sent SIGTERM to .* after (\d+)\.\d+ s", text)
-    assert int(after) in (6, 7), "half of TimeoutStopSec= is left"
+    # On a busy host, the request comes some time after the start of the stop.
+    assert 3 <= int(after) <= 7, "half of TimeoutStopSec= is left"
     ended = system.wait_journal("-u", unit, "QKILLD_RESULT=exited")
     assert ended["QKILLD_GUEST_ASKED"] == "ignored"
 
