@@ -4,10 +4,10 @@
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
 looks like a dead one. So connections on which a reply is certainly missing are cut off first: those
 with bytes that are unacknowledged or that the server has not read, without a server, or with a
-request that had no reply before SIGTERM. If there are none, and QEMU waits only for connections,
-those whose server waits for its own storage are cut off, perhaps for another disk of the guest. If
-there are none of these, those that do not move are cut off. The next rung, SIGKILL, would lose
-more.
+request that had no reply before SIGTERM. Without such a connection, and if QEMU waits only for
+connections, those are cut off whose server waits for its own storage, perhaps on behalf of another
+disk of the guest. Without such a server, those that do not move are cut off. The next rung,
+SIGKILL, would lose more.
 """
 
 from __future__ import annotations
