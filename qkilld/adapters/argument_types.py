@@ -41,7 +41,8 @@ class SuggestingParser(ArgumentParser):
         return [action.choices for action in self._actions if isinstance(action.choices, dict)]
 
     def command_parser(self, arguments: Namespace) -> ArgumentParser:
-        """Return the parser of the command in `arguments`; this parser if they name no command."""
+        """Return the parser of the command in `arguments`, or this parser if there is no
+        command."""
         return next(iter(self._command_parsers(arguments)), self)
 
     def _command_parsers(self, arguments: Namespace) -> list[ArgumentParser]:
@@ -50,7 +51,7 @@ class SuggestingParser(ArgumentParser):
 
 
 def _suggestion(words: Iterable[str], choices: Sequence[str]) -> str:
-    import difflib  # Imported late, because it would stay in the daemon's memory.
+    import difflib  # Imported only here, to save memory in the daemon.
 
     best = [match for word in words for match in difflib.get_close_matches(word, choices, n=1)]
     return f". Did you mean {' '.join(best)}?" if best else ""
@@ -65,8 +66,8 @@ def span(text: str) -> int:
 
 
 def reason(text: str) -> str:
-    """Check the text of the reason for a stop, because the bus accepts only valid UTF-8. Raises
-    ArgumentTypeError."""
+    """Check that the reason for a stop is not too long, and is valid UTF-8, as the bus requires.
+    Raises ArgumentTypeError."""
     try:
         text.encode()
     except UnicodeEncodeError:

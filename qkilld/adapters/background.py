@@ -1,4 +1,5 @@
-"""Write in a thread, because a write may block forever, and must not keep the program from exiting.
+"""Write in a separate thread. A write may block forever, but must not keep the program from
+exiting.
 
 This does not use asyncio, because the daemon imports asyncio late (qkilld.startup).
 """
@@ -20,8 +21,8 @@ FLUSH_TIMEOUT_S: Final = 2.0
 class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
-    Items are written to disks, the journal and systemd. Each of these may hang while a guest must
-    be stopped, so no method raises, and only `close` blocks.
+    Items are written to disks, the journal and systemd, which may hang. Guests must still be
+    stopped, so no method raises, and only `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
@@ -40,8 +41,8 @@ class BackgroundWriter(Generic[T]):
         self._start()
 
     def put(self, item: T, *, always: bool = False) -> bool:
-        """Queue an item. If the queue is full, drop the item and return False. `always`: queue it
-        even then."""
+        """Queue an item. If the queue is full, drop the item and return False, unless `always` is
+        true."""
         if not always and self._limit is not None and self._queue.qsize() >= self._limit:
             return False
         self._queue.put(item)
@@ -49,8 +50,8 @@ class BackgroundWriter(Generic[T]):
         return True
 
     def close(self) -> bool:
-        """Wait up to FLUSH_TIMEOUT_S until the queued items are written. Return False if some are
-        not.
+        """Wait up to FLUSH_TIMEOUT_S until the queued items are written. Return whether all were
+        written.
 
         May be called again.
         """

@@ -1,13 +1,14 @@
 """Read files of /proc/PID with a short timeout, because the process itself can block the reads.
 
-Linux 6.18.44 takes the process's exec_update_lock to show most of /proc/PID: stat, the links exe,
-cwd and root, io, fd, ns and maps; and stat, io, syscall, wchan and stack of each thread. execve(2)
-holds this lock while it closes the O_CLOEXEC files of the process. If one of these files is on a
-FUSE mount whose server does not answer, execve(2) never ends. Any user can mount FUSE. Reading
-status, cgroup, cmdline, comm, mountinfo, net, sched or the list of threads does not take this lock.
+Reading most files of /proc/PID takes the process's exec_update_lock (Linux 6.18.44): stat, io,
+maps, exe, cwd, root, fd and ns, and the files stat, io, syscall, wchan and stack of each thread.
+execve(2) holds this lock while it closes the O_CLOEXEC files of the process. If one of these files
+is on a FUSE mount whose server does not answer, execve(2) never ends. Any user can mount FUSE.
+Reading status, cgroup, cmdline, comm, mountinfo, net, sched or the list of threads does not take
+this lock.
 
 So a thread reads, and the caller waits PATIENCE_S for the thread. While a read is blocked, no other
-read of that process begins. Imports little: see stop.main.
+read of that process begins. This module imports little: see stop.main.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class _ReadingThread:
         self.wake.acquire()
 
     def is_blocked(self) -> bool:
-        """Return whether the thread waits for a lock in the kernel. If not, it may only wait for a
-        processor, because the machine is busy."""
+        """Return whether the thread waits for a lock in the kernel. If not, it may just be waiting
+        for a processor."""
         if not self.thread_id:
             return False
         try:
@@ -152,7 +153,8 @@ class BlockableReads:
                 position += 1
 
     def one(self, directory: str, read: Callable[[str], T]) -> T:
-        """Return what `read` returns for the directory. Raises what it raises, and Unanswered."""
+        """Return what `read` returns for the directory. Raises Unanswered, and what `read`
+        raises."""
         batch = _Batch((directory,), read, is_search=False)
         outcome: T | Exception = batch.outcomes.pop() if self._run(batch) else Unanswered()
         try:
@@ -160,11 +162,11 @@ class BlockableReads:
                 raise outcome
             return outcome
         finally:
-            del outcome  # Otherwise, an exception and its traceback would refer to each other.
+            del outcome  # Otherwise, the exception's traceback would refer to the exception.
 
     def _run(self, batch: _Batch) -> int:
-        """Run a batch; return the number of its outcomes. If some are missing, the next read is
-        blocked."""
+        """Run a batch; return the number of its outcomes. If some outcomes are missing, the read of
+        the next directory is blocked."""
         with self._lock:
             reader = self._idle.pop() if self._idle else _ReadingThread()
             reader.batch = batch
@@ -187,7 +189,7 @@ class BlockableReads:
                 count, began = len(batch.outcomes), now
             elif reader.is_blocked() or now - began > MAX_WAIT_S:
                 with self._lock:
-                    # With the lock, the thread cannot begin the next read.
+                    # While the lock is held, the thread cannot begin the next read.
                     is_same = len(batch.outcomes) == count < len(batch.directories)
                     if is_same and not batch.finished:
                         return self._give_up(batch)
@@ -258,7 +260,7 @@ class BlockableReads:
 
 
 def _uid(directory: str) -> int:
-    """Return the real uid of the process, from status, which does not block; -1 if it is gone."""
+    """Return the real uid of the process; -1 if it is gone. Reading status does not block."""
     try:
         fd = os.open(f"{directory}/status", os.O_RDONLY | os.O_CLOEXEC)
         try:

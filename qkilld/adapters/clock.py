@@ -13,8 +13,8 @@ from qkilld.model.constants import USEC_PER_SEC
 
 
 class UserTimer:
-    """A timer that does not run its callback at once, but queues it as work of one user
-    (engine.steps). Implements engine.ports.Timer."""
+    """A timer that queues its callback as work of one user (engine.steps) when it expires.
+    Implements engine.ports.Timer."""
 
     __slots__ = ("_callback", "_user", "handle")
 
@@ -29,7 +29,7 @@ class UserTimer:
             self.handle.cancel()
 
     def expire(self) -> None:
-        self.handle = None  # It refers to this object, so both would be garbage.
+        self.handle = None  # Break the cycle: the handle refers to this object.
         job_steps().put(self._user, self._call_back)
 
     def _call_back(self) -> bool:
@@ -69,5 +69,5 @@ class LoopClock:
 
     def _call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
         # Round up: if the timer fired early, the deadline would still be in the future. Share one
-        # context, because asyncio would make one for each timer.
+        # context, because asyncio would otherwise copy one for each timer.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

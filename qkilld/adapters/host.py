@@ -70,8 +70,8 @@ class LocalHost:
 def _identities(
     proc: Path, blocked: Collection[int] = ()
 ) -> tuple[list[Identity], list[Unidentified]]:
-    """Identify all processes. If the reads of some time out, retry for _TIMEOUT_S, but not for
-    processes in `blocked`."""
+    """Identify all processes. Retry for _TIMEOUT_S while reads time out for processes that are not
+    in `blocked`."""
     identities: list[Identity] = []
     pids, until = procfs.pids(proc), time.monotonic() + _TIMEOUT_S
     while True:

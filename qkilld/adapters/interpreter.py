@@ -1,4 +1,4 @@
-"""Set up the Python interpreter so that the event loop stays responsive. Signals must be sent on
+"""Set up the Python interpreter so that the event loop stays responsive, and sends signals on
 time."""
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ default."""
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call this once, after most imports. The collector may be off until then. With a thousand jobs, a
-    full collection stops all threads for 60 to 90 ms every few seconds (measured), and finds only
-    three objects for each job. So full collections are made rare, and `collect_garbage` should be
-    called when the program is idle.
+    Call this once, after most imports. Garbage collection may be disabled until then. With a
+    thousand jobs, a full collection stops all threads for 60 to 90 ms every few seconds (measured),
+    and frees only three objects for each job. So full collections are made rare, and
+    `collect_garbage` should be called when the program is idle.
     """
     sys.setswitchinterval(_SWITCH_S)
     # Free the classes that model.dataclass has replaced.

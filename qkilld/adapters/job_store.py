@@ -1,8 +1,8 @@
 """Store jobs so that they survive the daemon: states in files, processes in the descriptor store.
 
-The service manager keeps a pidfd of each job's process, so the process is still identified. If the
-pidfd is missing, the process is found by its id and start time. In both cases, no other process can
-get a signal.
+The service manager keeps a pidfd of each job's process, which identifies the process. If the pidfd
+is missing, the process is found by its id and start time. In both cases, no other process can get a
+signal.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class JobStore:
 
     def store_monitor(self, number: int, fd: int) -> None:
         name = _monitor_name(number)
-        # Drop the descriptor of an earlier connection, which is lost.
+        # Drop the descriptor of an earlier connection, because that connection is lost.
         self._drop(name)
         self._in_store.add(name)
         self._manager.store_fd(name, fd)
@@ -188,7 +188,7 @@ class JobStore:
             try:
                 process = self._open(guest.identity.pid)
             except Failed:
-                # The job tries again, and checks the identity before it sends a signal.
+                # The job checks the identity before it sends a signal.
                 return open_unidentified(guest)
         except NoSuchProcess:
             return None

@@ -1,4 +1,4 @@
-"""Write events to journald, or to standard error if that is not connected to journald.
+"""Write events to journald if standard error is connected to it, otherwise to standard error.
 
 qkilld is needed when disks stall, and journald may then stop reading. journald's socket, which all
 services share, fills up, and writes to it block. So events go through a bounded queue to a separate
@@ -80,7 +80,8 @@ class QueuedJournal:
         try:
             self._sink(_event(item))
         except Exception as error:
-            # Count the event as dropped. If the item is itself a count, add it to the next count.
+            # Count the event as dropped. If the item is a number of dropped events, add it to the
+            # next one.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1
@@ -125,8 +126,8 @@ class Journald:
         """
         if self._socket is None:
             return
-        # journald ignores an empty datagram, and reads it only after it has processed all earlier
-        # datagrams.
+        # Send an empty datagram: journald ignores it, but reads it only after it has processed all
+        # earlier ones.
         with contextlib.suppress(OSError):
             self._socket.send(b"")
         deadline = time.monotonic() + PROCESSING_TIMEOUT_S
@@ -147,8 +148,8 @@ class Journald:
 
 
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
-    """Return a queue for events, which writes to journald if standard error is connected to it,
-    else to standard error."""
+    """Return a queue that writes events to journald if standard error is connected to it, otherwise
+    to standard error."""
     if not stderr_is_journal():
         return QueuedJournal(to_stderr)
     journald = Journald(identifier)
@@ -242,12 +243,12 @@ def _shown(event: Event) -> list[tuple[str, str]]:
 
 
 def _object_fields(guest: Guest) -> dict[str, str]:
-    """Return OBJECT_PID= and the guest's unit. For OBJECT_PID=, journald itself adds the unit of
-    the process (systemd.journal-fields(7)).
+    """Return OBJECT_PID= and the guest's unit.
 
-    journald cannot find the unit after the process has exited, so these fields name the unit, too:
-    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds the same field, it
-    drops the duplicate.
+    For OBJECT_PID=, journald adds the unit of the process (systemd.journal-fields(7)), but cannot
+    find this unit after the process has exited. So these fields name the unit, and `journalctl -u
+    UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds the same field, it drops the
+    duplicate.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit

@@ -67,7 +67,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
         names = ("_BOOT_ID", "OBJECT_PID", "QKILLD_JOB", "SYSLOG_IDENTIFIER")
         job = tuple(_text(entry, name) for name in names)
         if _text(entry, "MESSAGE_ID").replace("-", "") != MessageId.SURVIVOR_GONE.value:
-            if job in receipts:  # A daemon that had lost its state has used the number again.
+            if job in receipts:  # A daemon that lost its state has reused the number.
                 receipts[(*job, str(number))] = receipts.pop(job)
             receipts[job] = _receipt(entry)
         elif job in receipts:
@@ -148,8 +148,8 @@ def _is_credible(entry: Mapping[str, Any]) -> bool:
     """Return whether a trustworthy sender wrote the entry.
 
     Anyone may write to the journal, but only journald sets fields that begin with an underscore.
-    These fields show the writer. It must be root, the user who reads the entry, or a process of the
-    unit in the entry, such as qkilld-stop in a unit with User=.
+    These fields show the writer. Trusted writers are root, the user who reads the entry, and
+    processes of the unit in the entry, such as qkilld-stop in a unit with User=.
     """
     unit = _unit(entry)
     writer = _number(entry, "_UID")
@@ -184,7 +184,7 @@ def _unit(entry: Mapping[str, Any]) -> str:
 
 
 def _text(entry: Mapping[str, Any], name: str) -> str:
-    """Return a field, "" if it is missing, the first value if it is repeated."""
+    """Return the first value of a field; "" if the field is missing."""
     value = entry.get(name, "")
     if isinstance(value, list | tuple):
         value = value[0]

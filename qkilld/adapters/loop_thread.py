@@ -15,8 +15,8 @@ T = TypeVar("T")
 def run_in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """Run `function` in a new thread; the future gets its result or exception.
 
-    asyncio's own executor is unsuitable: it has few threads, which blocked calls would use up, and
-    at its exit the program would wait for these threads.
+    asyncio's own executor is unsuitable: blocked calls would use up its few threads, and the
+    program would wait for these threads when it exits.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -26,7 +26,8 @@ def run_in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
             settle = functools.partial(_set_result, future, function())
         except Exception as error:
             settle = functools.partial(_set_exception, future, error)
-        # A blocked call may return so late that the loop is closed. Then nobody waits for it.
+        # A blocked call may return so late that the loop is closed. Then nobody waits for the
+        # result.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle)
 

@@ -1,8 +1,8 @@
 """Keep this program in memory with mlockall(2), because its pages may be on a disk that hangs.
 
-Pages that are in a file or were swapped out are read at once. All other memory is locked page by
-page, when each page is first used. Otherwise, the whole stacks of all threads and all unused parts
-of the heap would take memory. Memory that was used once stays locked, so use little.
+Pages in files and swapped-out pages are read when locking begins. Other memory is locked page by
+page, when each page is first used, so that unused parts of stacks and of the heap take no memory.
+Memory that was used once stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MemoryLock:
                 self._is_locked = True
 
     def _try(self) -> str:
-        """Lock the memory. Return the reason why it cannot be locked, or ""."""
+        """Lock the memory. Return "", or the reason for a failure."""
         # If there is a limit, lock nothing, because later allocations would fail.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"

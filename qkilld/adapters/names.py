@@ -1,9 +1,9 @@
 """Read the names of guests from their command lines. Each read may block forever.
 
-To read a command line, the kernel takes the target's memory lock (procfs.py). Any user can keep
-this lock taken for ever, for example with an argument on a page of a FUSE file. So each user gets
-only a few reading threads, and each call has one deadline for all its names. If a name is not read
-before the deadline, later calls do not wait for it, but return it once it has been read.
+To read a command line, the kernel takes the target's memory lock (procfs.py). Any user can make a
+process keep this lock forever, for example with an argument on a page of a FUSE file. So each user
+gets only a few reading threads, and each call has one deadline for all its names. If a name is not
+read before the deadline, later calls do not wait for it, but return it once it has been read.
 """
 
 from __future__ import annotations
@@ -103,17 +103,18 @@ class NameReader:
                 await pace.rest()
             return names
         finally:
-            # Do not make room by forgetting other names: one user's guests would hide the names of
-            # the others from a call that still waits.
+            # Make room by forgetting names that this call wanted, because another call may still
+            # wait for the others.
             while wanted and len(self._names) > MAX_NAMES:
                 self._names.pop(wanted.popitem()[0], None)
 
     def keep(self, alive: Set[Key]) -> None:
-        """Forget the names of all other processes than these (`keys_of`)."""
+        """Forget the names of processes that are not in `alive` (see `keys_of`)."""
         self._names = {key: names for key, names in self._names.items() if key in alive}
         with self._lock:
             for queue in self._users.values():
-                # A call waits for the names that are not late, for example of a new process.
+                # Keep names that are not late, because a call waits for them: their processes may
+                # be newer than `alive`.
                 queue.waiting = deque(
                     key for key in queue.waiting if key in alive or key not in self._late_keys
                 )
@@ -123,7 +124,8 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # Names that were read since the last `_collect` are not in `keys`. The next one takes them.
+        # Names that were read since the last `_collect` are not in `keys`. The next `_collect`
+        # stores them.
         self._pending &= keys
         self._late_keys &= keys
 
@@ -157,7 +159,8 @@ class NameReader:
                 queue.waiting.append(key)
 
     def _start_thread(self, uid: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Start a thread if the user's queue is not empty and their threads make no progress."""
+        """Start a thread if the user's queue is not empty and the user's threads make no
+        progress."""
         with self._lock:
             if (queue := self._users.get(uid)) is None:
                 return
@@ -195,14 +198,15 @@ class NameReader:
                 queue.reading.discard(key)
                 queue.read += 1
                 self._results.append((key, names))
-        # A blocked read may return so late that the loop is closed. Then nobody waits for it.
+        # A blocked read may return so late that the loop is closed. Then nobody waits for the
+        # names.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._wake.set)
 
     def _collect(self) -> None:
         while self._results:
             key, names = self._results.popleft()
-            # No call waits for a late name, so it need not be kept.
+            # Keep a late name only if there is room, because no call waits for it.
             is_kept = key not in self._late_keys or len(self._names) < MAX_NAMES
             if names[0] is not None and is_kept:
                 self._names[key] = names
@@ -211,7 +215,7 @@ class NameReader:
 
 
 def keys_of(identities: Iterable[Identity]) -> Set[Key]:
-    """Return the processes by which NameReader keeps names."""
+    """Return the keys under which NameReader keeps the names of these processes."""
     return {_key(identity) for identity in identities}
 
 

@@ -95,8 +95,8 @@ def read(path: str) -> PidfileProcess:
     """Return the process named by the pidfile at `path`.
 
     Raises InvalidArgs if it is not a readable pidfile, NoSuchProcess if its process is gone,
-    ProcessChanged if the process is younger than the file, AccessDenied as `check_writers` does,
-    Failed as `_own_pid` does, UnknownIdentity if the process blocks the reading of its start time.
+    ProcessChanged if the process is younger than the file, UnknownIdentity if the process is hidden
+    or blocks the reading of its start time, and what `_own_pid` and `check_writers` raise.
     """
     shown = printable(path)
     content = _read(path, shown)
@@ -127,11 +127,11 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace. `pid`, from the pidfile, is the id in the
-    namespace of the process, which may be another one.
+    """Return the process's id in our PID namespace. `pid` is the id in the pidfile, which may be
+    from another PID namespace.
 
     While QEMU runs, it has a lock on its pidfile, which proves that this process wrote the file.
-    Raises Failed if there is no such lock and no process of our namespace has the id.
+    Raises Failed if there is no such lock and the id exists only in other PID namespaces.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):

@@ -6,8 +6,8 @@ timeout, after which Unanswered is raised (blockable.py). Reading a command line
 kernel takes the target's memory lock, and a QEMU process that is stuck in a page fault may keep
 this lock for ever. So call `read_command_line` and `read_names` in a separate thread
 (target_threads.py, names.py). Reading mountinfo does not block even if the server of a file system
-is gone, because the kernel makes the text without accessing a path. For another user's process, it
-needs the ptrace right.
+is gone, because the kernel makes the text without accessing a path. The mountinfo of another user's
+process can be read only with the ptrace right.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def pids(proc: Path = PROC) -> list[int]:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
-    """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process,
-    Unanswered if the process blocks the reading."""
+    """Read stat. Raises OSError, such as FileNotFoundError or ProcessLookupError if there is no
+    process, or Unanswered if the process blocks the reading."""
     return blockable.shared.one(f"{proc}/{pid}", _stat)
 
 
@@ -180,8 +180,8 @@ MAX_PARENTS: Final = 64
 
 
 def read_children(pid: int, proc: Path = PROC) -> list[int]:
-    """Return the children of a process. Those of each thread are in the order of their starts. []
-    if they are unreadable, or if the process has more than MAX_PARENTS threads."""
+    """Return the children of a process, thread by thread, those of each thread oldest first. Return
+    [] if they are unreadable, or if the process has more than MAX_PARENTS threads."""
     try:
         tasks = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208 - half the cost
     except OSError as error:
@@ -218,7 +218,7 @@ def _read(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = chunk = os.read(fd, _CHUNK)
-        while len(chunk) == _CHUNK:  # A process may have 65,536 groups.
+        while len(chunk) == _CHUNK:  # A long status: a process may have 65,536 groups.
             chunk = os.read(fd, _CHUNK)
             text += chunk
         return text
@@ -230,7 +230,7 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """Return the target of exe, and whether it is deleted; ("", False) if there is none.
 
     Kernel threads and exiting processes have no exe. If the first thread has exited, exe of another
-    thread is read. Raises OSError, for example PermissionError if the kernel does not show exe,
+    thread is read. Raises OSError, such as PermissionError if the kernel does not show exe, or
     Unanswered if the process blocks the reading.
     """
     return blockable.shared.one(f"{proc}/{pid}", _executable)
@@ -256,9 +256,7 @@ def _executable(directory: str) -> tuple[str, bool]:
 
 
 def read_identity(pid: int, proc: Path = PROC) -> Identity:
-    """Raises OSError: FileNotFoundError or ProcessLookupError if the process is gone,
-    PermissionError if the kernel does not show its executable, Unanswered if the process blocks the
-    reading."""
+    """Raises what `read_stat` and `read_executable` raise."""
     return blockable.shared.one(f"{proc}/{pid}", _identity)
 
 
@@ -280,7 +278,7 @@ def _identity(directory: str) -> Identity:
         pid=int(directory.rpartition("/")[2]),
         start_time=stat.start_time,
         uid=uid,
-        command=sys.intern(stat.command),  # Most guests share both texts.
+        command=sys.intern(stat.command),  # Most guests share this text and the executable.
         state=stat.state,
         executable=sys.intern(executable),
         executable_deleted=deleted,
@@ -325,9 +323,9 @@ def _arguments(command_line: bytes) -> list[str]:
 
 
 def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool]:
-    """Return the guest's name and UUID, each "" if the command line has none; whether the guest may
-    have a QMP monitor; whether it may have storage on a network. The name is None if it is unknown.
-    May block forever."""
+    """Return the guest's name and UUID, whether it may have a QMP monitor, and whether it may have
+    storage on a network. A missing name or UUID is "", and an unknown name is None. May block
+    forever."""
     try:
         command_line = _read_command_line(pid, proc)
     except OSError as error:
@@ -339,8 +337,8 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # Only a complete command line proves that the guest has no name. That of an exiting process is
-    # empty.
+    # Only a complete command line proves that the guest has no name. The command line of an exiting
+    # process is empty.
     is_whole = bool(command_line) and _is_whole(command_line)
     label = printable(name) if name or is_whole else None
     is_remote = not is_whole or qemu_args.names_network_storage(argv)
@@ -398,8 +396,8 @@ class Mounts:
     """The mounts that one process sees at one moment."""
 
     def __init__(self, pid: int | str, proc: Path = PROC, max_bytes: int = MAX_MOUNTINFO) -> None:
-        """Read mountinfo. If it cannot be read, or is longer than `max_bytes`, this object has no
-        mounts."""
+        """Read mountinfo. If mountinfo cannot be read, or is longer than `max_bytes`, this object
+        has no mounts."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
         # Not splitlines(): a path may contain any line separator except a line feed.
@@ -485,8 +483,8 @@ def parse_mount(line: bytes, pid: str) -> Filesystem | None:
 
 def read_links(fd_directory: int, most: int) -> list[tuple[str, str]] | None:
     """Return the number and the link of each descriptor of a process. `fd_directory`: a descriptor
-    of /proc/PID/fd. None if there are more than `most`. A link that is too long is "". Raises
-    OSError."""
+    of /proc/PID/fd. Return None if there are more than `most` descriptors. A link that is too long
+    is "". Raises OSError."""
     with os.scandir(fd_directory) as entries:
         names = [entry.name for entry in itertools.islice(entries, most + 1)]
     if len(names) > most:

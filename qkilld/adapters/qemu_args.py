@@ -80,9 +80,9 @@ class QemuOption:
     def properties(self) -> Mapping[str, Any]:
         """The argument's keys and values; empty if it has none (`-kernel FILE`).
 
-        From the form key=value: all values are strings, and keys keep their dots ("file.driver"). A
-        key without a value is "on" or, with the prefix "no", "off". If a key is repeated, its last
-        value counts. From JSON: the nested object. `flat` has the same form for both.
+        In the form key=value, all values are strings, and keys keep their dots ("file.driver"). A
+        key without a value gets "on" or, with the prefix "no", "off". If a key is repeated, its
+        last value counts. An argument in JSON becomes a nested object.
         """
         if self.name in _FILE:
             return MappingProxyType({"file": self.text})
@@ -94,12 +94,13 @@ class QemuOption:
 
     @cached_property
     def flat(self) -> Mapping[str, str]:
-        """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
+        """The properties in key=value form, also those from JSON. A nested key becomes, for
+        example, "file.path".
 
         Booleans become "on" and "off". The key of a list's element is its index. Keys longer than
-        MAX_KEY or deeper than MAX_DEPTH are left out. Each element repeats the keys above it, so
-        all keys together can be much longer than the text. When they reach `room` characters, the
-        rest is left out.
+        MAX_KEY or deeper than MAX_DEPTH are left out. Each key repeats the keys above it, so all
+        keys together can be much longer than the text. Keys beyond `room` characters in all are
+        left out.
         """
         values: dict[str, str] = {}
         room = MAX_KEYS + 4 * len(self.text)
@@ -155,7 +156,7 @@ def parse_config(text: str) -> list[QemuOption]:
 def parse_key_values(text: str, implied: str | None = None) -> dict[str, str]:
     """Parse a QemuOpts string into keys and values; see QemuOption.properties.
 
-    `implied` is the key that the first part may omit. A doubled comma is a comma.
+    `implied` is the key that the first part may omit. A doubled comma stands for a comma.
     """
     values = {}
     for number, part in enumerate(text.replace(",,", "\0").split(",")):

@@ -81,8 +81,8 @@ class StateDirectory:
         """Return the jobs, sorted by number; the highest number that may have been used; and the
         unusable files. Remove files of another boot.
 
-        Raises OSError if the directory cannot be read. If it cannot be written to, for example
-        because it is full, the error is reported, and its files are still read.
+        Raises OSError if the directory cannot be read. If the directory cannot be written to, for
+        example because it is full, the error is reported, and its files are still read.
         """
         documents, bad = [], []
         last = 0
@@ -127,8 +127,8 @@ class StateDirectory:
         self._put(number, None)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the writing thread when everything saved before is written or has
-        failed."""
+        """Call `callback` in the writing thread when all states saved before have been written or
+        could not be."""
         self._writer.put(callback)
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
@@ -186,7 +186,7 @@ class StateDirectory:
             elif item in self._pending:
                 self._write_job(item)
             else:
-                return  # This state was written before the others.
+                return  # `write_first` has written this state already.
             self._is_error_reported = False
         except OSError as error:
             self._failed(error)

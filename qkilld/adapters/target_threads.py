@@ -68,7 +68,7 @@ class TargetThreads:
 
     @contextlib.contextmanager
     def _place(self, target: Hashable, uid: int) -> Iterator[None]:
-        """Within the context, one thread may be started, for which a place is reserved. Raises
+        """Reserve a place for one thread, which may be started within the context. Raises
         AllThreadsBlocked."""
         with self._lock:
             if not self._has_room(target, uid):

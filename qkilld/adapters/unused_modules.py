@@ -29,7 +29,7 @@ _LOCK = threading.Lock()
 
 
 def set_up() -> None:
-    """Call it before anything imports these modules."""
+    """Call this before anything imports these modules."""
     for name in _ABSENT:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     for name in DEFERRED:
@@ -39,8 +39,8 @@ def set_up() -> None:
 
 
 def _annotations(cls: type) -> dict[str, Any]:
-    """Return what `inspect.get_annotations(cls)` returns on Python 3.13, where dataclasses call
-    nothing else of that module."""
+    """Replaces inspect.get_annotations() on Python 3.13, where dataclasses call nothing else of
+    `inspect`."""
     return dict(vars(cls).get("__annotations__", {}))
 
 
