@@ -1,8 +1,8 @@
 """Count the bytes that a process has written, to disks and through storage servers. Pure.
 
 The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
-A unix socket has no counter. If its server has no other client, the bytes that the server writes
-are counted instead. Only some samples read the servers. So each reading of a server adds the bytes
+A unix socket has no counter. Instead, the bytes that its server writes are counted, if the server
+has no other client. Only some samples read the servers. So each reading of a server adds the bytes
 that the server has written since its previous reading.
 """
 
@@ -57,7 +57,7 @@ NOTHING_COUNTED: Final = Amounts()
 
 
 def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
-    """Return the amounts after one more sample. `first`: the first sample of the process."""
+    """Return the amounts after one more sample."""
     served, servers = before.served, before.servers
     if pairs := _served_bytes(sample):
         earlier = {server.pid: server.written for server in servers}
@@ -100,9 +100,9 @@ def is_storage(socket: Socket) -> bool:
 
 
 def _own_bytes(sample: Sample) -> int | None:
-    """Return the bytes written to disks plus the bytes acknowledged over TCP; None if the bytes
-    written to disks are unknown. These come from the guest's own control group, or else from
-    /proc/PID/io."""
+    """Return the bytes written to disks plus the bytes acknowledged over TCP. The bytes written to
+    disks come from the guest's own control group, or else from /proc/PID/io; if they are unknown,
+    return None."""
     group = sample.cgroup
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:

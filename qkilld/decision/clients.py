@@ -3,8 +3,8 @@ Pure.
 
 While QEMU's main loop waits for a dead disk, an export in an iothread continues to serve its
 client, perhaps forever. A client that only reads causes no writes. A client that writes may also
-cause flushes. But QEMU's own flush may take many minutes, so a flush that moves always counts as
-QEMU's own. If the cause of a movement is unknown, it counts as QEMU's own, too.
+cause flushes. But QEMU's own flush may take many minutes, so movement in a flush always counts as
+QEMU's own. Movement of unknown cause counts as QEMU's own, too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def has_client(sample: Sample) -> bool:
 
 
 def is_own(wait: Wait, sample: Sample, previous: Sample) -> bool:
-    """Return whether the movement of a wait since the sample `previous` may be QEMU's own work,
-    because requests of a client cannot explain it."""
+    """Return whether a wait may have moved since the sample `previous` because of QEMU's own work,
+    not only because of a client's requests."""
     if wait.kind is WaitKind.CALL:
         return True
     devices, earlier = sample.devices or (), previous.devices or ()
-    # If a client may write, assume that all writes are for it, except those of a flush.
+    # If a client may write, assume that all writes are the client's, except those of a flush.
     writes = any(map(_sends_data, _clients(sample)))
     if wait.threads:
         return _calls_write(wait.threads, devices, earlier, writes=writes)
@@ -61,7 +61,7 @@ def _clients(sample: Sample) -> list[Socket]:
 
 
 def _sends_data(client: Socket) -> bool:
-    """Return whether the client has sent more bytes than requests to read need."""
+    """Return whether the client has sent too many bytes to be only reading."""
     received, sent = client.received or 0, client.acked or 0
     return received > max(HANDSHAKE, sent // _READS_SHARE)
 
@@ -73,8 +73,7 @@ def _calls_write(
     *,
     writes: bool,
 ) -> bool:
-    """Return whether the threads are in a call that may write, and the disks under it may have
-    written.
+    """Return whether one of the threads may be writing, and its disks may have completed a write.
 
     `writes`: a client may write, so only calls that flush count.
     """
@@ -94,7 +93,7 @@ def _calls_write(
 
 
 def _has_written(devices: Iterable[Device], before: Iterable[Device]) -> bool:
-    """Return whether a device has completed writes since `before`, or no device counts its
+    """Return whether a device has completed writes since `before`; True if no device counts its
     writes."""
     earlier = {device.number: device.writes for device in before}
     counting = [one for one in devices if one.writable and one.accounting is not False]
@@ -102,8 +101,7 @@ def _has_written(devices: Iterable[Device], before: Iterable[Device]) -> bool:
 
 
 def _has_stored(socket: Socket, before: Socket, *, writes: bool) -> bool:
-    """Return whether the server at the other end may have received data to write, or may have
-    written."""
+    """Return whether the server at the other end may have received or written data."""
     if socket.peer is not None and before.peer is not None:
         return _is_writing(socket.peer, before.peer, writes=writes)
     if socket.acked is None or socket.received is None:

@@ -25,8 +25,7 @@ movement on it counts as progress."""
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """The connections of a node, followed from sample to sample. Times are CLOCK_MONOTONIC in
-    µs."""
+    """The connections of a node, tracked across samples. Times are CLOCK_MONOTONIC in µs."""
 
     inodes: frozenset[int] = frozenset()
     """The connections in the last sample that had any."""
@@ -42,8 +41,7 @@ class Connections:
 
     @property
     def repeats(self) -> bool:
-        """Whether movement on these connections may only be a repetition of requests on earlier
-        ones."""
+        """Whether movement on these connections may come only from repeated requests."""
         lasted = self.seen_at - self.since
         return self.broken >= BREAKS and (lasted < LASTS or lasted < 2 * self.longest)
 

@@ -1,15 +1,15 @@
-"""Plan to flush healthy disks before QEMU is made to ask the file systems. Pure.
+"""Plan which disks to flush before QEMU asks a file system that may not answer. Pure.
 
 When QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
-systems of all images for the sizes of the images. If a file system does not answer, the main thread
-and the monitor hang, and no disk can be flushed any more. In a measurement with a hanging image on
-FUSE, a local disk lost 201 of 300 records. Only a file system without a block device, such as NFS
-or FUSE, can hang like this. So if an image may lie on such a file system, disks that lie elsewhere
-are flushed first. Their names come from query-blockstats, which asks no file system.
+system of each image for the image's size. If a file system does not answer, the main thread and the
+monitor hang, and no disk can be flushed any more. In a measurement with a hanging image on FUSE, a
+local disk lost 201 of 300 records. Only a file system without a block device, such as NFS or FUSE,
+can hang like this. So if an image may lie on such a file system, disks that lie elsewhere are
+flushed first. The names of these disks come from query-blockstats, which asks no file system.
 
-The command line and the open files of the process show which disks lie on such a file system, but
-both may be wrong. So they decide only which disks are flushed, and in which order. Only QEMU's
-replies decide which disks count as flushed.
+The command line and the open files of the process show which disks lie on a file system without a
+block device, but both may be wrong. So they decide only which disks are flushed, and in which
+order. Only QEMU's replies decide which disks count as flushed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
 def plan_early_flush(
     first: BlockState, second: BlockState | None, evidence: Assessment
 ) -> EarlyFlush:
-    """Plan the flush. The two states contain only statistics. `second` was read OLD µs after
+    """Plan the flush. `first` and `second` contain only statistics. `second` was read OLD µs after
     `first`; it is None if no request was in flight. `evidence` is from samples at the same
     times."""
     state, images = second or first, evidence.last.images
@@ -83,7 +83,7 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block would hang, so no other flush follows. Include the disks on a network, too.
+        # query-block would hang, so this is the only flush: include the disks on a network.
         others += [disk for disk in usable if disk.network]
     if unanswered:
         # Try the stuck disks on block devices, too: some may be healthy, and only share a

@@ -54,8 +54,8 @@ class FlushPlan:
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return whether only evidence from outside can show requests in flight: the guest runs, and
-    QEMU does not report the requests of one of its local disks."""
+    """Return whether the guest runs and has a local disk whose requests QEMU does not report. Only
+    evidence from outside shows such requests."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING
@@ -72,9 +72,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment | None = None) 
 def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
-    """Return whether `state` shows which requests are stuck: it was read OLD µs after `first`, or
-    none is stuck, because every queue that had requests in flight has completed one since `first`,
-    and `evidence` has no wait for a request."""
+    """Return whether `state` shows which requests are stuck. This is so if it was read OLD µs after
+    `first`. Earlier, it is so only if none is stuck: every queue with requests in flight has
+    completed one since `first`, and `evidence` has no wait for a request."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):
@@ -162,8 +162,8 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. If QEMU refused to try a flush, this is not a risk, but
-    it proves nothing either (`proves_all`)."""
+    """Return the risks of failed flushes. A flush that QEMU refused to try is not a risk, but
+    proves nothing (`proves_all`)."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -182,7 +182,7 @@ def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult
 
 @dataclass(frozen=True, slots=True)
 class JobsProgress:
-    """The progress of backups, mirrors and a migration, followed from reading to reading."""
+    """The progress of backups, mirrors and a migration, tracked across readings."""
 
     progress: Mapping[str, int] = field(default_factory=dict)
     """The progress of each background job, by its name. A mirror that is ready is left out: it
@@ -199,7 +199,7 @@ class JobsProgress:
         return JobsProgress(latest, now if moved else self.moved_at)
 
     def waited_for(self, now: int, stall: int) -> bool:
-        """Return whether to wait for the background jobs, because one has made progress within the
+        """Return whether to wait for the background jobs: one of them has made progress within the
         last `stall` µs."""
         return bool(self.progress) and now - self.moved_at < stall
 
@@ -237,7 +237,7 @@ def _requests(evidence: Assessment) -> list[OpenWait]:
 
 
 def standing_waits(evidence: Assessment) -> list[OpenWait]:
-    """Return the waits for requests of local disks that have not moved for OLD."""
+    """Of the waits for requests of local disks, return those that have not moved for OLD µs."""
     # Use half of OLD: the two readings may be a little less than OLD apart.
     since = evidence.last.at - OLD // 2
     return [

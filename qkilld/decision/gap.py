@@ -3,8 +3,8 @@
 A daemon that resumes a job continues from this assessment. It errs in favour of the guest's data:
 if the process made progress before the gap, it is assumed to have made progress until now; if it
 waited for something, it is assumed to wait still. The next `assess` compares counters with those
-from before the gap. It counts the gap as time without samples, so SIGKILL comes no earlier because
-of the gap.
+from before the gap. It counts the gap as time without samples, so the gap does not bring SIGKILL
+forward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
-    """Make an assessment if only a verdict and the time of the last progress are known."""
+    """Make an assessment from only a verdict and the time of the last progress."""
     # Give the empty sample the time of the job's start, so that it is too old to allow SIGKILL.
     empty_sample = Sample(began, "?")
     return Assessment(

@@ -1,14 +1,14 @@
-"""Measure how much a guest works, and recognize more work than before. Pure.
+"""Measure how much a guest works, and whether it works more than before. Pure.
 
 The work that a load does varies with the share of processors and disks that the host gives it. Two
 figures stay about the same. One is the load's demand: the number of processors that it uses or
-waits for, plus the number of its requests in flight. When the host's disk became slow, the first
-number fell from 0.7 to 0.15, and the second rose from 0.3 to 1.2, so their sum changed little
-(measured). The other figure is the number of requests per second of processor time. It changes only
-if the host becomes more or less busy (share_growth).
+waits for, plus the number of its requests in flight. When the host's disk became slow, the
+processors fell from 0.7 to 0.15 and the requests rose from 0.3 to 1.2, so the demand changed little
+(measured). The other figure is the number of requests per second of processor time, which changes
+only if the host becomes more or less busy (share_growth).
 
-The demand of a light load is not constant: if the host becomes busy, the same work wants processors
-for longer. But the processors do not run for longer (MORE_TIME).
+The demand of a light load is not constant: on a busy host, the same work waits longer for
+processors, but does not run longer on them (MORE_TIME).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ later work is compared with CALM instead."""
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of work over some time. A rate that is None is unknown, and is not compared."""
+    """Rates of work over some time. An unknown rate is None, and is not compared."""
 
     requests: float | None = None
     """Requests per second."""
@@ -69,8 +69,8 @@ def has_idle_disks(seen: GuestObservation) -> bool:
 
 
 def measure(recent: tuple[GuestObservation, ...]) -> Rates:
-    """Return the highest rates over times of at least BASELINE. If the observations cover less
-    time, idle disks count as no requests, and calm processors as CALM."""
+    """Return the highest rates over periods of at least BASELINE. If there is no such period, idle
+    disks count as no requests, and calm processors as CALM."""
     if not recent:
         return Rates()
     last = recent[-1]
@@ -127,8 +127,8 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
             return True
     if now.vcpus is None or baseline.vcpus is None:
         return False
-    # If the host gives the virtual processors less time, they want more, because the same work
-    # takes longer. So work counts only if they also ran longer.
+    # If the host gives the virtual processors less time, they wait longer for the same work. So
+    # work counts only if they also ran longer.
     if now.ran is not None and baseline.ran is not None and now.ran <= MORE_TIME * baseline.ran:
         return False
     return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
@@ -137,7 +137,7 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
 def works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
     """Return whether the guest did anything between the two observations.
 
-    The processors of an idle guest wait on a busy host, but run as little as on any other.
+    On a busy host, the processors of an idle guest wait, but do not run longer.
     """
     if difference(before.requests, after.requests):
         return True
@@ -156,9 +156,9 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
 
 
 def share_growth(now: Rates, baseline: Rates) -> float:
-    """Return by what factor the share of the wanted processor time that the guest gets has grown
-    since the baseline. Return at least 1, and 1 if the guest wanted little in the baseline, because
-    its share is then too uncertain.
+    """The guest gets a share of the processor time that it wants: return the factor by which this
+    share has grown since the baseline. The factor is at least 1. It is 1 if the guest wanted little
+    in the baseline, because its share is then too uncertain.
 
     The number of requests per second of processor time may grow by the same factor, because QEMU's
     threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as
@@ -172,8 +172,8 @@ def share_growth(now: Rates, baseline: Rates) -> float:
 
 
 def _requests_of_load(now: Rates, baseline: Rates) -> float:
-    """Return how many requests per second the load of the baseline may make with the processor time
-    that the host gives to the guest now."""
+    """Return how many requests per second the load of the baseline could make with the guest's
+    present processor time."""
     requests = (baseline.requests or 0.0) * share_growth(now, baseline)
     more_time = max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
     # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.

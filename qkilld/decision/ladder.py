@@ -126,7 +126,7 @@ def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Pol
 
 
 def lengthen(policy: Policy, spans: Mapping[str, int]) -> Policy:
-    """Return the policy with the requested spans, except those that would become shorter."""
+    """Return the policy with those requested spans that are longer than its own."""
     return replace(
         policy, **{name: max(usec, getattr(policy, name)) for name, usec in spans.items()}
     )
@@ -194,7 +194,7 @@ def _deadline(facts: JobFacts, due: int) -> int:
 
 
 def kill_due(facts: JobFacts) -> int:
-    """Return the time from which on the evidence so far allows SIGKILL, if nothing changes.
+    """Return when the evidence so far allows SIGKILL, if nothing changes.
 
     Time without samples is not counted. The result is never earlier than `promised`.
     """
@@ -228,8 +228,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples since `began`. Of the time before the first sample, 1 s
-    is not counted."""
+    """Return the time (µs) without samples since `began`. Up to 1 s before the first sample is not
+    counted."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
@@ -275,8 +275,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether to cut off storage before SIGKILL, which is due: I/O may be outstanding, `max`
-    is not over, and storage may be left that can be cut off."""
+    """SIGKILL is due: return whether to cut off storage first, because I/O may be outstanding,
+    `max` is not over, and storage may be left that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

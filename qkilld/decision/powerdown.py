@@ -4,12 +4,12 @@ Call `start`, then `observe` for each observation, about once a second, and `not
 guest was asked. `judge` interprets the observations at any time. It relies on these facts:
 
 - QEMU drops a press of the power button if no operating system listens to it. Most machines show
-  whether one listens. On these, the button is pressed only when one listens. A guest that does not
-  listen may be booting if its processors or disks work. Otherwise, it is called deaf.
+  whether one listens; on these, the button is pressed only if an operating system listens. A guest
+  that does not listen may be booting if its processors or disks work; otherwise, it is called deaf.
 - A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
-  work for seconds. So neither work nor the lack of work is proof. Work counts as a shutdown only if
-  it exceeds the work before the press and lasts. Short work proves nothing, because an idle guest
-  writes its log every few seconds. A shutdown whose work is too short to count ends within
+  work for seconds. So neither work nor the lack of work proves anything. Work counts as a shutdown
+  only if it exceeds the work before the press and lasts. Short work proves nothing, because an idle
+  guest writes its log every few seconds. A shutdown whose work is too short to count ends within
   PowerdownSec= anyway.
 - The work of a load varies with the processor time and disks that the host gives it
   (guest_work.py).
@@ -23,10 +23,11 @@ guest was asked. `judge` interprets the observations at any time. It relies on t
   x-query-virtio-status would show whether the guest has reset a device, but is not used: if QEMU
   cannot decode the features of that kind of device, it aborts and loses all data that it holds
   (qmp_decode_features in hw/virtio/virtio-qmp.c).
-- A guest that restarts has shut down and booted again. It is asked once more, like a booting guest.
+- A guest that restarts has shut down and booted again, so it is asked once more, like a booting
+  guest.
 
-An attempt continues in the next daemon (`go_on`): compared with counters from before the gap, the
-next counters show what the guest did during the gap.
+If the daemon restarts, an attempt continues (`go_on`): the counters before and after the gap show
+what the guest did during the gap.
 """
 
 from __future__ import annotations
@@ -203,13 +204,13 @@ def start(at: int) -> Attempt:
 
 
 def go_on(attempt: Attempt, at: int) -> Attempt:
-    """Continue an attempt in the next daemon at the time `at`. The time without a daemon does not
+    """Continue the previous daemon's attempt at the time `at`. The time without a daemon does not
     count as silence of the monitor."""
     return replace(attempt, answered_at=at)
 
 
 def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) -> Attempt:
-    """Make an attempt if only the times of asking and the last conclusion are known.
+    """Make an attempt from only the times of asking and the last conclusion.
 
     With `shutting_down`, assume that the guest has made progress until now.
     """
@@ -242,13 +243,13 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken. Earlier work is left out of the baseline. Earlier
-    silence of the monitor does not count."""
+    """Note that the guest was resumed or woken: work and silence of the monitor before that no
+    longer count."""
     return replace(attempt, started=at, recent=(), helped_at=at, answered_at=at)
 
 
 def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
-    """Return the attempt after one more observation. It must be newer than all others."""
+    """Return the attempt after one more observation, which must be newer than all others."""
     before = attempt.last
     old_signs = attempt.old_signs & observation.signs
     # Keep lasting signs: a monitor that was opened again does not report earlier events.
@@ -292,8 +293,8 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
     """Return a new attempt after a restart: the guest is booting.
 
-    More resets until it is asked again belong to the same restart: Linux tries several ways to
-    reset a machine (five resets in 0.3 s were measured), and firmware may reset it, too.
+    More resets before the guest is asked again belong to the same restart: Linux tries several ways
+    to reset a machine (five resets in 0.3 s were measured), and firmware may reset it, too.
     """
     return Attempt(
         started=observation.at if attempt.asked else attempt.started,
@@ -309,7 +310,7 @@ def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent`: whether the guest's agent can be asked. False if it was asked before.
+    `agent`: whether the guest's agent can be asked, and was not asked before.
     """
     last = attempt.last
     if last is None:
@@ -421,9 +422,9 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
 def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
-    If the guest was asked soon after the start, SIGTERM must follow within PowerdownSec= + BASELINE
-    after the start, even if measuring took longer than BASELINE. So the wait ends CLOSING before
-    that time. This may cut PowerdownSec=, but by no more than CUT allows.
+    SIGTERM should follow within PowerdownSec= + BASELINE after the start, even if measuring took
+    longer than BASELINE. So the wait ends CLOSING before that time, if this cuts PowerdownSec= by
+    no more than CUT allows.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -432,12 +433,13 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
 
 
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
-    """Return how to ask again after asking had no effect; None if not to ask now.
+    """Return how to ask again after asking had no effect; None if the guest should not be asked
+    now.
 
-    The power button is tried after the agent. It is pressed a second time only if the machine has
-    no register that shows whether the guest has noticed the press, because a second press cancels
-    the shutdown of some systems (illumos). While a guest boots, the button is pressed repeatedly:
-    its kernel listens to the button seconds before the program that acts on a press has started.
+    The power button is tried after the agent. A second press cancels the shutdown of some systems
+    (illumos), so the button is pressed again only if no register shows whether the guest has
+    noticed the first press. While a guest boots, the button is pressed repeatedly, because its
+    kernel listens seconds before the program starts that acts on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -500,8 +502,8 @@ def _is_unsettled(
 
 
 def _measure_until(attempt: Attempt) -> int:
-    """Return when measuring ends if the guest does nothing. If the disks are idle or have completed
-    a request, it takes BASELINE; otherwise, it takes IDLE_DISKS."""
+    """Return when measuring ends if the guest does nothing. Measuring takes BASELINE if the disks
+    are idle or have completed a request; otherwise, it takes IDLE_DISKS."""
     first, last = attempt.recent[0], attempt.recent[-1]
     until, baseline = attempt.started + IDLE_DISKS, first.at + BASELINE
     needs_baseline = bool(difference(first.requests, last.requests)) or has_idle_disks(last)
@@ -524,15 +526,15 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether the guest has worked more than in the baseline for LASTING since it was
-    asked."""
+    """Return whether, since the guest was asked, it has worked more than in the baseline for
+    LASTING in total."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
-    """Return whether the guest was busy before it was asked, and has had less than half of that
-    demand for LASTING. The end of a boot does not count.
+    """Return whether the guest was busy in the baseline, and its demand has since been less than
+    half of that for LASTING. The end of a boot does not count.
 
     If the guest still makes as many requests as before, its load has not ended: the demand may have
     fallen only because the host's disks have become faster.
@@ -558,9 +560,9 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 
 
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done no work for QUIET, except requests for up to BURST in
-    addition. Unknown is not idle. If these requests took long, the result is False, because the
-    guest may have waited for its disks."""
+    """Return whether the guest has done no work for QUIET, apart from disk requests during at most
+    BURST. If these requests took longer than BURST, the result is False, because the guest may have
+    waited for its disks. Unknown work is not idleness."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)
@@ -577,7 +579,7 @@ def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
 
 
 def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done no work at all for QUIET. Unknown is not quiet."""
+    """Return whether the guest has done no work at all for QUIET; False if unknown."""
     for earlier in reversed(recent):
         last = recent[-1]
         duration = last.at - earlier.at

@@ -2,9 +2,9 @@
 
 `assess` folds the samples into an assessment. `decide` is called at each sample, and at each
 deadline between two samples. A decision at a deadline needs a new sample, which the recorded job
-may not have taken. If the trace has a sample within SAMPLE_DURATION, it is used. Otherwise, the
-previous sample is used again, as if nothing had moved. So a replay may send SIGKILL too early;
-`Step.since_sample` shows how old its sample was.
+may not have taken. If the trace has a sample within SAMPLE_DURATION after the deadline, that sample
+is used. Otherwise, the previous sample is used again, as if nothing had moved. So a replay may send
+SIGKILL too early; `Step.since_sample` shows how old its sample was.
 
 A replay ends when it reaches a result. It ends at the latest when the recorded process exited or
 got SIGKILL, or when the recording ends.
@@ -151,7 +151,7 @@ def recorded_of(trace: Trace) -> RealOutcome:
 
 
 class _Walk:
-    """A simulated job. It has no process."""
+    """A simulated job."""
 
     def __init__(self, trace: Trace, overrides: Overrides) -> None:
         header = trace.header

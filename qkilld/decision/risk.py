@@ -22,7 +22,7 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
     """Return the risks of SIGKILL; () if it is proven that there are none.
 
     It is proven if QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
-    writing: it holds back no data of raw images.
+    writing, because QEMU holds back no data of raw images.
     """
     if evidence is None or tells_nothing(evidence.last):
         return (Risk("unknown", "the process could not be read"),)
@@ -95,8 +95,7 @@ def risks_of_exit(
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # If the node has lost its server only after the wait was first seen, it was connected at
-        # that time.
+        # If the node lost its server only after `wait.since`, it was connected at `wait.since`.
         connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
         delay = (node.reconnect or 0) * USEC_PER_SEC
         if node.reconnect is not None and ended < connected_at + delay:

@@ -4,9 +4,9 @@ If a server ends before the guest has closed its disk, QEMU's last writes and fl
 then exits at once, with code 0, before another sample can be taken. So the servers are searched for
 before SIGTERM. After the guest's end, qkilld checks which process ended first.
 
-A server that is being stopped closes its connections some time before it ends. So if it ends soon
-after the guest (SETTLE), there is a risk, too. For TCP, the kernel may show that the guest closed
-the connection first. If the server is on another host, this is the only evidence.
+A server that is being stopped closes its connections some time before it ends. So a server that
+ends soon after the guest (SETTLE) is a risk, too. For TCP, the kernel may show that the guest
+closed the connection first. If the server is on another host, this is the only evidence.
 
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
 ordinary stop, so its end proves nothing. The same is true of a process that a server has forked for
@@ -68,9 +68,9 @@ class NodeServer:
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
     def outlived(self, closed_first: bool | None) -> bool:
-        """Return whether the server certainly served the connection until the guest closed it: the
-        guest closed it first, and there is no server behind this one. The connection proves nothing
-        about a server behind it."""
+        """Return whether the server certainly served the connection until the guest closed it.
+        False if another server is behind this one, because the connection proves nothing about that
+        one."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 
@@ -127,8 +127,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     """Return the servers after one more sample; None if the connections were unreadable in all
     samples.
 
-    If a node has lost its connection, its server is kept, because QEMU closes its connections when
-    it exits.
+    A node without a connection keeps its last server, because QEMU closes its connections when it
+    exits.
     """
     if sample.nodes is None:
         return before
@@ -195,8 +195,8 @@ def _follow_group(
 
 
 def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
-    # For iSCSI, this would not show that the server is a process, because the kernel itself may be
-    # the server.
+    # For iSCSI, a local address does not show that the server is a process: it may be the kernel
+    # itself.
     is_here = node.protocol == "nbd" and _connects_to_itself(socket.tcp_id)
     local = socket.family == "unix" or is_here
     return NodeServer(node, socket.inode, at, local, socket.peer, socket.tcp_id)
@@ -249,8 +249,8 @@ class ServerEnds:
 
 
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
-    """Return whether to wait for SETTLE, because only this can show whether a server was being
-    stopped when the guest ended. `closed_first`: see ServerEnds."""
+    """Return whether only a wait for SETTLE can show if a server was being stopped when the guest
+    ended. `closed_first`: see ServerEnds."""
     known = servers.connected if servers is not None else {}
     return any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
@@ -260,8 +260,8 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
     """Return the risks after QEMU has exited; () if nothing indicates that a server ended first.
 
-    There is no risk before the reconnect-delay of a node has passed, because QEMU keeps the data
-    until then and does not exit (risk.py).
+    A node whose reconnect-delay has not passed is no risk: if it had lost its server, QEMU would
+    have kept the data and not exited (risk.py).
     """
     if servers is None:
         text = "its connections to the servers of its disks could not be read"
@@ -313,8 +313,8 @@ def _should_be_connected(node: Node, sample: Sample) -> bool:
 
 
 def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
-    """Return whether QEMU would have kept the data until `ended` (`reconnect-delay`), even if it
-    had lost the server of any of these nodes."""
+    """Return whether, because of `reconnect-delay`, QEMU would have kept the data until `ended`
+    even if any of these nodes had lost its server."""
     return all(
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes
@@ -322,9 +322,8 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
 
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
-    """Yield the servers and the servers behind them, except those that are not certain to work for
-    the guest. Connections may share a server, and servers may share those behind them, so each
-    object is visited only once."""
+    """Yield the servers, and the servers behind them that certainly work for the guest. Each is
+    yielded only once, although connections may share a server, and servers those behind them."""
     waiting = [peer for peer in peers if peer is not None]
     seen: set[int] = set()
     while waiting:

@@ -2,7 +2,7 @@
 
 The numbers are counters: those of the disk that a thread waits for, of a connection and the server
 at its other end, or of the process and its control group. waits.py assigns signs to waits;
-verdict.py follows them.
+verdict.py compares their values.
 """
 
 from __future__ import annotations
@@ -130,11 +130,12 @@ def waits_for_storage(thread: Thread) -> bool:
 
 
 def works(peer: Peer | None) -> bool:
-    """Return whether a server without other clients, or one behind it, is working on a request or
-    has not read it."""
+    """Return whether a server without other clients, or a server behind it, still has a request to
+    work on."""
     if peer is None or peer.shared is not False:
         return False
-    # A process behind it without disks may be a client of its monitor, which may never read.
+    # A process without disks behind the server may be a client of the server's monitor, and may
+    # never read.
     behind = any(
         other.certain and ((other.unread and (other.devices or other.behind)) or works(other))
         for other in peer.behind
@@ -143,7 +144,8 @@ def works(peer: Peer | None) -> bool:
 
 
 def write_signs(devices: Iterable[Device]) -> list[Sign]:
-    """Return two signs of each device for calls that only write: its completed writes and reads.
+    """For calls that only write, return two signs of each device: its completed writes, and its
+    completed reads.
 
     Reads are doubtful, because such a call seldom needs reads, and other processes may read
     forever. Writes of a lower layer are doubtful, too, if a device above it has no visible writes
@@ -163,10 +165,10 @@ def write_signs(devices: Iterable[Device]) -> list[Sign]:
 
 
 def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign]:
-    """Return a sign for the completed requests of each device. It is QUIET if they do not count as
-    the guest's.
+    """Return a sign for the completed requests of each device, QUIET if the requests do not count
+    as the guest's.
 
-    `writing`: for calls that only write.
+    `writing`: the signs are for calls that only write.
     """
     listed = list(devices)
     return [
@@ -194,8 +196,9 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
-    """Return whether each layer above the device may have requests in flight. If a layer has none,
-    the device may be working for others. With `writing`, only writes count as requests."""
+    """Return whether each layer above the device may have requests in flight. If a layer has no
+    requests, the device may be working for others. With `writing`, only writes count as
+    requests."""
     tops = set(device.above)
     working = {
         upper.depth
@@ -208,8 +211,8 @@ def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> b
 
 
 def _may_work(device: Device) -> bool:
-    """Return whether the device has requests in flight, or may have them because it does not count
-    its requests. In the second case, only the layer below it shows movement."""
+    """Return whether the device has requests in flight, or does not count its requests, so that
+    only the layer below it shows movement."""
     return device.in_flight > 0 or device.accounting is False
 
 
@@ -235,8 +238,8 @@ def mount_signs(
             sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
             signs[sign.name] = sign
         if mount.waiting is not None:
-            # Only a decrease shows progress, because only replies cause one. The sign is doubtful,
-            # because others may use the mount, too.
+            # Only replies make this number fall, so only a decrease shows progress. The sign is
+            # doubtful, because others may use the mount, too.
             text = f"a mount of type {mount.kind} answers requests"
             sign = Sign(f"waiting:{mount.number}", SignKind.COUNT, -mount.waiting, text, sure=False)
             signs[sign.name] = sign
@@ -256,8 +259,8 @@ def io_signs(io: Io | None, who: str) -> list[Sign]:
 
 
 def group_signs(sample: Sample) -> list[Sign]:
-    """Return the signs of the process's own control group. If they do not move, this proves
-    nothing, because writes may be counted elsewhere."""
+    """Return the signs of the process's own control group. Signs that do not move prove nothing,
+    because writes may be counted elsewhere."""
     group = sample.cgroup
     if group is None or not group.own:
         return []
@@ -320,12 +323,12 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     for other in peer.behind:
         of_other = peer_signs(other, earlier.get(other.pid), "")
         if other.serves and awaited is not None and awaited.isdisjoint(other.serves):
-            # No call waits for this file system. The kernel may write its cached pages back, which
+            # No call waits for this file system. If the kernel writes its cached pages back, this
             # shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
-        # A server with other clients may use this one for them, unless it stores the guest's image.
-        # It is not known whether a FUSE server has other clients. Then a kill would be worse than a
-        # long wait.
+        # If `peer` has other clients, it may use `other` for them, unless `other` stores the
+        # guest's image. If this is unknown, as for a FUSE server, signs stay sure: a kill would be
+        # worse than a long wait.
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs
@@ -344,8 +347,8 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
     of the disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign
     that the server runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
-    # If one of its calls is stuck, the server may read and write for itself, such as for a backup
-    # job.
+    # If one of the server's calls is stuck, its reads and writes may be its own work, such as a
+    # backup job.
     is_stuck = _is_stuck(working, before)
     signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
@@ -361,7 +364,7 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
 
 
 def only_runs(sign: Sign) -> bool:
-    """Return whether the sign shows only that a server runs. The server may repeat a request that
+    """Return whether the sign shows only that a server runs, perhaps to repeat a request that
     fails."""
     return sign.name.startswith(_SERVER) and sign.name.endswith(f":{_RUNS}")
 
@@ -410,8 +413,8 @@ def _served_signs(peer: Peer) -> list[Sign]:
 
 
 def _copied_signs(peer: Peer) -> list[Sign]:
-    """Return the sign of all bytes that the server's calls read and wrote, even in the page cache.
-    _served_signs lacks bytes whose page was dirty already."""
+    """Return a sign for all bytes that the server's calls read and wrote. Unlike _served_signs, it
+    includes bytes in pages of the cache that were already dirty."""
     if peer.io is None:
         return []
     text = f"{_server_title(peer)} copies bytes"
@@ -420,9 +423,9 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
-    """Return the signs of the disks for which these threads wait. If it is unknown for which file a
-    thread waits, as with a worker of an io_uring, it may be any of the server's disks. But only the
-    disk for which the thread waits wakes it.
+    """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
+    for a worker of an io_uring, the thread may wait for any of the server's disks. But only the
+    right disk wakes it.
 
     `awake`: whether all of these threads have run since the last sample.
     """
@@ -432,7 +435,7 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
     writable = [device for device in peer.devices or () if device.writable]
     is_only = sum(device.depth == 0 for device in writable) == 1
     if peer.threads is None:
-        # Its threads may wait for any of these disks. But others may use them, too.
+        # The server's threads may wait for any of these disks. But others may use the disks, too.
         used |= {device.number for device in writable}
         counted |= {device.number for device in writable if _counts(device, writable)}
     for thread in working:

@@ -43,7 +43,7 @@ def limits_of(facts: UnitFacts, own_pid: int, pid: int, guest_unit: UnitFacts | 
     `facts` to stop process `pid`. `guest_unit`: the unit of `pid`, such as the scope that a
     qkilld-scope@.service guards; None if unknown."""
     if pid == facts.main_pid:
-        guest_unit = facts  # systemd kills the main process in whatever control group it is.
+        guest_unit = facts  # systemd kills the main process whatever its control group.
     stay, ask, warnings = INFINITY, INFINITY, []
     if facts.timeout_stop != INFINITY and (why := _cannot_extend(facts, own_pid)):
         stay = facts.timeout_stop - _margin(facts.timeout_stop)

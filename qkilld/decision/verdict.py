@@ -83,7 +83,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class OpenWait:
-    """A wait, followed from sample to sample. Times are CLOCK_MONOTONIC in µs."""
+    """A wait, tracked across samples. Times are CLOCK_MONOTONIC in µs."""
 
     key: str
     kind: WaitKind
@@ -182,8 +182,8 @@ class Assessment:
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
-    """Return whether more than the time has changed: something that affects a deadline or that
-    callers see."""
+    """Return whether anything but the time has changed that affects a deadline or that callers
+    see."""
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
@@ -193,8 +193,8 @@ def assess(
     """Return the assessment after one more sample. `before` is None for the first sample.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, the rest of its delay counts as time without samples. If this one was missed, the
-    whole time since the last one counts as such.
+    SLACK late, its delay beyond SLACK counts as time without samples. If this one was missed, all
+    time since the last one does.
     """
     if before is None:
         return _first(sample)
@@ -240,7 +240,7 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether, as before, nothing has moved and no open wait has signs.
+    """Return whether nothing has moved in the last two samples, and no open wait has signs.
 
     If so, the result stays the same. This check only saves time: for most idle guests it returns
     True, and listing their waits again would cost three times as much.
@@ -425,8 +425,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # Drop the marks of missing signs first. These are kept as long as there is room, because a
-        # sign may reappear, for example if a server was not read this time.
+        # Drop the marks of missing signs first, but only if there is no room: a sign may reappear,
+        # for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )
@@ -447,8 +447,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return for how long (µs) a server that is sampled for the first time may have made progress
-    that no sample has shown: since its wait began or, if that is later, since the last progress."""
+    """A server that is sampled for the first time may have made progress that no sample has shown.
+    Return for how long (µs): since its wait began or, if that is later, since the last progress."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -509,14 +509,16 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Only wchar includes writes to tmpfs. An event loop writes less than OWN_IO, 8 to 16 B/s.
+    # Only wchar includes writes to tmpfs. An event loop alone writes only 8 to 16 B/s, less than
+    # OWN_IO.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether the writes may be only a line of a log, which write_bytes counts as a page."""
+    """Return whether the process may only have written a line of a log. write_bytes counts such a
+    line as a page."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 
@@ -578,7 +580,7 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 def is_dead(sample: Sample) -> bool:
     """Return whether the process has exited. The pidfd may report this later: it waits until the
-    last thread is reaped, which a debugger at its prompt delays."""
+    last thread is reaped. A debugger at its prompt delays that."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 

@@ -4,7 +4,8 @@ A QEMU that received SIGTERM exits within milliseconds unless it waits for somet
 lists the waits in one sample, each with its own signs (signs.py). Only these signs show progress of
 the wait. Other guests on other disks, traffic on a console and timers do not.
 
-An unreadable source counts as a wait, too, of the kind UNSEEN, because unknown is never idle.
+An unreadable source counts as a wait, too, of the kind UNSEEN, so it never makes a process look
+idle.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
 
 
 def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
-    """Return a wait for each place in which threads wait."""
+    """Return a wait for each disk, mount or call that threads wait for."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
     for thread in sample.threads or ():
@@ -235,7 +236,7 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for the writes and reads of the process while calls wait for these devices.
 
     If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    and the process may write to other disks, as long as the guest runs. If the devices count
+    and as long as the guest runs, the process may write to other disks. If the devices count
     requests and have none in flight, the signs are doubtful, because a layer above the devices may
     hold a request back.
     """
@@ -310,8 +311,7 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _diskless_requests(sample: Sample) -> int:
     """Return how many requests on the process's io_urings wait for file systems without a block
-    device. A kernel thread waits for each of these requests. These threads are listed as separate
-    waits."""
+    device. The kernel threads that handle these requests are listed as separate waits."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers))
 
@@ -333,7 +333,7 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     If one of these disks is stuck, assume that the process waits for this disk. Then only
     completions of this disk and of disks below it count, and the process's I/O is a doubtful sign.
 
-    `sure`: False if the requests may be timers, so that perhaps only others use the disks.
+    `sure`: False if the requests may be timers: then perhaps only other processes use the disks.
     """
     writable = [
         device
@@ -346,7 +346,7 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     if not sure:
         signs = _doubtful(signs)
         if any(socket.accepted for socket in sample.sockets or ()):
-            # The process may write for a client, such as a backup.
+            # The process may write for a client, such as a backup program.
             own_work = _doubtful(own_work)
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
@@ -437,8 +437,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
-    """Return whether a thread of the process may have run since the last sample. Each reply makes
-    one run."""
+    """Return whether a thread of the process may have run since the last sample. Each reply makes a
+    thread run."""
     return previous is None or sample.switches is None or sample.switches != previous.switches
 
 
@@ -455,13 +455,13 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     if socket.accepted:
         # The process is most likely a server itself, for example of a backup program. Of the
         # programs that connect to QEMU, only a vhost-user backend is storage, and it needs a unix
-        # socket. Its data passes through the guest's memory, so only signs of the backend itself
-        # are sure, not those of the connection. Signs of servers behind it are doubtful, because a
-        # backup program may also back up another guest.
+        # socket. A backend's data passes through the guest's memory, so only signs of the backend
+        # itself are sure, not those of the connection. Signs of servers behind the client are
+        # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count at most the backend itself as watched. If a client begins to use a server later,
-        # that server is new, and was not found late.
+        # Count at most the backend itself as watched. If a client later begins to use another
+        # server, that server is new; it was not found late.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
@@ -487,7 +487,7 @@ def _node_wait(
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
                 # Until a reply comes, the server may be busy, or may repeat a request that fails.
-                # Leave the sure sign out until then, so that its mark stays.
+                # Until then, leave out the sure sign, so that its mark does not change.
                 kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
                 signs.append(replace(sign, name=name, kind=kind, sure=False))
             if ran or not only_runs(sign):

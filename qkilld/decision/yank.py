@@ -2,12 +2,15 @@
 
 `query-yank` lists every connection that can be cut off, even healthy ones. If a healthy connection
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
-looks like a dead one. So connections on which a reply is certainly missing are cut off first: those
-with bytes that are unacknowledged or that the server has not read, without a server, or with a
-request that had no reply before SIGTERM. Without such a connection, and if QEMU waits only for
-connections, those are cut off whose server waits for its own storage, perhaps on behalf of another
-disk of the guest. Without such a server, those that do not move are cut off. The next rung,
-SIGKILL, would lose more.
+looks like a dead one. So only one group of connections is cut off, the first that is not empty:
+
+- A reply is certainly missing: bytes are unacknowledged or the server has not read them, there is
+  no server, or a request had no reply before SIGTERM.
+- QEMU waits only for connections, and the server waits for its own storage, perhaps on behalf of
+  another disk of the guest.
+- QEMU waits only for connections, and the connection does not move.
+
+The next rung, SIGKILL, would lose more.
 """
 
 from __future__ import annotations
@@ -97,8 +100,8 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing, because there is no server, or by the
-    connection."""
+    """Return whether a reply is certainly missing: there is no connection or no server, or a
+    connection has unacknowledged or unread data."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True
