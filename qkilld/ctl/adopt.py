@@ -69,8 +69,8 @@ async def adopt(
 
 
 def _end_like_ctrl_c() -> None:
-    """Let a closed terminal (SIGHUP) or SIGTERM cancel the task, as Ctrl-C does, so that it takes
-    back what it has begun."""
+    """On SIGTERM or SIGHUP (a closed terminal), cancel the task as Ctrl-C does, so that it undoes
+    its changes."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     for number in _INTERRUPTS[1:]:
@@ -102,7 +102,7 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # The file is complete, so something overrides it, or systemd has not reloaded yet.
+            # The drop-in is complete, so something overrides it, or systemd has not reloaded yet.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(f"{drop_in.path} is complete")
@@ -122,7 +122,7 @@ class _Adopter:
         try:
             after = await self._check_adopted(drop_in, old, report)
         except asyncio.CancelledError:
-            for number in _INTERRUPTS:  # Nothing may interrupt this.
+            for number in _INTERRUPTS:  # Do not interrupt the undoing.
                 signal.signal(number, signal.SIG_IGN)
             self._say("Interrupted: taking the drop-in back.")
             await self._restore(drop_in, old)
@@ -135,7 +135,7 @@ class _Adopter:
             after = await self._check(report.name)
             _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd was not reloaded, rejects the drop-in, or parses it differently.
+            # systemd did not reload, rejected the drop-in, or parsed it differently than predicted.
             await self._restore(drop_in, old)
             raise
         return after
@@ -175,7 +175,7 @@ class _Adopter:
         try:
             _, primary = await load(self._systemd, name)
         except (NoSuchUnit, Failed):
-            primary = full_name(name)  # The unit was removed, but its drop-in may exist.
+            primary = full_name(name)  # The unit was removed, but its drop-in may still exist.
         if primary.endswith(".scope"):
             return await self._unguard(primary)
         if not self._dry_run:
@@ -291,7 +291,7 @@ class _Adopter:
         return base
 
     async def _reload(self, done: str) -> None:
-        """Reload systemd. Raise Failed, with what was done before, if that fails."""
+        """Reload systemd. If that fails, raise Failed with a message that begins with `done`."""
         try:
             await self._systemd.reload()
         except QkilldError as error:
@@ -312,8 +312,8 @@ class _Adopter:
         )
 
     def _check_helper(self) -> None:
-        """Raise Failed if the helper is missing, or if another user could replace the helper, which
-        units run with their own privileges."""
+        """Raise Failed if qkilld-stop is missing, or if another user could replace it, because
+        units run it with their own privileges."""
         helper = find_helper()
         if helper is None:
             if self._dry_run:

@@ -179,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    # Report errors by the parser of the command, which prints the usage of the command.
+    # Report errors through the command's parser, which prints the usage of the command.
     command = parser.command_parser(arguments)
     _check(command, arguments)
     arguments.bus = _bus(command, arguments)
@@ -446,7 +446,7 @@ def _address(text: str) -> BusAddress:
 
 
 def _host(text: str) -> tuple[str, str]:
-    """Return the host, and the container on it or ""."""
+    """Return the host and the container on that host; "" for no container."""
     host, slash, machine = text.partition("/")
     if not _HOST.fullmatch(host):
         raise argparse.ArgumentTypeError(f'"{printable(text)}" is not [USER@]HOST[:PORT]')

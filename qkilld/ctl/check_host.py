@@ -35,8 +35,8 @@ from qkilld.unitcheck.keepers import (
 
 
 async def check_host(session: Session) -> int:
-    """Print the report. Return 0 if systemd's own signals certainly stop no guest, else
-    ExitCode.UNSAFE."""
+    """Print the report. Return 0 if it is certain that systemd's own signals stop no guest,
+    otherwise ExitCode.UNSAFE."""
     report = await _HostCheck(session, await config_of(session)).report()
     uncovered = (StoppedBy.SYSTEMD, StoppedBy.UNCOVERED)
     code = ExitCode.OK
@@ -130,8 +130,8 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Scopes and user managers get this order from drop-ins of ours. Assume the order even if the
-    # unit does not have it: systemd may not have read the drop-ins yet.
+    # Our drop-ins give scopes and user managers this Before=. Assume it even if it is missing:
+    # systemd may not have read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

@@ -61,7 +61,7 @@ class UnitReport:
     @property
     def is_safe(self) -> bool:
         """Whether qkilld recognises the unit's guest, and every stop of the unit keeps the guest's
-        data now."""
+        data."""
         unsafe = any(finding.is_unsafe for finding in self.findings)
         return (
             not unsafe and self.comparison.word is UnitVerdict.SAFE and self.comparison.keeps_data
@@ -265,7 +265,7 @@ _WITHOUT_GUEST: Final = {
 
 
 def _verdict_lines(report: UnitReport) -> Iterator[str]:
-    """Yield the reason for a verdict other than safe, and the advice."""
+    """If the verdict is not safe, yield its reason and the advice."""
     comparison = report.comparison
     if comparison.word is UnitVerdict.SAFE:
         return

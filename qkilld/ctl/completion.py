@@ -91,8 +91,8 @@ def _options(parser: argparse.ArgumentParser) -> tuple[OfferedOption, ...]:
 
 
 def _values(options: Iterable[OfferedOption], commands: Iterable[OfferedCommand]) -> dict[str, str]:
-    """Return the kind of value of each option that takes a value. An option has one kind for all
-    commands."""
+    """Return the kind of value of each option that takes a value. An option takes the same kind of
+    value in all commands."""
     kinds: dict[str, str] = {}
     bare: set[str] = set()
     for each in (*options, *(option for command in commands for option in command.options)):
@@ -283,7 +283,7 @@ def _zsh(options: tuple[OfferedOption, ...], commands: list[OfferedCommand]) -> 
 
 
 def _zsh_word(word: str, description: str) -> str:
-    """Format for zsh's _describe: `word:description`, with the colons in each part escaped."""
+    """Format as `word:description` for zsh's _describe, with the colons in each part escaped."""
     text = ":".join(each.replace("\\", r"\\").replace(":", r"\:") for each in (word, description))
     return "'" + text.replace("'", "'\\''") + "'"
 

@@ -66,8 +66,8 @@ async def plan_all(session: Session, options: TerminateOptions) -> int:
 
 
 def _when(usec: int, *, asks: bool) -> str:
-    """Format the time (µs) of a step. `asks`: the guest is asked before this step. If the guest
-    does not react, the step comes earlier."""
+    """Format the time (µs) of a step. `asks`: the guest is asked before this step, which comes
+    earlier if the guest does not react."""
     if usec in (0, INFINITY):
         return "never" if usec else "at once"
     return f"after {format_usec(usec)}{'' if asks else ' at the soonest'}"

@@ -33,8 +33,7 @@ AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to
 
 
 class Outages:
-    """Recognizes repeated reports of one outage of the daemon, because each job reports the
-    outage."""
+    """Recognizes repeated reports of an outage of the daemon: each job reports the same outage."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S
@@ -204,7 +203,7 @@ async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
 async def follow(job: JobProxy, display: Display) -> tuple[str, dict[str, Any]]:
     """Show a job until it has ended; return (result, receipt).
 
-    If the daemon restarts, wait for it, because the new one continues the jobs. Raises what
+    If the daemon restarts, wait for the new one, which continues the jobs. Raises what
     JobProxy.wait raises. A failure to watch the job's progress is ignored.
     """
     while True:

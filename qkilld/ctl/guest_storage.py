@@ -74,8 +74,8 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
     """Convert the storage of an instance to that of its template: replace the instance name by %i.
     An instance name that is only a part of a word, as in nbd-web.service, is not replaced, because
-    other instances may use another server or none. The file systems of other instances are ordered
-    by remote-fs.target."""
+    other instances may use another server or none. remote-fs.target orders the file systems of
+    other instances, too."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point
@@ -213,8 +213,8 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 
 def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
-    """Yield the unit of each process that listens at this address of the host. If root cannot find
-    the process, there is no unit for it: it runs outside this container, or is the kernel."""
+    """Yield the unit of each process that listens at this address of the host. If root finds no
+    such process, yield nothing: the server is in the kernel or outside this container."""
     place = printable(end.path) or f"port {end.port}"
     try:
         inodes = (
@@ -240,7 +240,7 @@ def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iter
         elif unit.system:
             units[unit.system] = None
     if len(units) > 1:
-        units.pop(_MANAGER, None)  # systemd has passed the socket to its service.
+        units.pop(_MANAGER, None)  # systemd has passed the socket to a service.
     for name in units:
         yield Storage(protocol=protocol, server=name)
     if not pids and not owners.is_complete:
@@ -269,7 +269,7 @@ def _of_mount(point: str, kind: str, number: str) -> Iterator[Storage]:
         return
     servers, is_complete = fuse_servers(int(minor), name)
     found = list(_units_of("fuse", point, set(servers.pids), Owners({}, is_complete)))
-    # A server that systemd has started to mount the file system is in the unit of the mount.
+    # Leave out a server that systemd has started for the mount: it is in the unit of the mount.
     found = [place for place in found if place.server != mount_unit(point)]
     if len(found) > 1 and not servers.certain:
         names = ", ".join(place.server for place in found if place.server)
@@ -369,7 +369,8 @@ def _is_remote(kind: str) -> bool:
 
 
 def _mounts(pid: str) -> dict[str, tuple[str, str, str]]:
-    """Return {mount id: (mount point, file system type, MAJOR:MINOR)}: proc(5), mountinfo."""
+    """Return the mount point, file system type and MAJOR:MINOR of each mount, by the id of the
+    mount."""
     return {
         str(mount.id): (os.fsdecode(procfs.unescape(mount.point)), mount.kind, mount.number)
         for mount in procfs.Mounts(pid).every()

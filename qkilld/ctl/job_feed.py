@@ -24,8 +24,8 @@ class JobListener(Protocol):
         result."""
 
     def show_away(self, why: str) -> None:
-        """Called, perhaps repeatedly, with the reason why the daemon cannot be reached; "" if it
-        can."""
+        """Called, perhaps repeatedly, with the reason why the daemon cannot be reached, and with ""
+        once it can be reached."""
 
 
 class JobFeed:

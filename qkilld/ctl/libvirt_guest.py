@@ -36,10 +36,10 @@ async def shut_down_by_libvirt(
     """If libvirt manages the guest, ask the guest through libvirt to shut down, and wait for its
     exit.
 
-    libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
-    `span` (µs), or the guest's PowerdownSec= if `span` is None. With `only`, no job
-    follows. If libvirt has asked the guest, a job follows if the guest has not exited in its time,
-    and only with `wait`. Without `wait`, this program exits at once.
+    libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time,
+    which is `span` (µs) or, if that is None, the guest's PowerdownSec=. If the guest has not exited
+    in this time, a job follows, unless `only` is set. Without `wait`, return as soon as libvirt has
+    asked the guest, and no job follows.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN
@@ -51,7 +51,7 @@ async def shut_down_by_libvirt(
             return NO_SHUTDOWN
         stack.callback(os.close, pidfd)
         start = time.monotonic_ns() // 1000
-        # Read the domain again: now that the pidfd is open, a reuse of the pid would be noticed.
+        # Read the domain again, because the pid may have been reused before the pidfd was opened.
         why = "libvirt does not manage it any more"
         if domain_of(pid) == domain:
             why = await run_in_thread(lambda: shut_down(domain))
@@ -80,7 +80,7 @@ async def shut_down_by_libvirt(
 
 async def _configured_span(session: Session, domain: Domain) -> int:
     """Return PowerdownSec= (µs) of the guest."""
-    from qkilld.ctl.unit_context import config_of  # Late, because most stops do not need it.
+    from qkilld.ctl.unit_context import config_of  # Imported late: most stops do not need it.
 
     return (await config_of(session)).policy_for(domain.name).powerdown
 

@@ -36,8 +36,8 @@ async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # Do this only for the system's daemon on this host, because other daemons may use other
-        # configuration files.
+        # List uncovered guests only for the system's daemon on this host, because other daemons may
+        # use other configuration files.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 
@@ -148,7 +148,7 @@ async def inspect(session: Session, target: Target) -> int:
 
 
 def inspection_as_json(answer: dict[str, Any]) -> dict[str, Any]:
-    """Convert the reply of Inspect for --json: give the members of structures keys."""
+    """Convert the reply of Inspect for --json, with a key for each member of a structure."""
     document = {key.replace("-", "_"): value for key, value in answer.items()}
     for key, columns in _INSPECTED.items():
         if key in document:

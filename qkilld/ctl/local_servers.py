@@ -3,7 +3,7 @@ be hostile.
 
 The names of sockets prove nothing: a name may contain rows of /proc/net/unix, and a user may bind
 any name in a mount namespace of their own. So a unix socket is found by the file that it is bound
-to (sock_diag(7) reports the file), and a process by its descriptor of the socket.
+to, as reported by sock_diag(7), and its processes by their descriptors of the socket.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Owners(NamedTuple):
 
 
 def owners_of(inodes: Iterable[int]) -> Owners:
-    """Read the descriptors of all processes, which takes 4 µs for each descriptor."""
+    """Find the processes with descriptors of these sockets. This takes 4 µs for each descriptor on
+    the host."""
     sought = frozenset(inodes)
     owners: dict[int, set[int]] = {}
     is_complete = os.geteuid() == 0  # /proc may hide other users' processes.
@@ -63,8 +64,9 @@ def fuse_servers(connection: int, name: str) -> tuple[FuseServers, bool]:
     """Find the processes that serve a FUSE connection: those that have /dev/fuse open for it. Also
     return whether the descriptors of all processes were read.
 
-    Kernels before Linux 6.16 do not show for which connection, so any such process may serve it.
-    Programs usually have the `name` of the file system's type, as sshfs for fuse.sshfs.
+    Before Linux 6.16, the kernel does not show for which connection /dev/fuse is open, so any
+    process that has it open may be the server. The server's program usually has the `name` in the
+    file system's type, such as sshfs in fuse.sshfs.
     """
     certain, possible = set(), set()
     is_complete = os.geteuid() == 0
@@ -113,7 +115,8 @@ def tcp_listeners(host: str, port: int | None) -> set[int]:
 
 def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
     """Return the inode of the socket that a connection to this path reaches; empty if nobody
-    listens. `may_hang`: returns whether a file system of this type may hang and so is not accessed.
+    listens. `may_hang` returns whether a file system of a type may hang. Such file systems are not
+    accessed.
 
     Raises OSError if the path or the sockets cannot be read, or if the socket may be in another
     network namespace.

@@ -47,7 +47,7 @@ async def metrics(bus: BusAddress, output: Output, path: str | None) -> int:
 def exposition(
     receipts: Sequence[Receipt], jobs: Sequence[JobStatus] | None, now: int
 ) -> Iterator[str]:
-    """Yield the lines. `jobs`: None if the daemon does not run. `now`: CLOCK_MONOTONIC, µs."""
+    """Yield the lines. `jobs` is None if the daemon does not run. `now`: CLOCK_MONOTONIC, µs."""
     yield from _gauge("qkilld_up", "Whether the daemon runs. It exits when it is idle.")
     yield f"qkilld_up {int(jobs is not None)}"
     yield from _gauge("qkilld_jobs", "Guests that are being stopped, by phase and verdict.")

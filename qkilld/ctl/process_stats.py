@@ -96,12 +96,12 @@ def _attribute(pid: int, name: str) -> Any:
 
 
 def short_span(usec: int) -> str:
-    """Format with the two largest units: `2d 3h`, `1min 5s`, `12.34s`."""
+    """Format with the two largest units, such as `2d 3h`, `1min 5s` or `12.34s`."""
     return " ".join(format_usec(rounded(usec)).split()[:2])
 
 
 def binary_size(count: int) -> str:
-    """Format like systemd, in powers of 1024: `512B`, `1.5G`."""
+    """Format like systemd, in powers of 1024, such as `512B` or `1.5G`."""
     if count < 1024:
         return f"{count}B"
     size = float(count)

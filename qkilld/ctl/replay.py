@@ -117,7 +117,8 @@ def _step(recorded: RealOutcome, step: Step) -> dict[str, Any]:
 
 
 def _story(replayed: Replay) -> list[tuple[str, str, str, str]]:
-    """Return a row for each change of the verdict, each SIGCONT, SIGKILL and giving up."""
+    """Return a row for each change of the verdict, each SIGCONT and SIGKILL, and the end without
+    SIGKILL."""
     action_names = {Action.KILL: "SIGKILL", Action.CONTINUE: "SIGCONT", Action.GIVE_UP: "gave up"}
     rows = []
     before = None

@@ -26,8 +26,8 @@ class StopsRunning(QkilldError):
 
 async def wait_for_stops(systemd: Systemd, advice: str) -> None:
     """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
-    timeout extensions of running stops. Raises StopsRunning after TIMEOUT_S, and BusError and
-    Failed."""
+    timeout extensions of running stops. Raises BusError, Failed and, after TIMEOUT_S,
+    StopsRunning."""
     deadline = time.monotonic() + TIMEOUT_S
     while units := await stopping_units(systemd):
         if time.monotonic() > deadline:
@@ -39,15 +39,14 @@ async def wait_for_stops(systemd: Systemd, advice: str) -> None:
 
 
 async def stopping_units(systemd: Systemd) -> list[str]:
-    """List the units in which qkilld-stop runs. A unit is not listed for other commands of its
-    stop, such as a copy of the image, which may take longer than qkilld-stop."""
+    """List the units in which qkilld-stop runs. A unit whose stop now runs another command, such as
+    a copy of the image, is not listed."""
     units = await systemd.list_units("*.service", states=["deactivating"])
     return sorted(set(units) & _units_of_helpers()) if units else []
 
 
 def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
-    """Return the units of the processes that have the name qkilld-stop, which qkilld-stop sets
-    itself.
+    """Return the units of the processes named qkilld-stop. qkilld-stop itself sets this name.
 
     systemd is not asked for the processes of a unit, because it would read their command lines. A
     stuck guest can block that read, and so block process 1. Reading comm and cgroup does not block.
@@ -57,7 +56,6 @@ def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
         with ignore(f"looking at process {pid}", OSError):
             if (proc / str(pid) / "comm").read_bytes() == b"qkilld-stop\n":
                 unit = procfs.read_unit(pid, proc)
-                # For a unit of a user manager, list user@UID.service, because the system's manager
-                # stops only that.
+                # A unit of a user manager is listed by its own name, not as user@UID.service.
                 units.add((unit.user or unit.system) if unit is not None else "")
     return units

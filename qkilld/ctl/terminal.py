@@ -47,7 +47,7 @@ class FullScreen:
 
     @property
     def has_keys(self) -> bool:
-        """Whether keys can be read, because standard input is a terminal too."""
+        """Whether keys can be read: standard input must be a terminal, too."""
         return self._fd is not None
 
     @property
@@ -64,7 +64,7 @@ class FullScreen:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Restore the terminal within the context."""
+        """Leave the full screen while the context lasts."""
         self._leave()
         try:
             yield

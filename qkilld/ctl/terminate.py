@@ -56,7 +56,7 @@ class TargetOutcome:
 
     @property
     def job_target(self) -> str:
-        """The job as a target of qkillctl: `job:7`."""
+        """The job as a target of qkillctl, such as `job:7`."""
         return "job:" + (self.job or "").removeprefix(JOB_PATH_PREFIX)
 
     @property
@@ -102,8 +102,8 @@ async def terminate(
         except NoSuchUnit:
             if target.kind is not TargetKind.UNIT or options.job_options:
                 raise
-            # Let the daemon ask systemd, because the name may be an alias of a unit (Alias=). If it
-            # is not, systemd's error explains more.
+            # Let the daemon ask systemd, which knows aliases of units (Alias=), and whose errors
+            # explain more.
             outcome.job = await session.manager.terminate_unit(target.value, options.flags)
             return
         outcome.pid, outcome.name = process.pid, process.name
@@ -154,7 +154,8 @@ async def _terminate_with_monitor(
 
 
 async def terminate_all(session: Session, options: TerminateOptions) -> int:
-    """Stop every guest on this host that the daemon lets the caller stop (see _terminate_each)."""
+    """Stop every guest on this host that the daemon lets the caller stop. If guests of libvirt are
+    to be asked, stop only the caller's own guests."""
     before = await guest_rows(session.manager)
     uid = session.connection.uid
     if Flag.POWERDOWN in options.flags and any(domain_of(guest.pid) for guest in before):
@@ -191,9 +192,9 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. The stream is None if the caller must use D-Bus: if
-    the Varlink socket is unknown or the call failed, if a caller of the system's daemon is not root
-    (so polkit may have to ask), or if there is nothing to follow (NOWAIT, or no --wait)."""
+    """Stop and follow all guests with one call. The stream is None if D-Bus must be used, because
+    the Varlink socket is unknown, the call failed, polkit may have to ask (callers of the system's
+    daemon who are not root), or there is nothing to follow (NOWAIT, or no --wait)."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []
@@ -327,7 +328,7 @@ async def _follow_all(
         async with display_on(session.output, quiet=session.json) as display:
             if stream is not None:
                 await _follow_stream(stream, outcomes, display)
-            # If the daemon exited, its successor continues the jobs.
+            # Follow the other jobs on D-Bus. If the daemon exited, its successor continues them.
             rest = [outcome for outcome in outcomes if outcome.result is None]
             await asyncio.gather(
                 *(
@@ -379,7 +380,7 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether the job has NOWAIT. The job may be an older one that the call has joined."""
+    """Return whether the job has NOWAIT. An older job that the call has joined may not have it."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

@@ -65,8 +65,7 @@ def timeline(output: Output, source: str, path: str | None) -> int:
 
 
 def of_trace(trace: Trace) -> Timeline:
-    """Convert a trace. Its deadlines are computed by a replay with the recorded flags and
-    policy."""
+    """Convert a trace. A replay with the recorded flags and policy computes the deadlines."""
     header = trace.header
     length = max((_seconds(trace, record.at) for record in trace.records), default=0.0)
     changes = trace.of(ChangeRecord)

@@ -123,8 +123,8 @@ async def gather(
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # A user's units need no order of their own: user@.service is stopped after them, and has
-        # this order.
+        # Units of a user manager need no order themselves: user@.service has it, and is stopped
+        # after them.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -135,7 +135,7 @@ async def gather(
 
 
 async def with_target(systemd: Systemd, place: Storage) -> Storage:
-    """Set Storage.outside_target; True also if systemd does not answer."""
+    """Set Storage.outside_target. Assume True if systemd does not answer."""
     if not place.unit:
         return place
     is_before: bool | None = False
@@ -147,8 +147,8 @@ async def with_target(systemd: Systemd, place: Storage) -> Storage:
 async def find_keepers(
     systemd: Systemd, facts: UnitFacts | None, guests: Iterable[int]
 ) -> tuple[GuestKeeper, ...]:
-    """Find the running or stopping units that shut down these guests of a unit. `facts`: None for
-    no unit."""
+    """Find the running or stopping units that shut down these guests of a unit. `facts` is None if
+    the guests run in no unit."""
     runtime: dict[str, str] = {}
     for pid in guests:
         runtime |= runtime_keepers(ancestors(pid), services_that_run)
@@ -307,7 +307,8 @@ def instances_with_own(
     search_path: Sequence[str], template: str, wanted: Sequence[Change]
 ) -> Iterator[str]:
     """Yield the instances of a template that have files with settings which our drop-in for the
-    template would override. Leave out instances with a drop-in of adopt, because they keep it."""
+    template would override. Leave out instances that have their own drop-in of adopt, because it
+    takes precedence."""
     prefix, _, kind = template.partition("@")
     own_files: dict[str, list[Path]] = {}
     for directory in map(Path, search_path):
