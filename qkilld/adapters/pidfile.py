@@ -102,7 +102,7 @@ def read(path: str) -> PidfileProcess:
     content = _read(path, shown)
     pid = _own_pid(parse_pid(content.data, shown), content, shown)
     try:
-        start_time = procfs.read_stat(pid).start_time
+        start_time = procfs.read_stat_patiently(pid).start_time
         process_uid = procfs.read_uid(pid)
     except (FileNotFoundError, ProcessLookupError):
         if _is_hidden(pid):

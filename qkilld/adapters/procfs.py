@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -41,6 +42,7 @@ _CHUNK: Final = 1 << 14
 MAX_MOUNTINFO: Final = 4 << 20
 """The maximum number of bytes of a mountinfo, enough for about 25,000 mounts. A longer one is not
 read."""
+PATIENT_S: Final = 3.0
 _PF_EXITING: Final = 0x4
 """A flag in stat: include/linux/sched.h."""
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
@@ -118,6 +120,19 @@ def read_stat(pid: int, proc: Path = PROC) -> Stat:
     """Read stat. Raises OSError, such as FileNotFoundError or ProcessLookupError if there is no
     process, or Unanswered if the process blocks the reading."""
     return blockable.shared.one(f"{proc}/{pid}", _stat)
+
+
+def read_stat_patiently(pid: int) -> Stat:
+    """Like `read_stat`, but retry for PATIENT_S if the process blocks the reading, as it does for a
+    moment while it executes a program on a busy host. Blocks, so the daemon must not call this."""
+    until = time.monotonic() + PATIENT_S
+    while True:
+        try:
+            return read_stat(pid)
+        except blockable.Unanswered:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def _stat(directory: str) -> Stat:

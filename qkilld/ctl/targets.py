@@ -263,7 +263,7 @@ class Resolver:
         if self._manager.is_remote:
             return int((await self._manager.inspect(pid))["start-time"])
         try:
-            return procfs.read_stat(pid).start_time
+            return procfs.read_stat_patiently(pid).start_time
         except Unanswered as error:
             raise UnknownIdentity.blocked(pid, error.strerror) from None
         except OSError:

@@ -14,9 +14,10 @@ The checks come in an order that reveals nothing that the caller may not know:
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qkilld.engine.checks import (
     action_for,
@@ -29,13 +30,26 @@ from qkilld.engine.checks import (
 )
 from qkilld.model.access import Answer, PolkitAction, Rank, Steerer
 from qkilld.model.constants import Flag
-from qkilld.model.errors import Failed, InvalidArgs, ProcessChanged, QkilldError
+from qkilld.model.errors import (
+    Failed,
+    InvalidArgs,
+    ProcessChanged,
+    QkilldError,
+    UnknownIdentity,
+)
 from qkilld.model.guest import Guest, Identity, Unit
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.policy import Config
 
 if TYPE_CHECKING:
     from qkilld.engine.ports import Caller, Host, ObservedJob, Process
+
+T = TypeVar("T")
+
+IDENTITY_TIMEOUT_S: Final = 3.0
+"""How long to retry if a process cannot be identified. On a busy host, this may last for a moment
+while the process executes a program."""
+_FIRST_PAUSE_S: Final = 0.05
 
 
 class CheckedProcess(NamedTuple):
@@ -68,6 +82,7 @@ class Access:
         start_time: int | None = None,
         unit: Unit | None = None,
         answer: Answer | None = None,
+        until: float | None = None,
     ) -> CheckedProcess:
         """Return the process with its label set. The caller must close it.
 
@@ -75,13 +90,15 @@ class Access:
         start_time  refuse a process that started at another time (clock ticks since boot)
         unit        refuse a process that is not in this unit
         answer      polkit's answer, if it was asked before
+        until       when to stop retrying to identify the process (the loop's time); None for
+                    IDENTITY_TIMEOUT_S after each beginning
 
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied,
         InteractiveAuthorizationRequired, Busy, Failed.
         """
         if pid == 0:
             raise InvalidArgs("0 is not the id of a process")
-        process = self._host.open(pid)
+        process = await _identified(lambda: self._host.open(pid), until)
         try:
             uid = await caller.uid()
             before = process.guest.identity
@@ -102,7 +119,7 @@ class Access:
                 process.set_label(await self._host.label(process.guest.identity))
                 _check_unit(process.guest, unit)
             # Check again, because the process may have executed another program meanwhile.
-            after = process.identify()
+            after = await _identified(process.identify, until)
             self._check(after, start_time)
             check_free(uid, before, after)
         except BaseException:
@@ -135,6 +152,28 @@ class Access:
             check_qemu(identity, self._config.executables, os.getpid())
         if start_time is not None:
             check_same(identity, start_time)
+
+
+def retry_until() -> float:
+    """Return the default for `until` of Access.open_checked. A call for many processes uses one
+    value for all of them, so that processes which stay unreadable delay it only once."""
+    return asyncio.get_running_loop().time() + IDENTITY_TIMEOUT_S
+
+
+async def _identified(read: Callable[[], T], until: float | None) -> T:
+    """Return what `read` returns. If it raises UnknownIdentity, retry with growing pauses, because
+    each attempt may delay the event loop."""
+    until = retry_until() if until is None else until
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            return read()
+        except UnknownIdentity:
+            left = until - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise
+        await asyncio.sleep(min(pause, left))
+        pause *= 2
 
 
 def _check_unit(guest: Guest, unit: Unit | None) -> None:

@@ -17,7 +17,7 @@ from qkilld.decision.ladder import policy_for
 from qkilld.decision.plan import Plan, make_plan
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
-from qkilld.engine.access import Access, CheckedProcess
+from qkilld.engine.access import Access, CheckedProcess, retry_until
 from qkilld.engine.checks import (
     action_for,
     check_answer,
@@ -199,11 +199,13 @@ class Service:
         if unknown := [each for each in unidentified if every or each.uid == uid]:
             self.registry.note(events.not_identified(unknown, uid))
 
+        until = retry_until()
+
         async def one(guest: Guest) -> Job | None:
             pid, start_time = guest.identity.key
             try:
                 checked = await self._access.open_checked(
-                    pid, caller, flag_set, start_time=start_time, answer=answer
+                    pid, caller, flag_set, start_time=start_time, answer=answer, until=until
                 )
                 return self._start(checked, flag_set, given)
             except QkilldError as error:
@@ -228,11 +230,13 @@ class Service:
         given = _parse_options(options, flag_set)
         _check_for_many(given)
 
+        until = retry_until()
+
         async def one(process: tuple[int, int | None]) -> Job | QkilldError:
             pid, start_time = process
             try:
                 checked = await self._access.open_checked(
-                    pid, caller, flag_set, start_time=start_time
+                    pid, caller, flag_set, start_time=start_time, until=until
                 )
                 return self._start(checked, flag_set, given)
             except QkilldError as error:

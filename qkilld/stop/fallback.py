@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.debug_log import ignore, note
 from qkilld.decision.ladder import policy_for
-from qkilld.engine.access import Access, CheckedProcess
+from qkilld.engine.access import Access
 from qkilld.engine.events import internal_error
 from qkilld.engine.registry import Registry
 from qkilld.engine.service import Service
@@ -26,7 +25,7 @@ from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.access import Answer, PolkitAction, Steerer
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, Phase
 from qkilld.model.dataclass import dataclass
-from qkilld.model.errors import ProcessChanged, QkilldError, UnknownIdentity
+from qkilld.model.errors import ProcessChanged, QkilldError
 from qkilld.model.guest import Guest
 from qkilld.model.job import Control, Request
 from qkilld.model.job_status import BEFORE_SIGNALS, JobStatus, guest_asked_of, verdict_of
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob
     from qkilld.stop.guest_stop import GuestStop
     from qkilld.stop.log import Log
-
-
-IDENTITY_S: Final = 5.0
-"""How long to retry if a process cannot be identified at the moment. Meanwhile, systemd is asked
-for more time as usual."""
-IDENTITY_RETRY_S: Final = 0.2
 
 
 class LocalCaller:
@@ -153,7 +146,9 @@ class Fallback:
         return job.result.value
 
     async def _start(self, stop: LocalStop, why: str) -> Job:
-        process, uid = await self._open(stop)
+        process, uid = await Access(self.config, self._host).open_checked(
+            stop.pid, LocalCaller(), stop.flags, start_time=stop.start_time
+        )
         if stop.status is not None and stop.status.held:
             why += "; the job is held, and only a SIGTERM to qkilld-stop ends the hold now"
         self._log.write(stop_fallback(process.guest, why))
@@ -172,21 +167,6 @@ class Fallback:
             # The daemon reported an impossible state. Start from the beginning, which is safe.
             stop.status = None
             return await self._start(stop, why)
-
-    async def _open(self, stop: LocalStop) -> CheckedProcess:
-        """Open the process. If the process blocks the reading of its identity, retry for
-        IDENTITY_S. Raises what Access.open_checked raises."""
-        access = Access(self.config, self._host)
-        until = time.monotonic() + IDENTITY_S
-        while True:
-            try:
-                return await access.open_checked(
-                    stop.pid, LocalCaller(), stop.flags, start_time=stop.start_time
-                )
-            except UnknownIdentity:
-                if time.monotonic() > until:
-                    raise
-            await asyncio.sleep(IDENTITY_RETRY_S)
 
     def _past(self, guest: Guest, request: Request, status: JobStatus | None) -> Snapshot | None:
         """Return the daemon's job as a snapshot; None if `status` is."""

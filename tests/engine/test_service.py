@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from signal import SIGTERM
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from qkilld.engine import job_saver
+from qkilld.engine import access, job_saver
 from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.ports import JobState, Process
 from qkilld.engine.service import Option, Service
@@ -27,6 +28,7 @@ from qkilld.model.errors import (
     NotQemu,
     ProcessChanged,
     QkilldError,
+    UnknownIdentity,
 )
 from qkilld.model.event import MessageId, Priority
 from qkilld.model.guest import Guest, Identity, Label, Unidentified, Unit
@@ -46,12 +48,17 @@ class FakeHost:
         self.unit: Unit | None = Unit()
         self.unidentified: list[Unidentified] = []
         self.exiting = False
+        self.unknown = 0
+        """How often `open` raises UnknownIdentity."""
 
     def open(self, pid: int) -> Process:
         self.asked.append("open")
         if pid not in self.processes:
             raise NoSuchProcess(f"No process has the id {pid}")
         process = self.processes[pid]
+        if self.unknown:
+            self.unknown -= 1
+            raise UnknownIdentity.blocked(pid, "busy")
         if self.exiting:
             gone = replace(process.guest.identity, executable="", exiting=True)
             return FakeProcess(Guest(gone, process.guest.label))
@@ -112,6 +119,29 @@ def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
 
     run(service.terminate(4711, 0, {}, RecordingCaller(0)))
     assert host.asked == ["open", "uid", "label"]
+
+
+def test_a_process_that_executes_a_program_on_a_busy_host_is_opened_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "_FIRST_PAUSE_S", 0.001)
+    service, host = make_service(world, FakeProcess())
+    host.unknown = 2
+    assert run(service.terminate(4711, 0, {}, ROOT)).running
+    service, host = make_service(world, FakeProcess())
+    host.unknown = 2
+    assert len(run(service.terminate_all(0, {}, ROOT))) == 1
+    host.unknown = 2
+    assert len(run(service.terminate_each([(4711, 99)], 0, {}, ROOT))) == 1
+    # It is not tried forever, and many processes have one time limit together.
+    monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 0.1)
+    host.unknown = 10**6
+    began = time.monotonic()
+    with pytest.raises(UnknownIdentity):
+        run(service.inspect(4711, ROOT))
+    many = run(service.terminate_each([(4711, 99)] * 200, 0, {}, ROOT))
+    assert all(isinstance(error, UnknownIdentity) for error in many)
+    assert time.monotonic() - began < 1
 
 
 def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:

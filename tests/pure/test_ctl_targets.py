@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from unittest.mock import Mock
 
 import pytest
 
 from qkilld.adapters import procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.bus.client import ManagerProxy
 from qkilld.ctl.targets import (
     AmbiguousTarget,
@@ -208,6 +210,14 @@ def test_pin_holds_the_process_by_its_start() -> None:
     found = TargetProcess(ME.pid, "web", procfs.read_stat(ME.pid).start_time)
     assert pin("web", Answers([[ME, DB], [DB, ME]])) == found
     assert pin("10", Answers([])) == TargetProcess(10)
+
+
+def test_pin_waits_for_a_process_that_is_unreadable_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stat = procfs.read_stat(ME.pid)
+    monkeypatch.setattr(procfs, "read_stat", Mock(side_effect=[Unanswered(), stat]))
+    assert pin("web", Answers([[ME], [ME]])).start_time == stat.start_time
 
 
 @pytest.mark.parametrize("text", ["web", f"uuid:{UUID}", "unit:web-vm"])

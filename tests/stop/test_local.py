@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qkilld.engine import access
 from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.errors import UnknownIdentity
 from qkilld.model.event import Event
@@ -65,11 +66,11 @@ def test_a_process_that_is_stuck_for_a_moment_is_stopped(monkeypatch: pytest.Mon
     with stuck_guests() as stuck:
         guest = stuck.make_stuck(OTHER_UID)
         with monkeypatch.context() as patch:
-            patch.setattr(fallback, "IDENTITY_S", 0.3)
+            patch.setattr(access, "IDENTITY_TIMEOUT_S", 0.3)
             with pytest.raises(UnknownIdentity, match="Try again"):
                 asyncio.run(stop(guest.pid))
         threading.Timer(0.5, stuck.free).start()
-        monkeypatch.setattr(fallback, "IDENTITY_S", 30.0)
+        monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 30.0)
         assert asyncio.run(stop(guest.pid)) == "killed"
 
 
