@@ -1,4 +1,4 @@
-"""Load qkilld.conf. Imports little, unlike stop.fallback: see stop.main."""
+"""Load qkilld.conf. Imports little, to start fast: see stop.main."""
 
 from __future__ import annotations
 

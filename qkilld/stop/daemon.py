@@ -1,5 +1,5 @@
-"""Stop guests through the daemon, over Varlink. Implements stopper.Stopper. Imports little: see
-stop.main.
+"""Stop guests through the daemon, over Varlink. Implements stopper.Stopper. Imports little, to
+start fast: see stop.main.
 
 One call starts the jobs, and its replies report the jobs' states and results.
 """
@@ -374,7 +374,7 @@ class DaemonStopper:
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
             # Wait, to learn whether the daemon exits. A daemon that is stopped, not restarted,
-            # cancels its jobs itself, and another stopper must continue.
+            # cancels its jobs. Another stopper must then continue.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)

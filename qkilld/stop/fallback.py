@@ -169,7 +169,7 @@ class Fallback:
             return await self._start(stop, why)
 
     def _past(self, guest: Guest, request: Request, status: JobStatus | None) -> Snapshot | None:
-        """Return the daemon's job as a snapshot; None if `status` is."""
+        """Return the daemon's job as a snapshot; None if `status` is None."""
         if status is None:
             return None
         request = replace(request, flags=request.flags | status.flags & KNOWN_FLAGS)
@@ -191,8 +191,8 @@ class Fallback:
         )
 
     def amend(self, stop: LocalStop, flags: Flag, ask_at_most: int) -> None:
-        """Change the flags and the time for asking, also those of the stop's job if it has
-        begun."""
+        """Change the flags and the time for asking of the stop and, if its job has begun, of the
+        job."""
         stop.flags, stop.ask_at_most = flags, ask_at_most
         if stop.job is not None and stop.job.running:
             request = Request(

@@ -84,9 +84,9 @@ class ProcessFinder:
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
         """Return every visible QEMU in the named unit, or in our own if none is named.
 
-        If there is none, raises UnknownIdentity if a process of the unit, or of an unknown unit,
-        cannot be identified, and Failed if the unit of a visible QEMU or the executable of a
-        process of the unit is unreadable.
+        If there is none, raises an error in two cases: UnknownIdentity if a process of the unit, or
+        of an unknown unit, cannot be identified; Failed if the unit of a visible QEMU, or the
+        executable of a process of the unit, is unreadable.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -193,8 +193,9 @@ class ProcessFinder:
 
 def _is_pam_session(pid: int) -> bool:
     """Return whether this is systemd's process for a PAM session (PAMName=). Each command of the
-    unit has such a process, qkilld-stop too. The unit's user may not read its executable. A QEMU
-    can have any name (-name process=), but always has several threads."""
+    unit has such a process, qkilld-stop too. The unit's user is not permitted to read the
+    executable of such a process. A QEMU can have any name (-name process=), but always has several
+    threads."""
     with ignore(f"reading the name of process {pid}", OSError):
         stat = procfs.read_stat(pid)
         return stat.comm == b"(sd-pam)" and stat.threads == 1

@@ -1,4 +1,4 @@
-"""The stop of one process, and its progress. Imports little: see stop.main."""
+"""The stop of one process, and its progress. Imports little, to start fast: see stop.main."""
 
 from __future__ import annotations
 

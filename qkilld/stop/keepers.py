@@ -94,8 +94,8 @@ class KeeperWatch:
             if (latest := _written(process.pid)) != written:
                 written, moved_at = latest, now
             if not any(each.has_time(now) for each in working):
-                # Before a keeper's stop job runs, writes of the guest do not show that it shuts
-                # down.
+                # Before a keeper's stop job runs, writes of the guest do not show that the guest is
+                # shutting down.
                 runs = any(each.began is not None for each in working)
                 if not runs or now - moved_at >= STALL_S or now - start >= LONGEST_S:
                     return
@@ -167,10 +167,10 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release at once the processes that have no keeper that is being stopped. Release each other
-    process when `KeeperWatch.leave` returns for it.
+    """Release a process at once if none of its keepers is being stopped. Release the others when
+    `KeeperWatch.leave` returns for them.
 
-    `on_keeper` is called with each process that has such a keeper, and with the keeper's name.
+    `on_keeper` is called with each process that has to wait, and with its keeper's name.
     """
     if isinstance(connection, str):
         release(processes)

@@ -1,5 +1,5 @@
-"""Compute how long systemd should wait for the helper. Pure; times in µs unless noted. Imports
-nothing: see stop.main.
+"""Compute how long systemd should wait for the helper. Pure; times are in µs unless noted. Imports
+nothing, to start fast: see stop.main.
 
 For the limits that the unit's own settings impose, see decision.unit_limits.
 """

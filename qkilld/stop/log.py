@@ -30,7 +30,7 @@ class Log:
         self._journal: QueuedJournal | None = None
 
     def open(self) -> None:
-        """Open the journal. Call this before several threads write to it."""
+        """Open the journal. Call this before several threads write to the log."""
         if self._journal is None:
             from qkilld.adapters.journal import open_journal
 

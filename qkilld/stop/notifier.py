@@ -1,6 +1,6 @@
 """Tell systemd how long a stop may still take, and what it waits for.
 
-Imports little: see stop.main.
+Imports little, to start fast: see stop.main.
 """
 
 from __future__ import annotations

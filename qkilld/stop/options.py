@@ -1,4 +1,4 @@
-"""The options of qkilld-stop. Imports nothing: most calls have no arguments."""
+"""The options of qkilld-stop. Imports nothing, to start fast: see stop.main."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process to stop, opened as a pidfd. Imports little: see stop.main."""
+"""A process to stop, opened as a pidfd. Imports little, to start fast: see stop.main."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _shares_service_with_init() -> bool:
         try:
             with open(f"/proc/{name}/cgroup", "rb") as file:  # noqa: PTH123
                 cgroups.append(file.read())
-        except OSError:  # Process 1 belongs to another user, because it is hidden (ProtectProc=).
+        except OSError:  # Process 1 is hidden (ProtectProc=), so it belongs to another user.
             return False
     # With Delegate=, there may be control groups below that of the service.
     in_service = any(end in cgroups[0] for end in (b".service\n", b".service/"))
@@ -139,7 +139,7 @@ def _shares_service_with_init() -> bool:
 
 
 def has_others(pids: Collection[int], proc: str = "/proc", sys: str = "/sys/fs/cgroup") -> bool:
-    """Return whether our unit may have more processes than these and this one. Takes 0.1 ms."""
+    """Return whether our unit may have processes besides `pids` and this one. Takes 0.1 ms."""
     try:
         with open(f"{proc}/self/cgroup") as file:  # noqa: PTH123
             groups = dict(line.rstrip("\n").split(":", 2)[1:] for line in file)

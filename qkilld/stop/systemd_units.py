@@ -76,7 +76,7 @@ async def limiting_units(
     connection: Connection | str, pids: Iterable[int]
 ) -> tuple[UnitFacts, dict[int, UnitFacts]] | None:
     """Return the settings of our own unit, and those of the units of these processes if they are
-    known. Return None if own_facts() does."""
+    known. Return None if own_facts() returns None."""
     own = await own_facts(connection)
     if own is None or isinstance(connection, str):
         return None

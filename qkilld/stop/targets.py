@@ -134,7 +134,7 @@ class Targets:
         return [process for process in processes if process.pid not in excluded_pids]
 
     def report_unidentified(self) -> bool:
-        """Print which unidentified processes may be guests that should have been stopped, too.
+        """Print the unidentified processes that may be guests that should also have been stopped.
         Return whether there are any.
 
         The unidentified processes are read again, because the search took place at the start, and
