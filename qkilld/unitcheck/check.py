@@ -1,4 +1,4 @@
-"""Find the settings of a unit because of which a stop loses data, and how to fix them.
+"""Find the settings of a unit that make a stop lose data, and how to fix them.
 
 Sources: systemd.service(5), systemd.kill(5), systemd.unit(5), systemd-system.conf(5); for the
 signals on which QEMU exits: QEMU, os-posix.c, os_setup_signal_handling().
@@ -57,8 +57,8 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         return  # The guard (qkilld-scope@.service) stops the guest before systemd signals it.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A signal that QEMU ignores is no problem if the guest was asked: the guest can then shut down
-    # until the timeout.
+    # A signal that QEMU ignores is no problem if the guest was asked, because the guest can then
+    # shut down until the timeout.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(

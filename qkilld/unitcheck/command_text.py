@@ -1,8 +1,8 @@
 """Parse command lines as they are written in unit files, with their specifiers. Pure.
 
 systemd reports commands with specifiers (%i, %n, …) resolved for one instance. A template's drop-in
-needs the specifiers themselves, so its lines come from the text of the unit's files, but only if it
-is proven that systemd made its command from this text. Sources: systemd.service(5), "Command
+needs the specifiers themselves, so its lines come from the text of the unit's files. This text is
+used only if systemd provably made its command from it. Sources: systemd.service(5), "Command
 lines"; systemd, src/core/load-fragment.c (config_parse_exec) and src/basic/extract-word.c.
 """
 

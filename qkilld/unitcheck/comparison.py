@@ -169,8 +169,7 @@ def compare(
             advice="if it does nothing of this kind, start QEMU without the shell around it",
         )
     changes_unit = bool(planned_changes) and not facts.is_scope
-    # A safe scope needs no guard. A guard would be no improvement, because it sends the same
-    # signals as systemd.
+    # A safe scope gets no guard, because the guard would only send the same signals as systemd.
     starts_guard = surroundings_after.is_guarded != surroundings.is_guarded and (
         any(finding.is_unsafe for finding in findings) or not comparison.keeps_data
     )
@@ -228,8 +227,8 @@ def _unseen(surroundings: Surroundings) -> str:
 
 
 def _keep_more(then: Mapping[Occasion, Outcome], now: Mapping[Occasion, Outcome]) -> bool:
-    """Return whether, on at least one occasion, `then` keeps more of the guest's or the disks'
-    data."""
+    """Return whether, on at least one occasion, `then` keeps more of the guest's or the disks' data
+    than `now`."""
     return any(not now[occasion] >= then[occasion] for occasion in Occasion)
 
 

@@ -109,8 +109,8 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the main process is a shell, or a program such as sudo, and not more than one
-    guest runs in the unit."""
+    """Return whether the main process is a shell, or a program such as sudo, and at most one guest
+    runs in the unit."""
     if around.main_executable:
         shell = PurePosixPath(around.main_executable).name in _SHELLS
     else:
@@ -226,9 +226,9 @@ def _starts_inside(start: Command) -> bool:
 
 
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
-    """Return whether a guest in another unit is that of this unit: ExecStart= contains its name or
-    its whole command line. A QEMU that ExecStart= starts in this unit has the same words, but is
-    not in another unit."""
+    """Return whether a guest in another unit is the guest of this unit: ExecStart= contains its
+    name or its whole command line. A QEMU that ExecStart= starts in this unit has the same words,
+    but is not in another unit."""
     if started_qemus(facts) and all(map(_starts_inside, facts.exec_start)):
         return False
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
@@ -248,7 +248,8 @@ def helper_reach(facts: UnitFacts) -> Helper:
 
 
 def hides_helper(facts: UnitFacts) -> str:
-    """Return the setting that keeps qkilld-stop from starting or seeing guests; "" for none."""
+    """Return the setting that keeps qkilld-stop from being started or from seeing guests; "" for
+    none."""
     if facts.root:
         return "RootDirectory= or RootImage="
     if facts.private_pids:
@@ -302,7 +303,7 @@ def helper_limit(command: Command, policy: Policy) -> str:
 
 def helper_hurry(command: Command, policy: Policy) -> str:
     """Return the option with which this line of qkilld-stop does not ask the guest to shut down, or
-    gives it less time than the configuration; "" for none."""
+    gives it less time than the configuration does; "" for none."""
     if "--no-powerdown" in helper_options(command):
         return "--no-powerdown"
     spans = (span for span in JOB_SPANS if span.field == "powerdown")
@@ -316,7 +317,7 @@ def _shorter(command: Command, span: Span, policy: Policy) -> str:
     try:
         is_shorter = timespan.parse(value) < getattr(policy, span.field)
     except ValueError:
-        is_shorter = True  # A variable, for example.
+        is_shorter = True  # The value may be a variable.
     return f"{span.argument} {value}" if is_shorter else ""
 
 

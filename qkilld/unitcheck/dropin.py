@@ -117,7 +117,7 @@ def own_files(facts: UnitFacts) -> list[str]:
 
 def sets_facts(text: str) -> bool:
     """Return whether a file has any of the settings by which units are judged. A memory limit, for
-    example, is none of them."""
+    example, is not one of them."""
     judged = {key for settings in SETTINGS.values() for key in settings}
     return not judged.isdisjoint(keys(text))
 

@@ -211,8 +211,9 @@ def _check_arguments(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
 
 
 def _named_processes(facts: UnitFacts, surroundings: Surroundings) -> list[str]:
-    """Return the processes beside which qkilld-stop stops no others; [] if a line stops all guests
-    of the unit. With --pidfile, others are stopped if the process is not the main process."""
+    """Return the processes that lines of qkilld-stop name, if the lines stop no others; [] if a
+    line stops all guests of the unit. A line with --pidfile stops others if the process is not the
+    main process."""
     named = []
     for command in filter(is_helper, facts.exec_stop):
         options = helper_options(command)
@@ -416,9 +417,9 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
-    """Return the first line that systemd now skips after a failure, but would run before the helper
-    after adoption, while the guest still runs. Lines that only ask the guest or wait are left
-    out."""
+    """Return the first line that systemd now skips after a failure, but that systemd would run
+    after adoption while the guest still runs, because the line is before the helper. Lines that
+    only ask the guest or wait do not count."""
     place = _helper_place(facts, surroundings)
     first = _first_skipped(facts, surroundings, place)
     return stop_lines(facts, surroundings)[first] if first < place else None

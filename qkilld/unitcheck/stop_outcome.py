@@ -351,7 +351,7 @@ class _Stop:
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
-        """Simulate KillMode=process or mixed. The main process is not QEMU."""
+        """Simulate KillMode=process or mixed for a main process that is not QEMU."""
         settings = self.settings
         self.steps.append(
             StopStep(f"KillSignal={_name(settings.kill_signal)}", "signals-main-process")

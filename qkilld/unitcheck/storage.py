@@ -91,7 +91,8 @@ class Storage:
         if self.protocol:
             return "After=network.target network-online.target"
         if self.may_differ:
-            # With RequiresMountsFor=, no instance would start without the mount of this instance.
+            # With RequiresMountsFor=, other instances would not start without the mount of this
+            # instance.
             return f"After=remote-fs.target {self.unit}"
         return f"RequiresMountsFor={self.text or quoted(self.mount_point)}"
 
