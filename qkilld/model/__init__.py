@@ -1,1 +1,1 @@
-"""Constants and data classes that all other packages use. Imports none of them."""
+"""Constants and data classes that all other packages use. Imports no other package."""

@@ -27,8 +27,8 @@ class Io:
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that waits: it is in uninterruptible sleep, is in a call that waits for something
-    other than events, or is stopped although the first thread is not."""
+    """A thread that waits: in uninterruptible sleep, in a call that waits for something other than
+    events, or stopped although the first thread is not."""
 
     tid: int
     name: str
@@ -60,8 +60,8 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A block device under an image. Its counters are those of the whole host: other processes move
-    them, too.
+    """A block device under an image. Its counters are those of the whole host: other processes
+    increase them, too.
 
     Each layer is a separate Device: the logical volume, partition or loop device that holds the
     image, and all layers below it down to the disks. So several Devices may count the same write.
@@ -233,7 +233,7 @@ class Mount:
     """A file system without a block device that contains an image: a network file system, FUSE, …
 
     Only NFS has counters (/proc/PID/mountstats). For FUSE, the servers show progress. For other
-    types, nothing shows it.
+    types, nothing shows progress.
     """
 
     kind: str

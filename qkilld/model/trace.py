@@ -71,7 +71,7 @@ class VerdictRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChangeRecord:
-    """The flags, policy and control of the job after a change of one of them."""
+    """The flags, policy and control of the job after one of them has changed."""
 
     at: int
     flags: Flag
