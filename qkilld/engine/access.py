@@ -6,10 +6,10 @@ The checks come in an order that reveals nothing that the caller may not know:
 2. If the caller is root or the process's own user, only the process is checked.
 3. For all other callers, polkit is asked, whatever the process is. A denial has the same text for
    QEMU and for any other program. If the process is not QEMU, or not the requested one, polkit is
-   asked without a dialog, so that nobody types a password in vain. The missing dialog reveals only
-   what ListGuests tells anybody.
-4. Because polkit may take minutes, the checks are then repeated: the process must still be QEMU, in
-   the named unit and, unless root asks, of the same user.
+   asked without a dialog, so that nobody types a password in vain. Anybody can learn from
+   ListGuests what a missing dialog reveals.
+4. The checks are then repeated, because polkit may take minutes. The process must still be QEMU and
+   in the named unit. Unless the caller is root, it must still belong to the same user.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _FIRST_PAUSE_S: Final = 0.05
 
 
 class CheckedProcess(NamedTuple):
-    """A process that was opened for a caller who is allowed to do what was requested."""
+    """An open process, and the uid of the caller, who may do what was requested."""
 
     process: Process
     uid: int
@@ -86,7 +86,7 @@ class Access:
     ) -> CheckedProcess:
         """Return the process with its label set. The caller must close it.
 
-        action      the polkit action; None for that of `flags`
+        action      the polkit action; if None, `flags` determine it
         start_time  refuse a process that started at another time (clock ticks since boot)
         unit        refuse a process that is not in this unit
         answer      polkit's answer, if it was asked before
@@ -132,8 +132,8 @@ class Access:
     ) -> Steerer:
         """Authorize steering a job. Raises AccessDenied, InteractiveAuthorizationRequired, Busy.
 
-        The owner of the process may steer a job that runs by the owner's right (steering.py). With
-        `owner`, the owner may steer any job for the process.
+        The owner of the process may steer a job that the owner requested (see steering.py) or, with
+        `owner`, any job for the process.
         """
         uid = await caller.uid()
         identity = job.guest.identity

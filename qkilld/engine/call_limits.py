@@ -93,8 +93,8 @@ def _check_together(count: int, limit: int, what: str) -> None:
 
 
 def _descriptors_to_spare() -> bool:
-    """Return whether a user's call may open descriptors. This is an estimate: at least all
-    descriptors below the lowest free one are in use."""
+    """Return whether a user's call may open descriptors. This is an estimate: descriptors above the
+    lowest free one may be in use, too."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

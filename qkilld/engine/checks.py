@@ -103,7 +103,7 @@ def check_process(process: Process, before: Identity, globs: Iterable[str]) -> N
 
 
 def is_free(caller_uid: int, identity: Identity) -> bool:
-    """Return whether the caller may do anything with the process without polkit."""
+    """Return whether polkit need not be asked: the caller is root or owns the process."""
     return caller_uid in (0, identity.uid)
 
 
@@ -163,6 +163,6 @@ def details_of_all(flags: Flag) -> dict[str, str]:
 
 
 def for_dialog(text: str) -> str:
-    """Replace characters that some desktop's dialog may take for markup, for a closing quote or for
-    a variable of polkit."""
+    """Replace characters that a desktop's dialog may interpret as markup, a closing quote or a
+    variable of polkit."""
     return "".join(_SAFE_MARK if c in _MARKUP else c for c in printable(text, MAX_DIALOG_TEXT))

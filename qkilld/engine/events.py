@@ -508,7 +508,7 @@ def _ladder(flags: Flag) -> str:
 
 
 def _unsupervised(job: ObservedJob) -> str:
-    """Describe the end of a job with NOWAIT."""
+    """Describe how a job with NOWAIT has ended."""
     what = "was asked to shut down" if Flag.POWERDOWN in job.flags else "got one signal"
     return f"{what}, and is not watched"
 

@@ -1,8 +1,8 @@
 """Choose whose calls are served next. Users take turns, however many calls and connections they
 have.
 
-A pure data structure. All connections of a user share the user's turns. Until the uid of a
-connection is known, its calls only wait. The calls of each connection keep their order.
+A pure data structure. All connections of a user share the user's turns. The calls of a connection
+get no turn until its uid is known. The calls of each connection keep their order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class FairQueue(Generic[Item]):
 
     @property
     def crowded(self) -> bool:
-        """Whether all users with waiting calls have a limit and more than CROWD calls."""
+        """Whether each user with waiting calls has a limit, and more than CROWD of them."""
         return all(
             group.count > CROWD and uid not in self._unlimited
             for uid, group in self._groups.items()
@@ -155,8 +155,8 @@ class FairQueue(Generic[Item]):
 
 
 def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:
-    """Return whether a connection with these waiting calls may add another one although MAX_TOTAL
-    is reached."""
+    """Return whether a connection may add a call when MAX_TOTAL is reached. `own`: its waiting
+    calls."""
     if own is None:
         return size <= SPARE_BYTES
     return len(own) < SPARE and sum(waiting for _, waiting in own) + size <= SPARE_BYTES

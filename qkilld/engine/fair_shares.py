@@ -1,5 +1,5 @@
-"""Divide a limited number of places, such as threads that may block, among users. Imports nothing:
-see stop.main."""
+"""Divide a limited number of places, such as threads that may block, among users. Programs that
+must start quickly use this module, so it imports nothing (stop.main)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ def user_of(uid: int) -> int:
 class FairShares:
     """The places that users have taken. This class has no lock.
 
-    Root may take all `places`; `of_root` of these are for root only. Each other user gets a first
-    place if one is free. The second and further places of all users together are limited to
-    `shared`, which is divided equally among the users who have places. So the other places stay
-    free for users who have none. Uids that may be subordinate can take
-    at most `shared` and half of the other places.
+    Root may take all `places`, and only root may take the last `of_root`. Each other user gets a
+    first place if one is free. All further places are limited to `shared`, divided equally among
+    the users who have places. So some places stay free for users who have none. Uids that may be
+    subordinate can together take at most `shared` places and half of the others.
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.flush_plan decides which disks to flush and what a flush proves; FlushPhase carries this
-out. A flush proves more while the guest's processors are stopped. The intention to stop them is
-saved first. If the job ends before a signal, or the daemon crashes, they are started again. The API
-calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor
-stays open until the job ends, because QEMU does not reply on a connection made after SIGTERM.
+decision.flush_plan decides which disks to flush and what that proves. If the guest's processors are
+stopped during a flush, it also proves that QEMU holds no data back. Before they are stopped, the
+intention is saved. If the job ends without a signal, or the daemon crashes, they are started again.
+The API calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The
+monitor stays open until the job ends, because QEMU answers no new connection after SIGTERM.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class FlushPhase:
     # ---- ending ----
 
     def close(self, *, ending: bool) -> None:
-        """End the phase, because the job ends. `ending`: SIGTERM or SIGKILL was sent. Otherwise,
-        start stopped processors again. May be called twice."""
+        """End the phase, because the job ends. Unless SIGTERM or SIGKILL was sent (`ending`), start
+        stopped processors again. May be called twice."""
         self._step += 1
         self._stop_timer()
         self._sampler.close()
@@ -202,7 +202,7 @@ class FlushPhase:
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
     def _is_current(self, step: int) -> bool:
-        """Return whether this step is in progress: the job may have been forced, or have ended."""
+        """Return whether this step is in progress. Force or the job's end may have stopped it."""
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:
@@ -265,7 +265,7 @@ class FlushPhase:
             monitor.read_disks(handle_disks, files=False)
 
     def _take_sample(self, step: int, callback: Callable[[bool], None]) -> None:
-        """Take a sample, and tell `callback` whether anything has moved since the last sample.
+        """Take a sample, and tell `callback` whether there was progress since the last one.
 
         If a sample was requested before and has not come yet, use that one.
         """

@@ -73,11 +73,11 @@ class GuestAsker:
         or job.
 
         While `may_ask` returns False, the guest is observed but not asked. Backups and other
-        background jobs of QEMU would be cancelled when QEMU exits. So the guest is not asked while
-        one of them makes progress within `stall` µs; `on_jobs` is called then. If `stall` is None,
-        they do not delay asking. `on_pressed` is called if somebody else has pressed the guest's
-        power button. `on_fault` is called with an exception that a bug in qkilld has caused. The
-        guest is not asked after that.
+        background jobs of QEMU would be cancelled when QEMU exits. While one of them makes progress
+        at least every `stall` µs, `on_jobs` is called, and the guest is not asked. If `stall` is
+        None, they do not delay asking. `on_pressed` is called if somebody else has pressed the
+        guest's power button. `on_fault` is called with an exception that a bug in qkilld has
+        caused. The guest is not asked after that.
         """
         self._link, self._clock = link, clock
         self._attempt = attempt
@@ -127,7 +127,8 @@ class GuestAsker:
     def judge_exit(self, *, killed: bool) -> GuestAsked | None:
         """After QEMU's exit, return the outcome of asking; None if the guest was not asked.
 
-        `killed`: a signal ended QEMU. Then the guest has only shut down if that was reported.
+        `killed`: a signal ended QEMU. In this case, only a report of the shutdown proves that the
+        guest shut down.
         """
         signs, all_heard = self._link.read_rest()
         return powerdown.judge_exit(self._attempt, signs, all_heard=all_heard or killed)
@@ -264,8 +265,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
-                # Continue: qkilld can still press the power button (again, if the monitor was
-                # lost), or the guest may react to an earlier request.
+                # Continue: qkilld can still press the power button, or retry this once. The guest
+                # may also react to an earlier request.
                 self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:
@@ -281,8 +282,8 @@ class GuestAsker:
             monitor.order(what, self._guarded(callback))
 
     def _observe_later(self, interval: int | None = None, *, until: int | None = None) -> None:
-        """Observe after `interval` (µs), but not later than `until`, when the conclusion may change
-        without a new observation."""
+        """Observe after `interval` (µs), or at `until` if that is earlier, because the conclusion
+        may change at that time."""
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         now = self._clock.now()

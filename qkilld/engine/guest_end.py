@@ -56,7 +56,7 @@ class GuestEnd:
         return now >= self._settled_at
 
     def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
-        """Return the risks if the process exited without SIGKILL from qkilld."""
+        """Return the risks of an exit without SIGKILL from qkilld."""
         job, ended = self._job, self.at if self.at is not None else self._clock.now()
         evidence, flushed = job.assessment if job.by_evidence else None, job.flush.proven
         terminated = signals.sent

@@ -48,7 +48,7 @@ class GuestWatch:
         on_fault: Callable[[str, BaseException], None],
     ) -> None:
         """`is_wanted` is called before each scan except the first. If it returns False, the watch
-        ends, and the numbers of all guests become invalid."""
+        ends, and no WatchedGuest.number is valid any more."""
         self._find_guests = find_guests
         self._monitors = monitors
         self._listener = listener
@@ -63,7 +63,6 @@ class GuestWatch:
 
     @property
     def active(self) -> bool:
-        """Whether guests are watched."""
         return self._scanning is not None
 
     @property

@@ -43,8 +43,8 @@ MAX_HISTORY: Final = 100
 class Job:
     """The ladder of one process.
 
-    `phase` goes from powerdown to quit, terminate, kill, reap and done, without phases that are not
-    needed. If something moves before SIGKILL is sent, `phase` returns from kill to terminate.
+    `phase` goes from powerdown to quit, terminate, kill, reap and done, and skips phases that are
+    not needed. If progress or a caller delays SIGKILL, `phase` returns from kill to terminate.
     `result` is None while the job runs. After the end, only `processors_stopped` may change.
     """
 
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def rank(self) -> Rank:
-        """The rank of the requester by whose right the job runs (steering.py)."""
+        """The rank of the job's requester (see steering.py)."""
         return rank_of(self.request.uid, self.guest.identity)
 
     @property
@@ -193,8 +193,8 @@ class Job:
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
-        """Do not ask the guest again if the job `ended` has just asked it. Call this before
-        `start`."""
+        """Do not ask the guest again if the previous job (`ended`) has just asked it. Call this
+        before `start`."""
         self._powerdown.follow_up(ended._powerdown.attempt)
 
     def start(self) -> None:
@@ -312,18 +312,18 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Let another request change the job. It can add FORCE, lengthen time spans, end the asking
-        of the guest earlier, and allow signals in a job that would only ask. It cannot do the
-        opposite of any of these. To a job of higher rank, a request of the owner can only add
+        """Let another request change the job. It can add FORCE, lengthen time spans, shorten the
+        time for asking the guest, and allow signals in a job that would only ask. It cannot do the
+        opposite of any of these. If the job has a higher rank, the owner's request can only add
         FORCE.
 
         A request of higher rank takes the job over and replaces the former request. The guest gets
-        all the help (Request.help) that either request allows. The flags and spans stay, unless the
-        job was the owner's: then the owner's spans, FIXED and hold end, and the owner's extensions
-        are cut to `owner_limit`.
+        all the help (Request.help) that either request allows. The flags and spans stay unless the
+        owner requested the job. In that case, the new request sets the spans and FIXED, the owner's
+        hold ends, and the owner's extensions are cut to `owner_limit`.
 
-        If the job and the request both only ask the guest, no signal follows. Only if both have
-        NOWAIT does the job end right after asking.
+        If the job and the request both only ask the guest, no signal follows. The job ends right
+        after asking only if both have NOWAIT.
 
         A request with FORCE and NOWAIT sends SIGKILL now. It raises UnknownIdentity if the
         process's executable is unreadable, and Failed if the job is held or extended. A hold or
@@ -367,10 +367,10 @@ class Job:
         self._changed()
 
     def extend(self, usec: int, by: Steerer) -> None:
-        """Send no SIGKILL for at least `usec` (µs) from now, whatever the policy.
+        """Send no SIGKILL for at least `usec` (µs) from now, whatever the policy says.
 
         The owner can extend a job of higher rank up to `owner_limit`. `extend`, `hold` and
-        `release` raise Failed if the job has ended or sent SIGKILL, or if Force has told it to.
+        `release` raise Failed if the job has ended, or if it has sent or must send SIGKILL.
         """
         self._check_controllable()
         until = min(self._parts.clock.now() + usec, INFINITY)
@@ -401,10 +401,11 @@ class Job:
             self._changed()
 
     def force(self, by: Steerer) -> None:
-        """Send SIGKILL now, held or not.
+        """Send SIGKILL now, even if the job is held.
 
         Raises Failed if the job has ended, and UnknownIdentity if the process's executable is
-        unreadable. If the identity has changed, ends the job as failed and raises ProcessChanged.
+        unreadable. If the identity has changed, this ends the job as failed and raises
+        ProcessChanged.
         """
         self._check_running()
         if not self._signals.killed and not self._process.exited():
@@ -498,7 +499,7 @@ class Job:
         self._parts.on_change(self)
 
     def note_sample(self) -> None:
-        """Report a sample that changed nothing worth reporting to callers."""
+        """Report a sample after which callers see no change."""
         self._parts.on_sample(self)
 
     def advance(self) -> None:
@@ -548,8 +549,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Do this now: while the job waits for servers, the monitor will report that it was
-            # closed, which changes the state of both phases.
+            # Do this now, because the monitor will soon report that it was closed. This report
+            # changes the state of both phases.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:
@@ -577,7 +578,7 @@ class Job:
             self._process.watch(self._survivor_gone)
         elif not self.processors_stopped:
             self._process.close()
-        self.interrupt_waits()  # First: writing the journal must not delay replies.
+        self.interrupt_waits()  # Reply before the slow writing of the journal.
         self._parts.on_end(self)
         self._parts.journal.write(events.job_ended(self))
         self._trace.record(EndRecord(self.ended, result))
@@ -585,7 +586,7 @@ class Job:
             self._trace.end()
 
     def note_processors_running(self) -> None:
-        """Close the process, because the guest's processors run again after the end of the job."""
+        """Close the process of the ended job, because the guest's processors run again."""
         if self.result is not Result.SURVIVED:
             self._process.close()
         self._parts.on_change(self)

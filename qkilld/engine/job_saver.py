@@ -64,8 +64,8 @@ class JobSaver:
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """Note that a job was resumed from `saved`. Save it only if it has changed: a daemon that
-        resumes thousands of jobs has more urgent work."""
+        """Save a job resumed from `saved` only if it has changed: a daemon that resumes thousands
+        of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)

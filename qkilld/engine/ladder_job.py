@@ -45,9 +45,9 @@ class LadderJob(ObservedJob, Protocol):
         """Note that a signal cannot be sent yet."""
 
     def write_down(self, go_on: Callable[[], None]) -> None:
-        """Save the job. Call back when it is saved, or when saving takes too long."""
+        """Save the job, and call back when this is done or takes too long."""
 
     def is_last_rung_due(self) -> bool:
-        """Return whether the deadline that follows from the evidence so far has passed."""
+        """Return whether, by the evidence so far, the time for SIGKILL or giving up has come."""
 
     def note_processors_running(self) -> None: ...

@@ -52,7 +52,7 @@ class LongReplies:
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[Pace]:
-        """Wait until a reply to this user may be prepared. The turn ends with the context."""
+        """Wait until a reply to this user may be prepared. The turn ends when the context exits."""
         own = self._of_user.setdefault(user_of(uid), asyncio.Lock())
         async with own:
             if uid in self._unlimited:

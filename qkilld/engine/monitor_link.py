@@ -88,8 +88,8 @@ class MonitorLink:
     ) -> None:
         """See engine.ports.Monitors. Calls back at once if the monitor is already open.
 
-        If it is being opened, this only replaces the callback: cancelling that attempt could lose
-        the connection of an earlier daemon.
+        If an attempt to open it is in progress, this only replaces the callback: cancelling the
+        attempt could lose the connection of an earlier daemon.
         """
         if (monitor := self.monitor) is not None:
             callback(monitor)

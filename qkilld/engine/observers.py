@@ -35,7 +35,7 @@ class Observers:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Call all observers. An exception in one must not affect the others."""
+        """Call all observers. An exception in one observer must not affect the others."""
         for observer in tuple(self._observers):
             try:
                 what(observer)

@@ -60,16 +60,15 @@ def _before_signals(job: ObservedJob) -> Outlook:
 
 
 def _standstill(facts: JobFacts, deadline: int) -> int:
-    """Return the time (µs) without progress after which the deadline comes. Return 0 if the
-    deadline depends only on GraceSec=, MaxSec= or an extension."""
+    """Return how long (µs) the process may make no progress before the deadline comes. Return 0 if
+    the deadline depends only on GraceSec=, MaxSec= or an extension."""
     evidence, policy = facts.assessment, facts.policy
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0
     if deadline == INFINITY:
-        return 0  # There is no next rung, so progress cannot delay it.
+        return 0  # There is no deadline that progress could delay.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # Compute the deadline that progress alone would set. If the job has another deadline, progress
-    # does not determine it.
+    # Compute the deadline that progress alone would set, to see whether the job has that deadline.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

@@ -73,18 +73,17 @@ class ServerExits(Protocol):
 
     @property
     def unwatched(self) -> frozenset[int]:
-        """Return the added processes that could not be watched, so their end would not be
-        noticed."""
+        """Return the added processes whose end is not noticed, because watching them failed."""
 
     def add(self, pid: int, seen_at: int) -> None:
         """Watch a process that ran at `seen_at` (CLOCK_MONOTONIC, µs). May be called again."""
 
     def remove(self, pid: int) -> None:
-        """Stop watching a process. Does nothing if it is not watched."""
+        """Does nothing if the process is not watched."""
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Return two sets: the processes that ended before the guest, or may have; and those that
-        ended after it or are ending. Call this once, after the guest's end."""
+        """Return two sets: the processes that ended, or may have ended, before the guest; and those
+        that ended after it or are ending now. Call this once, after the guest's end."""
 
     def closed_first(self, tcp_id: str) -> bool | None:
         """Return whether the guest closed a connection (Socket.tcp_id) before its server did; None
@@ -147,7 +146,7 @@ class Watch(Protocol):
         all threads that take samples."""
 
     def close(self) -> None:
-        """Stop taking samples; no callback follows."""
+        """No callback follows."""
 
 
 class Sampler(Protocol):
@@ -245,7 +244,7 @@ class GuestMonitor(Protocol):
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
         """Cut off these connections. Call back with "", with the reason of a refusal, or with None
-        if no reply came, so that they may be cut off."""
+        if no reply came. In the last case, the connections may be cut off."""
 
     def close(self) -> None:
         """May be called twice."""
@@ -276,8 +275,8 @@ class Monitors(Protocol):
         """
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """After QEMU's exit, return the signs of a shutdown that a kept connection still contains,
-        without those that an earlier daemon has read. Does not block.
+        """After QEMU's exit, read the rest of a kept connection, and return the signs of a shutdown
+        in it. Signs that an earlier daemon has read are missing. Does not block.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
@@ -311,11 +310,11 @@ class Clock(Protocol):
     def now(self) -> int: ...
 
     def started_at(self, start_time: int) -> int:
-        """Return the time at which a process started, by Identity.start_time."""
+        """Convert Identity.start_time to the time of this clock."""
 
     def call_at(self, when: int, callback: Callable[[], None], user: int | None = None) -> Timer:
-        """Call back at this time. `user`: the uid whose work this is, if users can make any number
-        of such callbacks due at a time. Users then take turns (engine.steps)."""
+        """Call back at this time. `user`: the uid for which the work is done, if a user can cause
+        any number of such callbacks at a time. Users then take turns (engine.steps)."""
 
 
 class Journal(Protocol):
@@ -333,7 +332,7 @@ class Recorder(Protocol):
 
 class Traces(Protocol):
     def begin(self, header: Header) -> Recorder:
-        """Begin the trace of a job. No file is created before its first record."""
+        """Begin the trace of a job. The first record creates the file."""
 
 
 class JobState(Protocol):

@@ -66,8 +66,8 @@ class PowerdownPhase:
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """Continue the asking of an earlier job for the same process, if its request may still take
-        effect. A second press of the power button would cancel the shutdown of some systems. Call
+        """If a request to the guest by an earlier job may still take effect, count it as this job's
+        request. A second press of the power button would cancel the shutdown of some systems. Call
         this before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
@@ -250,8 +250,8 @@ class PowerdownPhase:
         job.enter(job.phase)
 
     def _asker_ended(self, end: AskOutcome) -> None:
-        """If the monitor is unreachable, check once more whether the process is stopped: this may
-        have happened meanwhile, or samples may have come too late to show it."""
+        """If the monitor is unreachable, check again whether the process is stopped. It may have
+        been stopped meanwhile, or earlier samples may have come too late."""
         if end.outcome is not GuestAsked.UNREACHABLE or self._is_rechecked:
             self._ended(end)
             return

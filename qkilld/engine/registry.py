@@ -233,7 +233,6 @@ class Registry:
         return max(candidates, key=lambda job: (job.running, job.number))
 
     def running_for(self, key: tuple[int, int]) -> Job | None:
-        """Return the running job of that process, if there is one."""
         return self._running.get(key)
 
     def count_from(self, last: int) -> None:
@@ -255,7 +254,7 @@ class Registry:
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
-        """Cancel all running jobs; `why` is for their receipts."""
+        """`why` is for the receipts."""
         for job in list(self._running.values()):
             job.cancel(why)
 
@@ -273,8 +272,8 @@ class Registry:
             job.interrupt_waits()
 
     def _freed_by_job_for(self, key: tuple[int, int]) -> Counter[int]:
-        """Return, by user, how many jobs are forgotten if this process gets a new job: the job that
-        it survived, if that ended over a minute ago (KEEP_ENDED)."""
+        """Count, by user, the jobs to forget when this process gets a new job. The only such job is
+        one that the process survived, and that ended over a minute ago (KEEP_ENDED)."""
         survivor = self._survivors.get(key)
         if survivor is None or survivor.number in self._jobs:
             return Counter()
@@ -373,14 +372,14 @@ class Registry:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _forget_entirely(self, job: Job) -> None:
-        """Remove the saved state of a job, and stop counting the job for its user. A job whose
-        process survived is kept until the process is gone or has a new job."""
+        """Remove the saved state of a job, and stop counting the job for its user. If the process
+        survived the job, keep the job until the process is gone or has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Call the observer. Its exceptions must not affect a job."""
+        """Call the observer. Exceptions in it must not affect a job."""
         if self.observer is None:
             return
         try:
@@ -417,7 +416,7 @@ class ExitedProcess:
         return True
 
     def watch(self, callback: Callable[[], None]) -> None:
-        """Do nothing: `exited` is true already."""
+        """Do nothing, because the process has already exited."""
 
     def fileno(self) -> None:
         return None

@@ -5,9 +5,9 @@ gets SIGTERM, because QEMU exits in a few milliseconds if it has lost its disks.
 until the servers are found, but at most TIMEOUT. This is done only for guests whose command line
 names storage on a network.
 
-QEMU may have been told to exit before the first usable sample, by an earlier daemon or because the
-host is busy. If a node then has no connection, this proves nothing: QEMU may have closed the node,
-or may have lost its server.
+On a busy host or after a restart of the daemon, QEMU may have been told to exit before the first
+usable sample. A node without a connection then proves nothing: QEMU may have closed it, or may have
+lost its server.
 
 If servers cannot be watched, for example because no descriptor is free, the job reports a risk.
 Whatever fails here, the job continues.
@@ -67,8 +67,8 @@ _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
 def is_stopping(job: ObservedJob) -> bool:
-    """Return whether the job's process may be closing its disks and exports: it was told to exit,
-    or its guest has powered off, and its exit was not noticed yet."""
+    """Return whether the job's process may be closing its disks and exports. This begins when it is
+    told to exit or its guest powers off, and ends when its exit is noticed."""
     if job.result in (Result.EXITED, Result.KILLED):
         return False
     was_told = any(rung.action in _ENDING for rung in job.rungs)
@@ -102,7 +102,7 @@ class ServerWatch:
 
     @property
     def is_needed(self) -> bool:
-        """Whether the guest may have storage on a network, and the job goes by evidence."""
+        """Whether the guest may have storage on a network, and the job uses evidence."""
         can = self._parts.sampler is not None and self._parts.server_exits is not None
         return can and self._job.guest.label.remote and self._job.by_evidence
 
@@ -150,7 +150,7 @@ class ServerWatch:
 
     def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
         """Return the risks after the guest has exited at `ended`. Call this once, after `note_exit`
-        and before `close`. `settled`: SETTLE has passed, or `note_exit` has not required it."""
+        and before `close`. `settled`: SETTLE has passed, or `note_exit` returned False."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
                 risks = self._risks(self._exits, ended)
@@ -198,7 +198,7 @@ class ServerWatch:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Keep exceptions from the job, and log them."""
+        """Log exceptions, so that they do not reach the job."""
         try:
             yield
         except Exception as error:
@@ -220,9 +220,9 @@ class ServerWatch:
             return
         self.note_sample(sample)
         if not self.until:
-            return  # The sample is late.
+            return  # The search has already ended.
         is_found = self._servers is not None and not self._servers.unfound
-        # An empty sample, which replaces a late one, does not show that the search has ended.
+        # An empty sample replaces a late one, so the search may still be in progress.
         searches = sample.searching or sample.state == "?"
         is_over = self._samples >= MAX_SAMPLES and not searches
         is_late = self._clock.now() >= self.until

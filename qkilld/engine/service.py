@@ -225,7 +225,7 @@ class Service:
         caller: Caller,
     ) -> list[Job | QkilldError]:
         """Start a job for each of these processes, given by its id and, if known, its start time.
-        Return the job, or the error, of each. Raises InvalidArgs."""
+        Return a job or an error for each. Raises InvalidArgs."""
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         _check_for_many(given)
@@ -278,8 +278,8 @@ class Service:
         await self.keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
-        """Extend a job, see Job.extend. `extend`, `hold`, `release` and `force` also raise
-        AccessDenied and Busy."""
+        """See Job.extend. `extend`, `hold`, `release` and `force` also raise AccessDenied and
+        Busy."""
         usec = from_call(usec)
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
@@ -377,8 +377,8 @@ class Service:
     async def _check_monitor(
         self, process: Process, given: Mapping[str, object], passed: int | None
     ) -> None:
-        """Check the monitor that the caller names or passes. Raise InvalidArgs if it is not that of
-        this process. On any error, close `process`."""
+        """Check the monitor that the caller names or passes. Raise InvalidArgs if it is not the
+        monitor of this process. On any error, close `process`."""
         if self._monitors is None:
             return
         try:

@@ -154,7 +154,7 @@ class SignalPhase:
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
-            # If the deadline has passed, a signal that is due is being tried again.
+            # Reset this only before the deadline: after it, a due signal is being retried.
             if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
                 self._unidentified_since = None
             match action:
@@ -187,7 +187,7 @@ class SignalPhase:
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot. If SIGKILL is forced or about to be sent, the snapshot says so."""
+        """Return the snapshot, with a record of SIGKILL if it is forced or about to be sent."""
         if self._forced:
             snapshot = replace(snapshot, forced=True)
         if self._intent is _Intent.NONE or snapshot.result is not None:
@@ -196,15 +196,15 @@ class SignalPhase:
         return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
 
     def is_last_rung_due(self) -> bool:
-        """Return whether the deadline that follows from the evidence so far has passed."""
+        """Return whether, by the evidence so far, the time for SIGKILL or giving up has come."""
         now = self._clock.now()
         return decide(self.facts, now).deadline <= now
 
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.
 
-        Return False if the signal must wait: the intention to send SIGKILL must be saved first, or
-        the process's executable is unreadable.
+        Return False if the signal must wait, because the intention to send SIGKILL is not saved
+        yet, or because the process's executable is unreadable.
         """
         job = self._job
         if number == SIGKILL and not self._is_written_down():
@@ -282,9 +282,9 @@ class SignalPhase:
     def _is_written_down(self) -> bool:
         """Return whether the intention to send SIGKILL is WRITTEN. If not, start to save it.
 
-        If qkilld dies right after sending SIGKILL, the next daemon must not report "exited". For
-        SIGTERM this is not needed: if it is not known to be sent, the next daemon sends it, and
-        QEMU ignores a second SIGTERM.
+        If qkilld dies right after sending SIGKILL, the next daemon must not report "exited".
+        SIGTERM needs no such record: the next daemon may send it again, and QEMU ignores the second
+        one.
         """
         if self._intent is not _Intent.NONE:
             return self._intent is _Intent.WRITTEN
@@ -299,8 +299,7 @@ class SignalPhase:
             self._job.advance()
 
     def _withdraw(self) -> None:
-        """Withdraw the intention to send SIGKILL, because something moved or a caller wants
-        time."""
+        """Withdraw the intention to send SIGKILL, because of progress or a caller."""
         if self._intent is not _Intent.NONE:
             self._intent = _Intent.NONE
             self._job.enter(Phase.TERMINATE)

@@ -99,8 +99,8 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot from properties that a caller can read (StartedUSec, Verdict,
         LastProgressUSec, Held). Assume that SIGTERM was sent at the start, and SIGKILL at `kill_at`
-        if given. With `guest_asked`, assume that no signal was sent, and that the guest was asked,
-        if at all, at the start.
+        if given. With `guest_asked`, assume that no signal was sent and, unless the value is
+        NOT_ASKED, that the guest was asked at the start.
 
         `policy` is that of the job, including the time spans of the request. If `progress_at` is
         None, assume that progress goes on until the job is resumed.
@@ -159,7 +159,7 @@ class Snapshot:
 
     @property
     def may_be_killed(self) -> bool:
-        """Whether SIGKILL was about to be sent, and may have been."""
+        """Whether SIGKILL was about to be sent, so that it may have been sent."""
         return self.phase is Phase.KILL
 
     def without_kill(self) -> Snapshot:
@@ -177,8 +177,8 @@ class Snapshot:
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now`. If the job runs, goes by evidence, and is past the phases
-        before signals, the time since the last sample counts as a gap."""
+        """Return the assessment at `now`. If the job is running, uses evidence and has reached the
+        phases that send signals, the time since the last sample counts as a gap."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment

@@ -46,11 +46,10 @@ class StandstillCheck:
         self._timer: Timer | None = None
 
     def begin(self, callback: StandstillCallback, *, may_continue: bool, ask_until: int) -> None:
-        """Take a sample, and call back. With `may_continue`, send SIGCONT first if only SIGSTOP
-        stops the process; if the job is held, wait until it is released. If no sample comes in
-        time, even after MAX_SAMPLES requests or a third of the time until `ask_until`, call back
-        that the guest can be asked. After the exit of the process or `close`, there is no
-        callback."""
+        """Take a sample, and call back. If only SIGSTOP stops the process and `may_continue` is
+        set, send SIGCONT first, but not while the job is held. If MAX_SAMPLES requests, or a third
+        of the time until `ask_until`, bring no sample, call back that the guest can be asked. No
+        callback follows `close` or the exit of the process."""
         self._timer = None
         taken, now = 0, self._parts.clock.now()
         latest = now + (ask_until - now) // 3 - TIMEOUT
@@ -98,7 +97,7 @@ class StandstillCheck:
             self._parts.journal.write(events.signal_refused(job, SIGCONT))
             callback(reason, False)
         except (ProcessChanged, UnknownIdentity) as error:
-            # SIGTERM comes next. Its check is the same, and will end the job or make SIGTERM wait.
+            # SIGTERM comes next. The same check will then end the job or make SIGTERM wait.
             note(f"continuing process {job.guest.identity.pid}", error)
             callback(reason, False)
         else:

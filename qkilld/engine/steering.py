@@ -1,9 +1,9 @@
 """Steer a running job: hold, release, extend. Pure.
 
-A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
-process. Root and authorized users may steer every job. The owner of the process may steer the job
-if it runs by the owner's right. Otherwise, the owner may only extend it, up to a limit: without the
-limit, owners could prevent root from stopping their guests.
+The requester of a job is root, a user whom polkit authorized, or the owner of the process. Root and
+authorized users may steer every job. The owner of the process may steer a job that the owner
+requested. The owner may only extend other jobs, and only up to a limit, because owners could
+otherwise prevent root from stopping their guests.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """Return the control of a job that is taken over: no hold by the owner, and the owner's
-    extensions cut to `limit` (owner_limit)."""
+    """Return the control of a job that is taken over: the owner's hold ends, and the owner's
+    extensions are cut to `limit` (see owner_limit)."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))
 
 
 def replace_request(before: Request, request: Request) -> Request:
-    """Return the request of a job that is taken over. It keeps the help that the former request
-    allows, and the former `qmp_socket` unless it names one itself."""
+    """Return the new request of a job that is taken over. It also allows the help of the former
+    request, and keeps the former `qmp_socket` if it names none."""
     return replace(
         request,
         help=tuple(dict.fromkeys((*before.help, *request.help))),

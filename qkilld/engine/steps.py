@@ -30,14 +30,14 @@ class Steps:
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
-        """Call `work` soon. While it returns True, call it again before other work of the same
-        user."""
+        """Call `work` soon. Repeat this until it returns False. Other work of the same user waits
+        until then."""
         self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Count this time as part of the present step, because its work has started a task that
-        takes this long."""
+        """Shorten the present step by this time, because its work has started a task that takes
+        this long."""
         self._end -= seconds
 
     def _continue(self) -> None:

@@ -54,8 +54,8 @@ class Turns:
         return bool(self._queue)
 
     def put(self, name: str, uid: int | None, call: WaitingCall, size: int) -> bool:
-        """Let a call wait for its user's turn. If `uid` is None, it is not started before
-        `introduce`. If too many calls wait, refuse the call and return False."""
+        """Let a call wait for its user's turn. If `uid` is None, the call waits for `introduce`. If
+        too many calls wait, refuse the call and return False."""
         self.last_call = time.monotonic()
         self._has_new_calls = True
         if not self._queue.put(name, uid, call, size):

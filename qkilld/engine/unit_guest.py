@@ -47,9 +47,9 @@ def choose_guest(
     unidentified  processes that may be QEMU
     known         False if systemd says that there is no such unit
 
-    Raises NoSuchUnit, NoSuchProcess, NotQemu, UnknownIdentity if an unidentified process may be the
-    guest, and Failed if there are several guests, or none is found but the unit of some QEMU is
-    unreadable.
+    Raises NoSuchUnit, NoSuchProcess, NotQemu. Raises UnknownIdentity if an unidentified process may
+    be the guest. Raises Failed if there are several guests, or if none is found and the unit of
+    some QEMU is unreadable.
     """
     primary = facts.id if facts is not None else name
     inside = [guest for guest in guests if guest.label.unit_name == primary]

@@ -42,8 +42,8 @@ class UnitStops:
         *,
         user: bool,
     ) -> None:
-        """`describe` describes a process, or returns None if it is unreadable. `user`: qkilld runs
-        in a user manager."""
+        """`describe` returns the ControlProcess of a process id, or None if it is unreadable.
+        `user`: qkilld runs in a user manager."""
         self._service = service
         self._describe = describe
         self._user = user
@@ -63,8 +63,8 @@ class UnitStops:
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
         caller is root or the owner of the process. Once the jobs are saved, return the limits that
-        apply to all of them. `force` in these limits says what systemd would do, not whether the
-        jobs have FORCE.
+        apply to all of them. In these limits, `force` says whether systemd would send SIGKILL to
+        all guests. It does not say whether the jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:

@@ -24,7 +24,7 @@ class Waiters:
         self._requesters += requester
 
     def remove(self, callback: Callback) -> bool:
-        """Remove a callback. Return True if it was the last one of the job's requester."""
+        """Remove a callback. Return whether it was the last callback of the job's requester."""
         requester = self._waiting.pop(callback, False)
         self._requesters -= requester
         return requester and not self._requesters

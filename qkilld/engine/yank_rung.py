@@ -64,15 +64,15 @@ class YankRung:
 
     @property
     def possible(self) -> bool:
-        """Whether storage may be left that can be cut off."""
+        """Whether there may be more storage to cut off."""
         return self._allowed and not self._exhausted and self._link.monitor is not None
 
     def resume(self, past: Snapshot) -> None:
         self.at = past.rung_at(YANK)
 
     def step(self) -> bool:
-        """Start an attempt to cut off storage, if none is in progress. Its end calls the job's
-        `advance`.
+        """Start an attempt to cut off storage, if none is in progress. When the attempt ends, it
+        calls the job's `advance`.
 
         Return False if nothing can be cut off, so that SIGKILL is next.
         """
@@ -88,7 +88,7 @@ class YankRung:
         return True
 
     def note_exit(self) -> None:
-        """Note the exit of the process. Call this before the monitor reports that it was closed."""
+        """Call this before the monitor reports that it was closed."""
         self._note_unanswered()
         self._attempt += 1
 
@@ -147,7 +147,7 @@ class YankRung:
         monitor.yank([cutoff.instance for cutoff in chosen], handle_reply)
 
     def _note_unanswered(self) -> None:
-        """Count connections as cut off if `yank` has no reply yet, because they may be."""
+        """Assume that connections are cut off if `yank` has no reply yet."""
         chosen, self._unanswered = self._unanswered, ()
         if not chosen:
             return
