@@ -1,5 +1,5 @@
-"""Connect to the bus of another host or of a container as systemd's own tools do: through the
-standard input and output of systemd-stdio-bridge(1)."""
+"""Connect to the bus of another host or of a container through systemd-stdio-bridge(1), as
+systemd's own tools do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def open_bridge(bus: BusAddress) -> BridgeSocket:
 
 
 def bridge_command(bus: BusAddress) -> list[str]:
-    """Return the command that connects its standard input and output to that bus."""
+    """Return the command of a process that forwards its standard input and output to `bus`."""
     words = [BRIDGE]
     if bus.user:
         words.append("--user")

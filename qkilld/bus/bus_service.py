@@ -83,8 +83,9 @@ class BusService:
             return ""
 
     async def leave(self) -> None:
-        """Send the signals about jobs that have ended and release the bus name, then answer every
-        call that was sent to it. Clients may listen to signals only of the name's owner."""
+        """Release the bus name, then answer every call that was sent to it. Signals about ended
+        jobs are sent first, because clients may ignore signals from others than the name's
+        owner."""
         await self._announcer.drain()
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)

@@ -116,7 +116,7 @@ class ManagerProxy:
         return self._connection.is_remote
 
     async def owner(self) -> str:
-        """Return the daemon's unique bus name, new with each start; "" if none is known."""
+        """Return the daemon's unique bus name, which changes with each start; "" if unknown."""
         try:
             (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
         except BusError:
@@ -154,11 +154,11 @@ class ManagerProxy:
         job_removed: Callable[[str], None],
         owner_changed: Callable[[str], None],
     ) -> AsyncIterator[str]:
-        """While the context is open, call back for new and ended jobs, and if the daemon ends or
-        another starts. Yield the daemon's bus name, "" if none runs. Starts no daemon.
+        """While the context is open, call back when a job begins or ends, and when the daemon ends
+        or another starts. Yield the daemon's bus name, or "" if no daemon runs. Starts no daemon.
 
         `job_new` and `job_removed` get the job's path. `owner_changed` gets the new daemon's bus
-        name, "" for none. While the context is open, JobProxy.watch can be called with `matched`.
+        name, or "". While the context is open, JobProxy.watch can be called with `matched`.
         """
         owner = ""
         unsubscribe: list[Callable[[], None]] = []
@@ -321,8 +321,8 @@ class JobProxy:
                 invalidated.clear()
                 with contextlib.suppress(QkilldError):
                     now = await self._properties()
-                    # Take only the invalidated properties from the reply. A signal received
-                    # meanwhile may have newer values of the others.
+                    # Take only the invalidated properties from the reply. For all others, a signal
+                    # received meanwhile may have newer values.
                     properties.update({name: now[name] for name in names})
                     changed(self._status(properties))
 

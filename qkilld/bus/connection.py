@@ -119,11 +119,11 @@ class Connection:
             self._end.set_result(None)
         else:
             self._end.set_exception(error)
-            self._end.exception()  # Mark it as retrieved, because perhaps nobody awaits it.
+            self._end.exception()  # Avoid asyncio's warning if nobody awaits it.
         for _, future in self._open_calls.values():
             if not future.done():
                 future.set_exception(error or EOFError("the connection is closed"))
-                future.exception()  # Mark it as retrieved: its caller may have stopped waiting.
+                future.exception()  # Avoid the same warning.
 
     # ---- sending ----
 
@@ -133,15 +133,16 @@ class Connection:
         self._schedule_write()
 
     def send_now(self, message: Message) -> None:
-        """Write a message, after those already queued, now or once the socket has room. Does
-        nothing if the connection is lost."""
+        """Write all queued messages and then this one, as soon as the socket has room. Does nothing
+        if the connection is lost."""
         if self.connected:
             self._queue(message)
             if not self._blocked:
                 self._write()
 
     def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
-        """Write the reply to a call, as `send_now` does. `body`: as from library.encode_body."""
+        """Write the reply to a call, as `send_now` does. `body` is encoded
+        (library.encode_body)."""
         if self.connected:
             self._unsent += reply_header(call, self._next_serial(), signature, len(body))
             self._unsent += body
@@ -154,7 +155,7 @@ class Connection:
         return not self.connected or len(self._unsent) <= MAX_UNSENT
 
     async def wait_for_room(self) -> None:
-        """Return once there is room."""
+        """Return when `has_room` is true."""
         while not self.has_room:
             self._has_room.clear()
             await self._has_room.wait()
@@ -166,8 +167,8 @@ class Connection:
         return serial
 
     def _send_with(self, message: Message) -> int:
-        """Begin to send a message with its descriptors, which must go with its first byte; return
-        its serial. Raises BusError if the socket is full or lost."""
+        """Begin to send a message, and its descriptors with the first byte. Return the serial.
+        Raises BusError if the socket is full or lost."""
         message.serial = serial = self._next_serial()
         data = bytes(encode(message))
         self._write()
@@ -267,8 +268,8 @@ class Connection:
             _log.debug("ignored a reply that answers no open call")
             return
         # Accept a reply only from the callee, or from the bus, which may answer any call with an
-        # error. If a well-known name was called, its owner is not known here, but the bus lets only
-        # the owner reply (send_requested_reply in its policy).
+        # error. The owner of a well-known name is not known here, but the bus lets only this owner
+        # reply (send_requested_reply in its policy).
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)
         ):
@@ -292,7 +293,7 @@ class Connection:
             self._schedule_write()
 
     def refuse_later(self, call: IncomingMessage, name: str, text: str) -> None:
-        """Answer a caller that floods us with an error, up to HELD_BACK_S later."""
+        """Refuse one of a flood of calls. The error is sent up to HELD_BACK_S later."""
         if not call.wants_reply:
             return
         if not self._held_back:

@@ -67,7 +67,7 @@ class Announcer:
         self._server.emit_removed(job_path(job), interfaces.job())
 
     async def drain(self) -> None:
-        """Wait until the ends of all ended jobs are announced."""
+        """Wait until the end of each ended job is announced."""
         while self._ended:  # noqa: ASYNC110
             await asyncio.sleep(0)
 

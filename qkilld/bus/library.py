@@ -1,9 +1,9 @@
 """The parts of a D-Bus library that qkilld uses: outgoing messages, their types, authentication.
 
-The library is dbus-next. If dbus-next is missing or broken (under Python 3.15, it cannot be
-imported), the library is dbus-fast, its maintained successor with the same names. Connecting and
-parsing are done in bus.transport, bus.framing and bus.values: both libraries keep every signature
-that they have ever parsed, and each release of them connects in a different way.
+The library is dbus-next. If dbus-next is missing or cannot be imported, as under Python 3.15, the
+library is dbus-fast, its maintained successor with the same names. Connecting and parsing are done
+in bus.transport, bus.framing and bus.values: both libraries keep every signature that they have
+ever parsed, and each release of them connects in a different way.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ else:
         from dbus_next.message import Message
         from dbus_next.signature import Variant
     except Exception as dbus_next_error:
-        # Not only ImportError: a library too old for its Python can fail in any way.
+        # A library that is too old for its Python can raise any exception.
         try:
             from dbus_fast._private.address import get_bus_address, parse_address
             from dbus_fast._private.marshaller import Marshaller

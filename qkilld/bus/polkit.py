@@ -40,7 +40,7 @@ _MAX_UID: Final = 2**31 - 1
 class Polkit:
     """Implements bus.server.Authority and varlink.server.ProcessAuthority.
 
-    Only for a connection to the system bus: on any other bus, anyone can own polkit's name.
+    Use this only on the system bus, because on any other bus anyone can own polkit's name.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class BusCaller:
 
     @property
     def disconnected(self) -> bool:
-        """Whether a cancelled call was cancelled because its caller left the bus."""
+        """If the call was cancelled: whether its caller had left the bus."""
         return not self._server.draining
 
     async def uid(self) -> int:
@@ -99,8 +99,8 @@ class BusObject(Protocol):
 
 
 class Authority(Protocol):
-    """Decides whether a caller may act who is neither root nor the owner of the process.
-    Implemented by polkit's client."""
+    """Decides what callers may do who are neither root nor the owner of the process. Implemented by
+    polkit's client."""
 
     async def check(
         self,
@@ -283,8 +283,7 @@ class Server:
         self.forget_waiting(None)
 
     def forget_waiting(self, error: QkilldError | None) -> None:
-        """Drop the calls that have not started. Each gets `error` as its reply; None sends
-        nothing."""
+        """Drop the calls that have not started. Reply to each with `error`, unless it is None."""
         for sender in list(self._waiting):
             for call in self._forget_waiting(sender):
                 if error is not None:
@@ -400,7 +399,7 @@ class Server:
         except Busy:
             answer.close()
             raise
-        call.body = None  # The body may be long, and the call may take long.
+        call.body = None  # Free the memory of a long body during a long call.
         sender = call.sender
         task = asyncio.get_running_loop().create_task(self._answer(call, uid, answer, gives))
         self._tasks.setdefault(sender, set()).add(task)
@@ -408,7 +407,7 @@ class Server:
             self._waits.add(task)
 
         def finished(task: asyncio.Task[None]) -> None:
-            answer.close()  # Needed if the task was cancelled before it began.
+            answer.close()  # Avoid Python's warning if the task was cancelled before it began.
             self._waits.discard(task)
             self._turns.limits.end(uid, cost)
             self._finished(sender, task)
@@ -526,9 +525,8 @@ class Server:
         self, call: IncomingMessage, uid: int, signature: str, listing: Listing
     ) -> None:
         while call.wants_reply:
-            # Replies of many megabytes must not pile up, so wait for room. Do this before the turn:
-            # during the turn, a bus that does not read would block other callers, also those on
-            # Varlink.
+            # Wait for room, because replies of many megabytes must not pile up. Do this before the
+            # turn begins, because other callers, including those on Varlink, wait for its end.
             await self._connection.wait_for_room()
             async with self._turns.long_replies.turn(uid) as pace:
                 if self._connection.has_room:

@@ -252,8 +252,8 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
 
 
 def _denied_calls(allowed: bool, names: list[str]) -> tuple[str, ...]:
-    """Parse SystemCallFilter, which lists either the allowed calls or the denied ones. A call with
-    an errno, such as pidfd_open:EPERM, is denied in both lists."""
+    """Parse SystemCallFilter, which lists either the allowed calls or the denied ones. A call
+    listed with an errno, such as pidfd_open:EPERM, is denied even in the list of allowed calls."""
     denied = {name.partition(":")[0] for name in names if not allowed or ":" in name}
     return tuple(call for call in HELPER_CALLS if call in denied or (allowed and call not in names))
 

@@ -52,8 +52,8 @@ class VariantValue:
 def parse(
     signature: str, body: bytes, order: Literal["<", ">"] = "<", *, max_depth: int = MAX_DEPTH
 ) -> list[Any]:
-    """Parse a body. Structures and arrays become lists, `ay` bytes, dictionaries dict, variants
-    VariantValue.
+    """Parse a body. An `ay` becomes bytes, a dictionary a dict, a variant a VariantValue, and a
+    structure or any other array a list.
 
     Takes time in proportion to the length of the body. Raises ValueError if the body does not match
     the signature.
