@@ -38,8 +38,8 @@ class AgentClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
         """Take over a connected socket, and synchronize with the agent.
 
-        If this fails, closes the socket and raises MonitorError: MonitorTimeout if no reply comes
-        in time.
+        If this fails, closes the socket and raises MonitorError, or MonitorTimeout if no reply
+        comes in time.
         """
         client = await cls._over(connection)
         try:

@@ -1,7 +1,7 @@
 """Parse the monitor's replies. Pure. Replies are hostile: each may be false or malformed.
 
-The text forms are those of the human monitor of QEMU 7.2 to 10.0. For any other form, a function
-raises MonitorProtocolError or skips the lines that it does not recognize.
+The functions for text know the output of the human monitor of QEMU 7.2 to 10.0. For any other
+output, they raise MonitorProtocolError or skip the lines that they do not recognize.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def read_runstate(answer: object) -> str:
 
 
 def read_runstate_text(text: str) -> str:
-    """Parse info status. It shows "running" or "paused", followed by any other run state in
-    parentheses."""
+    """Parse info status, which shows "running" or "paused" and, in parentheses, any other run
+    state."""
     if (match := _RUNSTATE.match(text)) is None:
         raise _unreadable("info status")
     return match[2] or match[1]
@@ -69,8 +69,8 @@ def read_runstate_text(text: str) -> str:
 def find_event_registers(tree: str) -> int | None:
     """Return the I/O port of the register PM1_STS in info mtree. The port of PM1_EN is 2 higher.
 
-    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet,
-    so that the guest's operating system cannot listen to the power button yet.
+    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet.
+    The guest's operating system then cannot listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
@@ -81,7 +81,7 @@ def find_event_registers(tree: str) -> int | None:
     if port > 0xFFFC:
         raise _unreadable("info mtree")
     # A low port means that the firmware has not mapped the register yet: info mtree then shows only
-    # its offset in its memory region.
+    # the register's offset in its memory region.
     return port if port >= 0x100 else 0
 
 
@@ -114,7 +114,7 @@ def read_block_totals_text(text: str) -> BlockTotals:
 
 
 def read_vcpu_threads(answer: object) -> tuple[int, ...]:
-    """Return the thread ids in query-cpus-fast, in QEMU's own PID namespace."""
+    """Return the thread ids in query-cpus-fast, which are those of QEMU's own PID namespace."""
     if not isinstance(answer, list) or len(answer) > MAX_VCPUS:
         raise _unreadable("query-cpus-fast")
     threads = []
@@ -145,8 +145,8 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
-    """Return the names by which query-chardev may show a listener. `own`: the address of our end of
-    the connection. For a connected TCP device, query-chardev shows this address."""
+    """Return the names by which query-chardev may show a listener. `own` is the address of our end
+    of the connection, which query-chardev shows for a connected TCP device."""
     if isinstance(listener, UnixListener):
         # QEMU shows no name for a connected abstract socket (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]

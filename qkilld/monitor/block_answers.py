@@ -174,8 +174,8 @@ def _disk(
         title=_title(str(name)),
         network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
         failed=entry.get("io-status", "ok") != "ok",
-        # Check the lower nodes, too: during a backup, the top node is a filter, and the flag is
-        # only on the node below it.
+        # Check the lower nodes, too: during a backup, the top node is a filter, and only the node
+        # below it has the flag.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",

@@ -1,9 +1,8 @@
 """One connection to a monitor or an agent. The other end is hostile.
 
-    open ──► closed, by close(), by the other end, or because the other end sent invalid data
-
-A closed channel stays closed. Pending and later calls raise the MonitorError with the reason. The
-other end can cause no other exception.
+A channel is closed by close(), by the other end, or because the other end sent invalid data. It
+stays closed. Pending and later calls raise the MonitorError with the reason. The other end can
+cause no other exception.
 """
 
 from __future__ import annotations
@@ -66,7 +65,8 @@ class Channel(asyncio.Protocol):
         return self._error is not None
 
     def fileno(self) -> int:
-        """Return the open socket's descriptor. Raises the MonitorError that closed it."""
+        """Return the open socket's descriptor. If the channel is closed, raises the MonitorError
+        with the reason."""
         if self._error is not None:
             raise self._error
         assert self._transport is not None
@@ -76,8 +76,8 @@ class Channel(asyncio.Protocol):
     def read_rest(self) -> bool:
         """Read what the other end sent before it exited, without blocking.
 
-        Return whether it is certain that everything was read. It is not if, for example, this side
-        has closed the connection.
+        Return whether it is certain that everything was read. This is not certain if, for example,
+        this side has closed the connection.
         """
         if self._error is not None:
             return self._ended
@@ -86,7 +86,8 @@ class Channel(asyncio.Protocol):
                 try:
                     data = connection.recv(MAX_MESSAGE)
                 except OSError as error:
-                    # ECONNRESET is a normal end, too: QEMU exited before it had read everything.
+                    # ECONNRESET is a normal end, too, because QEMU exited before it had read
+                    # everything.
                     return error.errno == errno.ECONNRESET
                 if not data:
                     return True
@@ -126,8 +127,8 @@ class Channel(asyncio.Protocol):
         raise NotImplementedError
 
     def _send(self, data: bytes, pass_fd: int | None = None) -> None:
-        """Send data, with the descriptor `pass_fd` if given. Raises the MonitorError that closed
-        the connection."""
+        """Send data, with the descriptor `pass_fd` if given. If the channel is closed, raises the
+        MonitorError with the reason."""
         if self._error is not None:
             raise self._error
         assert self._transport is not None
@@ -139,7 +140,7 @@ class Channel(asyncio.Protocol):
     @property
     def _is_closing(self) -> bool:
         """Whether the last data could not be sent, because the other end has closed the connection.
-        This is known before `closed`."""
+        This becomes true before `closed`."""
         return self._transport is None or self._transport.is_closing()
 
     def _send_with(self, data: bytes, fd: int) -> None:
@@ -159,8 +160,8 @@ class Channel(asyncio.Protocol):
             raise self._error
 
     def _future(self) -> asyncio.Future[Any]:
-        """Return a future that fails when the channel is closed. If it is closed already, raises
-        the MonitorError that closed it."""
+        """Return a future that fails when the channel is closed. If the channel is closed, raises
+        the MonitorError with the reason."""
         if self._error is not None:
             raise self._error
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -169,8 +170,8 @@ class Channel(asyncio.Protocol):
         return future
 
     async def _wait(self, future: asyncio.Future[Any], until: float, what: str) -> Any:
-        """Await a future until `until` (the loop's clock), or longer (STARVED_S). If it is not done
-        then, cancel it. Raises MonitorError."""
+        """Await a future until `until` (the loop's clock), or longer if the other end is starved
+        (see STARVED_S). If the future is not done by then, cancel it. Raises MonitorError."""
         now = self._loop.time()
         latest = until + STARVED_S if until - now <= SHORT_S else until
         try:

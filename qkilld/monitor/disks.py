@@ -2,8 +2,8 @@
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
 exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports the failure. The
-processors are stopped first, so that nothing is written after the flush. Another reason is that
-QEMU's export code has failed an assertion while they ran (QEMU issue 945).
+processors are stopped first, so that nothing is written after the flush, and because QEMU's export
+code has failed an assertion while they ran (QEMU issue 945).
 
 Nobody else may read the export. So QEMU's NBD server gets a listening socket whose name the kernel
 has chosen. qkilld makes all connections that the server may accept, and adds an export only after
@@ -102,8 +102,8 @@ async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
 async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
-    """Return the disk. If its device is not a virtio device itself, replace the device's path by
-    that of the device's bus. For a SCSI disk, this is the bus of its virtio controller."""
+    """Return the disk. If its device is not a virtio device, replace the path of the device by that
+    of its bus. For a SCSI disk, this is the bus of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -117,7 +117,7 @@ async def _with_bus_path(
 async def _read_queues(
     qmp: QmpClient, devices: Sequence[tuple[str, str]]
 ) -> tuple[RequestQueue, ...] | None:
-    """Read the request queues of each disk device, up to the first number that QEMU refuses because
+    """Read the request queues of each disk device by number, until QEMU refuses a number because
     there is no such queue. Return None if there are MAX_QUEUES or more.
 
     x-query-virtio-status would return the number of queues, but is not used: it makes QEMU 11.1
@@ -195,8 +195,8 @@ async def flush(
                 raise
             why, refused = printable(str(error)), True
         finally:
-            # Close our connections first: QEMU 7.2 waits in nbd-server-stop for connections that
-            # are being negotiated.
+            # Close our connections first, because QEMU 7.2 waits in nbd-server-stop for connections
+            # that are being negotiated.
             stack.close()
             remaining_s = max(until - time.monotonic(), QUERY_S / 10)
             if server.may_be_our_server:
@@ -236,9 +236,9 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo everything that `stop_processors` and `flush` have done. Raises MonitorError.
 
-    If QEMU's NBD server also has exports of another program, only our exports are removed.
-    Otherwise, the server is stopped. But if it has no exports at all, it is stopped only if qkilld
-    may have started it.
+    If QEMU's NBD server also has exports of another program, only our exports are removed. If it
+    has only our exports, it is stopped. If it has no exports, it is stopped only if qkilld may have
+    started it.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
@@ -260,8 +260,8 @@ async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
 async def _serve(
     qmp: QmpClient, count: int, stack: contextlib.ExitStack, server: ExportServer
 ) -> list[NbdConnection]:
-    """Start an NBD server in QEMU that accepts `count` connections, and make all of them. Raises
-    MonitorError."""
+    """Start an NBD server in QEMU that accepts `count` connections, and make all these connections.
+    Raises MonitorError."""
     # Any process may connect to this socket, and send descriptors that nobody receives.
     listener = stack.enter_context(take_over(socket.socket(socket.AF_UNIX)))
     try:

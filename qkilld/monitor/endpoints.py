@@ -80,7 +80,7 @@ class Endpoint:
 
     @property
     def title(self) -> str:
-        """Describe the socket for a message: `the monitor at /run/web/qmp`."""
+        """Describe the socket for a message, such as `the monitor at /run/web/qmp`."""
         what = "agent" if self.role is Role.AGENT else "monitor"
         if isinstance(self.listener, TcpListener):
             return f"the {what} on {_place(self.listener.host, str(self.listener.port))}"
@@ -188,7 +188,7 @@ def find_endpoints(
 def endpoint_of_peer(guest_endpoints: GuestEndpoints, address: object) -> Endpoint | None:
     """Return the monitor to which a connection leads; None if it leads to no monitor.
 
-    `address` is from getpeername(2); an IPv4 address must not be in the form mapped to IPv6.
+    `address` is from getpeername(2); an IPv4 address must not be in its IPv6-mapped form.
     """
     for endpoint in (*guest_endpoints.endpoints, *guest_endpoints.passable):
         if endpoint.role is not Role.AGENT and _is_at(endpoint.listener, address):
@@ -229,7 +229,7 @@ def _is_at(listener: UnixListener | TcpListener, address: object) -> bool:
 
 
 def endpoint_at(path: str, listeners: Sequence[UnixListener]) -> Endpoint:
-    """Return the process's socket at `path`. According to a caller, it is the QMP monitor.
+    """Return the process's socket at `path`, which is the QMP monitor according to a caller.
 
     Raises InvalidArgs if the process does not listen there.
     """
@@ -308,7 +308,7 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
 
 
 def _serves_tcp(chardev: Mapping[str, str]) -> bool:
-    """Return whether the character device may be a server on TCP without TLS and WebSocket."""
+    """Return whether the character device may be a server on TCP without TLS or WebSocket."""
     if chardev.get("backend") != "socket" or not _is_on_off(chardev, "server"):
         return False
     return "tls-creds" not in chardev and not _is_on_off(chardev, "websocket")

@@ -1,7 +1,7 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
-A command that waits for a stuck disk blocks all later commands, so each has its own deadline. With
-a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
+A command that waits for a stuck disk blocks all later commands, so each command has a deadline.
+With a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
 """
 
 from __future__ import annotations
@@ -139,12 +139,13 @@ class GuestControl:
         `enter_netns`: include monitors on TCP and abstract sockets. To connect to them, a thread
         enters the guest's network namespace.
 
-        Waits for BUSY_S if the monitor is in use (STARVED_S if QEMU has no processor time), and for
-        START_WAIT_S if QEMU has just started.
+        If the monitor is in use, waits up to BUSY_S, or up to STARVED_S if QEMU gets no processor
+        time. If QEMU has just started, waits up to START_WAIT_S.
+
         `qmp_socket`: the path of the QMP monitor according to the caller. `was_asked`: the guest
-        was asked to shut down before. `agent_was_open`: whether its agent had the port open at that
-        time. Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable,
-        with reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
+        was asked to shut down before. `agent_was_open`: whether its agent had the port open then.
+        Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable, with
+        reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
         """
         began = time.monotonic()
         starvation = Starvation(proc / str(process.guest.identity.pid) / "task")
@@ -244,9 +245,9 @@ class GuestControl:
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        Send no in-band command on it: QEMU may never answer. `was_asked`: see `open`. If the
-        connection does not end in the process, or QEMU does not answer, closes the connection and
-        raises MonitorError.
+        Send no in-band command on it, because QEMU may never answer. `was_asked`: see `open`. If
+        the connection does not end in the process, or QEMU does not answer, closes the connection
+        and raises MonitorError.
         """
         try:
             await check_end(process, connection, proc)
@@ -273,9 +274,9 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """The signs of a shutdown since one was requested, except signs that were disproved later.
-        RESTARTED is dropped at the next observation. POWERED_OFF is included even without a
-        request."""
+        """The signs of a shutdown that were seen since one was requested and were not disproved
+        later. RESTARTED is included only until the next observation. POWERED_OFF is included even
+        without a request."""
         return frozenset(self._signs)
 
     @property
@@ -290,7 +291,7 @@ class GuestControl:
 
     def read_rest(self) -> bool:
         """Read the last events of a QEMU that has exited. Return whether it is certain that all
-        were read. With HMP, it never is."""
+        were read. With HMP, this is never certain."""
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
@@ -356,8 +357,8 @@ class GuestControl:
         return chardevs
 
     async def has_agent(self) -> bool:
-        """Return whether an agent can be asked: qkilld can reach its socket, and its port, if
-        known, is open in the guest and not in use. Raises MonitorError."""
+        """Return whether an agent can be asked: qkilld can reach its socket, and its port is not
+        known to be closed in the guest or in use. Raises MonitorError."""
         if not self.guest_endpoints.with_role(Role.AGENT):
             return False
         port = await self.agent_port()
@@ -380,7 +381,8 @@ class GuestControl:
             if self._vcpus is None:
                 self._vcpus = await self._find_vcpus()
             totals = await self.block_totals()
-            # The counters belong to this time. On a busy host, the other replies took seconds.
+            # Take the time of the counters, because on a busy host, the other replies may take
+            # seconds.
             at, vcpus = time.monotonic_ns() // 1000, self._vcpus
             ran, waited = vcpus.times() if vcpus is not None else (None, None)
         signs = self.signs
@@ -405,7 +407,7 @@ class GuestControl:
 
     async def press(self) -> None:
         """Press the power button. Raises MonitorError if it is not pressed. After a timeout, QEMU
-        executes a QMP command later, but drops a line of the human monitor (measured, 7.2)."""
+        still executes a QMP command, but drops a line of the human monitor (measured, 7.2)."""
         await self.begin_watch()
         if self.qmp is not None:
             await self.qmp.send("system_powerdown", timeout_s=ORDER_S)
@@ -458,7 +460,7 @@ class GuestControl:
         """List the connections that can be cut off, except those of this monitor. A reply also
         shows that QEMU is alive.
 
-        Raises MonitorError: CommandRefused if this QEMU has no out-of-band commands.
+        Raises MonitorError, such as CommandRefused if this QEMU has no out-of-band commands.
         """
         qmp = self._out_of_band()
         instances = answers.read_yank_instances(
@@ -511,7 +513,7 @@ class GuestControl:
 
     @contextlib.asynccontextmanager
     async def _agent(self) -> AsyncIterator[AgentClient]:
-        """Connect to the agent and synchronize. If the agent is in use, wait for BUSY_S.
+        """Connect to the agent and synchronize. If the agent is in use, wait up to BUSY_S.
 
         Raises MonitorError.
         """

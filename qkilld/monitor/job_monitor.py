@@ -1,4 +1,5 @@
-"""The monitor of a job: GuestControl with callbacks. Implements protocols of engine.ports."""
+"""The monitor of a job, which adds callbacks to GuestControl. Implements protocols of
+engine.ports."""
 
 from __future__ import annotations
 
@@ -399,7 +400,8 @@ def _socket_of(descriptor: int) -> socket.socket:
 async def _call_back(
     work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
 ) -> None:
-    """Call back with the result of `work` or, if a bug in it caused an exception, with that."""
+    """Call back with the result of `work`, or with the exception that a bug in `work` has
+    caused."""
     result: T | Exception
     try:
         result = await work()
@@ -418,8 +420,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task, unless `cancel` was called. The task itself calls `work`, so if it is
-        cancelled before it runs, there is no coroutine that is never awaited."""
+        """Start a task, unless `cancel` was called. The task itself calls `work`. Otherwise, a task
+        that is cancelled before it runs would leave a coroutine that is never awaited."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))

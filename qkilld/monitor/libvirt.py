@@ -1,7 +1,7 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
 Only qkilld-stop and qkillctl do this, because the daemon starts no programs. libvirt's pid files
-show which domain a process is. They are in a directory that only libvirt's user can write to. The
+show which process runs a domain. They are in a directory that only libvirt's user can write to. The
 command line of a process proves nothing, because its owner chooses it. `virsh qemu-monitor-command`
 is never used, because it taints a domain.
 """
@@ -41,7 +41,7 @@ class Domain:
 def domain_of(
     pid: int, environment: Mapping[str, str] = os.environ, system: Path = SYSTEM
 ) -> Domain | None:
-    """Return the domain that runs as this process; None if there is none, or if virsh could take
+    """Return the domain that runs as this process; None if there is none, or if virsh could mistake
     its name for an id."""
     places = [(system, "qemu:///system")]
     if runtime := environment.get("XDG_RUNTIME_DIR"):
@@ -56,7 +56,7 @@ def domain_of(
 
 
 def shut_down(domain: Domain) -> str:
-    """Make libvirt ask the guest, by its agent or power button. Return "", or the reason of a
+    """Make libvirt ask the guest, by its agent or power button. Return "", or the reason for a
     failure.
 
     Blocks for at most TIMEOUT_S.

@@ -1,9 +1,9 @@
 """A client for QMP: greeting, in-band commands one at a time, out-of-band commands, events.
 
 Source: QEMU's docs/interop/qmp-spec. While QEMU hangs in its final drain, it answers an out-of-band
-command in 1 to 3 ms if the connection was made before the drain. But it does not answer if 8
-in-band commands wait behind a blocked one (measured, QEMU 7.2 and 10.0). So only one in-band
-command is sent at a time.
+command in 1 to 3 ms if the connection was made before the drain. But it answers none if 8 in-band
+commands wait behind a blocked one (measured, QEMU 7.2 and 10.0). So only one in-band command is
+sent at a time.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connected socket, and negotiate. `is_starved`: see Channel.
 
-        If this fails, closes the socket and raises MonitorError: MonitorBusy if no greeting comes
-        in time.
+        If this fails, closes the socket and raises MonitorError, or MonitorBusy if no greeting
+        comes in time.
         """
         client = await cls._over(connection, on_event)
         client.is_starved = is_starved
@@ -112,9 +112,9 @@ class QmpClient(Channel):
     ) -> Any:
         """Run a command; return its result. Waits until the previous command has its reply.
 
-        `pass_fd`: a descriptor of which QEMU gets a copy, for getfd. `on_sent` is called when the
-        command was sent. QEMU may execute it from then on, even if there is no reply. Raises
-        CommandUnsent, MonitorTimeout, CommandRefused, MonitorError.
+        `pass_fd`: a descriptor to pass to QEMU, for getfd. `on_sent` is called when the command has
+        been sent. QEMU may then execute it, even if there is no reply. Raises CommandUnsent,
+        MonitorTimeout, CommandRefused, MonitorError.
         """
         until = self._loop.time() + timeout_s
         try:
@@ -130,8 +130,8 @@ class QmpClient(Channel):
         return await self._call("execute", command, arguments, number, until, pass_fd, on_sent)
 
     async def send(self, command: str, *, timeout_s: float) -> None:
-        """Run a command. Once it was sent, a late or lost reply is no error, because QEMU may
-        execute the command. Raises CommandRefused; MonitorError if it was not sent."""
+        """Run a command. A late or lost reply is no error, because QEMU may still execute the
+        command. Raises CommandRefused, or another MonitorError if the command was not sent."""
         sent = asyncio.Event()
         try:
             await self.execute(command, timeout_s=timeout_s, on_sent=sent.set)

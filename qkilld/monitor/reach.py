@@ -290,8 +290,8 @@ def _is_bound_to(
 ) -> bool:
     """Return whether the process's socket is bound to this file.
 
-    The table lists the sockets of one network namespace. For other sockets, or without a table, the
-    owner of the file must be the process's user, who may connect to it anyway.
+    The table lists the sockets of one network namespace. If it lacks this socket, or there is no
+    table, the file must belong to the process's user, who may connect to it anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -325,7 +325,8 @@ def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
 
 
 def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yield where the path may begin: a root directory, and the directory of a relative path.
+    """Yield each place where the path may begin: a root directory and, for a relative path, a
+    directory below it.
 
     The root is that of the process, or that of the program that passed the socket.
     """

@@ -67,7 +67,7 @@ def times_of(tasks: Path, threads: Iterable[int | str]) -> tuple[int, int] | Non
             own = int(fields[0]), int(fields[1])
         except (OSError, ValueError, IndexError):
             return None
-        if own == (0, 0):  # The kernel does not count (sched_info_on()).
+        if own == (0, 0):  # The kernel does not count these times (sched_info_on()).
             return None
         ran, waited = ran + own[0], waited + own[1]
     return (ran // 1000, waited // 1000) if ran or waited else None

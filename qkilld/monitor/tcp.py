@@ -150,7 +150,7 @@ def ends_in(connection: socket.socket, pid: int, proc: Path = procfs.PROC) -> bo
 
 
 def peer_address(connection: socket.socket) -> object:
-    """Return the address for endpoints.endpoint_of_peer. Raises OSError."""
+    """Return the peer's address for `endpoints.endpoint_of_peer`. Raises OSError."""
     address = connection.getpeername()
     return address if connection.family == socket.AF_UNIX else _address(address)
 
@@ -232,7 +232,7 @@ def _enter(pid: int, proc: Path) -> None:
 
 
 def _address(address: tuple[str, int]) -> TcpAddress:
-    """Return the address in the form of `read_tcp`: an IPv4 address that is not mapped to IPv6."""
+    """Return the address as `read_tcp` does: an IPv4 address is not mapped to IPv6."""
     host, port = address[:2]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return TcpAddress(_text(socket.inet_pton(family, host.partition("%")[0])), port)

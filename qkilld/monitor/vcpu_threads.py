@@ -29,7 +29,7 @@ class VcpuThreads:
         return len(self._threads)
 
     def times(self) -> tuple[int | None, int | None]:
-        """times_of() of all threads; (None, None) if any is unreadable."""
+        """Return times_of() for all threads; (None, None) if any is unreadable."""
         return times_of(self._tasks, self._threads) or (None, None)
 
     def load(self) -> float | None:
@@ -53,8 +53,8 @@ class VcpuThreads:
 
 
 def own_threads(tasks: Path, threads: tuple[int, ...]) -> VcpuThreads | None:
-    """Return the threads; None if these are not ids of the process's threads in our PID namespace.
-    In another PID namespace, QEMU reports other ids."""
+    """Return the threads; None if the process has no threads with these ids. In another PID
+    namespace, QEMU reports other ids."""
     try:
         known = all((tasks / str(thread)).exists() for thread in threads)
     except OSError:
