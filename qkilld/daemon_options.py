@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str]) -> DaemonOptions:
     """Parse the command line; exit if it is wrong or asks for help.
 
     A simple command line, such as those in our units, is parsed without argparse, which would take
-    a tenth of the daemon's start.
+    a tenth of the daemon's start time.
     """
     with ignore("parsing the command line without argparse", *_NOT_SIMPLE):
         return DaemonOptions(**_parse_simple(arguments))

@@ -48,7 +48,7 @@ def about(pid: int) -> None:
 def note_once(doing: str, why: Exception | str) -> None:
     """Log an ignored failure once for each process, `doing` and kind of error.
 
-    Use this for reads that are repeated every second. If the log is off, it takes almost no time.
+    Use this for reads that are repeated every second. It takes almost no time if the log is off.
     """
     if not _is_on:
         return

@@ -68,9 +68,9 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
     async with asyncio.timeout(BUS_FOR_S):
         connection = await connect(bus)
         connection.on_call = lambda call: connection.refuse(call, Failed.bus_name, text)
-        # Before its reply, the bus sends the calls that wait for our name.
+        # The bus sends the calls that wait for our name before it confirms that we own it.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Do not close the connection; the kernel closes it when this process ends. After an earlier
-        # close, a new call could wait in the bus, because systemd does not start another process
+        # Do not close the connection; the kernel closes it when this process ends. A call that came
+        # after an earlier close would wait in the bus, because systemd starts no other process
         # while this one runs.

@@ -3,15 +3,15 @@ blocks.
 
 close(2) may block as long as the stranger wants. For a TCP socket with SO_LINGER, it waits until
 the socket's data is acknowledged. For a file on FUSE, it waits until the FUSE server answers
-FUSE_FLUSH, even after SIGKILL. Other calls block in the same way if the kernel drops descriptors in
-them: recvmsg(2) without room for the descriptors, and close(2) of a socket that has unread
-descriptors. A process that shares a socket with us can also make our calls block by clearing
+FUSE_FLUSH, even after SIGKILL. Other calls block in the same way if they make the kernel drop
+descriptors. These are recvmsg(2) without room for the descriptors, and close(2) of a socket that
+has unread ones. A process that shares a socket with us can also make our calls block by clearing
 O_NONBLOCK.
 
 So each recvmsg(2) has room for all descriptors, threads close them, and no call depends on
-O_NONBLOCK. A thread that closes a socket is interrupted by a signal if it is stuck. A thread that
-closes a file cannot be interrupted. If all MAX_THREADS threads for files are stuck, or MAX_PENDING
-files wait for them, descriptors are accepted only from a trusted end.
+O_NONBLOCK. A signal interrupts a thread that is stuck in closing a socket. Nothing interrupts a
+thread that is stuck in closing a file. If all MAX_THREADS threads for files are stuck, or
+MAX_PENDING files wait for them, descriptors are accepted only from a trusted end.
 
 A process cannot end before such a close(2) returns: exit_group(2) waits for the thread, or closes
 the file itself. (This was measured with os._exit and SIGKILL. The kernel's fuse_flush is not
@@ -159,9 +159,8 @@ def is_socket(fd: int) -> bool:
 def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[bytes, list[int]]:
     """Receive up to `size` bytes, and all descriptors that came with them.
 
-    Raises OSError: BlockingIOError if there is nothing to receive, ConnectionResetError if
-    descriptors came that cannot be accepted at the moment. Those of a `trusted` end are always
-    accepted.
+    Raises OSError, such as BlockingIOError if there is nothing to receive, and ConnectionResetError
+    if descriptors came that cannot be accepted now. Those of a `trusted` end are always accepted.
     """
     if _files.full and not trusted:
         # Peek without room for descriptors. This shows whether there are any, and leaves them in

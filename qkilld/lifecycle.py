@@ -77,7 +77,7 @@ UNLOCK_AFTER_S: Final = 10.0
 
 
 class EndReason(Enum):
-    """The reason why the daemon no longer serves a bus or waits for one."""
+    """The reason why the daemon stops serving a bus, or stops waiting for one."""
 
     STOP = auto()
     LOST = auto()
@@ -260,8 +260,8 @@ class RunningDaemon:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        If no job runs, raises BusError if we cannot own our name, or if there is neither a bus nor
-        a listener. If such an error is already in the journal, returns FAILURE instead.
+        Unless a job runs, raises BusError if we cannot own our name, or if there is neither a bus
+        nor a listener. If the journal already has such an error, returns FAILURE instead.
         """
         feeding = asyncio.get_running_loop().create_task(self._feed_watchdog())
         self._registry.on_busy = self._busy
@@ -386,21 +386,20 @@ class RunningDaemon:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
         # Close the Varlink connections before leaving the bus, because leaving takes time. If a
-        # connection closes soon after a cancellation, the client concludes that no caller has
-        # cancelled the job.
+        # connection closes soon after a cancellation, the client concludes that the daemon's stop,
+        # not a caller, has cancelled the job.
         self._varlink.close()
         await self._leave(bus)
-        # For the remaining jobs, systemd must start a new daemon. It does so during a restart;
-        # otherwise, only if this daemon fails.
+        # systemd must start a new daemon for the remaining jobs. Unless this is a restart, systemd
+        # does so only if this daemon fails.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 
     async def _end_idle(self, bus: BusService | None) -> int | None:
         """Exit because the daemon is idle. Return the exit code, or None to continue to serve.
 
-        systemd is notified first. From then on, if the bus wants to activate our name, systemd
-        starts a new daemon, instead of assuming that this one serves it. Connections to the socket
-        wait for the new daemon.
+        systemd is notified first. If the bus wants to activate our name after that, systemd starts
+        a new daemon. Connections to the socket wait for it.
         """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
@@ -429,8 +428,8 @@ class RunningDaemon:
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
-            # Do not exit while files wait to be closed: this process could not end, and until then
-            # systemd would not start another one.
+            # Do not exit while files wait to be closed: this process could not end, and systemd
+            # would start no other one before its end.
             busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return

@@ -48,7 +48,7 @@ def run(options: DaemonOptions) -> int:
     try:
         with _traces(options.trace_dir, journal) as traces:
             # Free the classes that model.dataclass has replaced, so that later imports can use
-            # their memory. gc.freeze() below would keep them.
+            # their memory. After gc.freeze() below, they could not be freed.
             gc.collect()
             # Imported late, so that errors in the configuration are reported sooner.
             import asyncio
@@ -64,8 +64,8 @@ def run(options: DaemonOptions) -> int:
                 varlink=options.varlink,
                 exit_idle_s=options.exit_idle,
             )
-            # lifecycle handles SIGINT. SIG_DFL keeps asyncio from installing a handler of its own.
-            # Replacing asyncio's handler would import inspect.
+            # lifecycle handles SIGINT. With SIG_DFL, asyncio installs no handler of its own.
+            # Otherwise, lifecycle would replace that handler, which imports the module inspect.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             return asyncio.run(end)
     except ConfigError as error:

@@ -157,7 +157,7 @@ class VarlinkConnection:
             self.send_encoded(encode(message))
 
     def send_encoded(self, message: bytes) -> None:
-        """Send a message that was encoded by `encode` or one of the functions above."""
+        """Send a message that was encoded by `encode`, `encode_list` or `join_encoded`."""
         if self.closed:
             return
         data = message + b"\0"

@@ -1,9 +1,9 @@
 """Serve org.qkilld1 over Varlink.
 
-A call waits until engine.turns lets its user's next call start, whether that came over Varlink or
-the bus. Then the call is checked against the interface description. A QkilldError is
-sent as the Varlink error of the same name, but AccessDenied as PermissionDenied. BusError and all
-other exceptions are reported as an internal error, with details only in the journal.
+A call waits for its user's turn (engine.turns), which calls over Varlink and over the bus share.
+Then it is checked against the interface description. A QkilldError is sent as the Varlink error of
+the same name, but AccessDenied as PermissionDenied. BusError and all other exceptions are reported
+as an internal error, with details only in the journal.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Streams:
             stream.changed(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        """Do nothing: Job.when_ended notifies streams of the end earlier."""
+        """Do nothing, because streams have already been notified by Job.when_ended."""
 
     def job_forgotten(self, job: ObservedJob) -> None: ...
 
@@ -80,16 +80,16 @@ class FirstReply:
     """The first reply of a call: the states of its jobs, encoded one by one."""
 
     def __init__(self, jobs: Sequence[Job], parameters: Mapping[str, Any] | None = None) -> None:
-        """`parameters`: further parameters of a reply about any number of jobs, whose states are in
-        `states`. None for a reply about a single job, whose state is in `state`."""
+        """If `parameters` is None, the reply has the state of a single job in `state`. Otherwise,
+        the reply has the states of any number of jobs in `states`, and these parameters."""
         self.jobs = jobs
         self._parameters = parameters
         self._states: list[bytes] = []
 
     @property
     def is_optional(self) -> bool:
-        """Whether this reply is left out if all jobs have ended, because the reply about the end is
-        then enough."""
+        """Whether to leave this reply out if all jobs have ended. In that case, the reply about the
+        end is enough."""
         return self._parameters is None and not self._states
 
     @property
@@ -268,8 +268,7 @@ class JobStream:
             job = self._due_changes.pop(next(iter(self._due_changes)))
             self._call.progress_encoded(encode({"state": state(job, self._call.uid)}))
         else:
-            # All changes that were due before have been sent, or their jobs have ended, so report
-            # the next ones.
+            # No change of the last report remains to be sent, so begin the next report.
             if self._changed_jobs and self._timer is None:
                 self._report_later()
             return False

@@ -45,8 +45,7 @@ class UnitQueries:
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Wait for a place, then do what UnitStops.limit does. A user who has too many queries gets
         UnitLimits without limits."""
-        # A waiting query counts as one more Wait of its user, because it may wait longer than its
-        # client.
+        # Count a query like a call of Wait, because it may wait even after its client has left.
         try:
             self._limits.begin(uid, Cost.WAIT)
         except Busy as error:
@@ -81,9 +80,9 @@ class UnitQueries:
 
     def _hand_out(self) -> None:
         """Give free places to waiting queries."""
-        # Besides root, try MAX_AT_ONCE + 1 users of each kind (FairShares). This is enough: at most
-        # MAX_AT_ONCE users have a place, so at least one of the tried users has none. If a user
-        # without a place gets none, no other user of the same kind would get one.
+        # Try root, and MAX_AT_ONCE + 1 users of each kind (subordinate or not). Trying more would
+        # be in vain: at most MAX_AT_ONCE users have a place, so at least one of these users has
+        # none. If this user gets none, no other user of the same kind would get one.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (
