@@ -1,11 +1,10 @@
-"""Find the file system under a file that the kernel names only by its path.
+"""Find the file system under a loop device's backing file or an overlay's upper directory.
 
-Such files are the backing file of a loop device and the upper directory of an overlay. The path is
-valid in one mount namespace, and the kernel does not report in which. So a container's "/tmp/image"
-could be mistaken for a file on the host's root disk. To prevent this, a path on a local file system
-is accepted only if it leads to the right kind of file: for a loop device, a block device or a file
-of the right length; for an overlay, a directory. LOOP_GET_STATUS64 would return the file's device
-and inode, but it blocks if the file system hangs.
+The kernel names these only by their paths, and does not report in which mount namespace a path is
+valid. So a container's "/tmp/image" could be mistaken for a file on the host's root disk. To
+prevent this, a path on a local file system is accepted only if it leads to the right kind of file:
+for a loop device, a block device or a file of the right length; for an overlay, a directory.
+LOOP_GET_STATUS64 would return the file's device and inode, but it blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked, because the walk could block.
 """

@@ -3,8 +3,8 @@
     v2   memory.stat, io.stat, cgroup.freeze, cgroup.events (kernel admin-guide/cgroup-v2.rst)
     v1   memory.stat, blkio.throttle.*, freezer.state (kernel admin-guide/cgroup-v1/)
 
-Both are read if the host has both. If a controller is not enabled for the process's group, the
-nearest ancestor group that has it is read. Needs no rights.
+Both versions are read if the host has both. If a controller is not enabled for the process's group,
+the nearest ancestor group that has it is read. Needs no rights.
 
 Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. The
 processes are listed every REFRESH_S, and when the process has moved to another group.
@@ -80,7 +80,7 @@ class CgroupReader:
     ) -> None:
         """Read the process that has this pid now, and never one that reuses the pid.
 
-        `hierarchies`: None for those of this host. Without `shared`, figures of shared groups are
+        `hierarchies`: those of this host if None. Without `shared`, figures of shared groups are
         not cached. `directory`: a descriptor of /proc/PID, which the caller closes; None to open
         one.
         """

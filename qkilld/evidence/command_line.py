@@ -61,8 +61,8 @@ class GraphReader:
         return sum(path not in images or not images[path].raw for path in paths)
 
     def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
-        """Return the open images; None if unknown. `mounts`: ImagePlace.mount of each open image,
-        by its path."""
+        """Return the open images; None if unknown. `mounts`: for each open image, its path and
+        ImagePlace.mount."""
         if self._graph is None or mounts is None:
             return None
         images = self._graph.images

@@ -79,9 +79,9 @@ class DescriptorSearch:
     def __init__(
         self, proc: Path, *, many: bool, pause_factor: float, valid_s: float, link: str = ""
     ) -> None:
-        """`pause_factor`: the pause after a part of a search, as a multiple of its processor time.
-        `valid_s`: how long (s) to remember that all processes were searched for a key. `link`: the
-        text of the link of the wanted descriptors; "" if each key is such a text."""
+        """`pause_factor`: the pause after a part of a search, as a multiple of the part's processor
+        time. `valid_s`: how long (s) to remember that all processes were searched for a key.
+        `link`: the link text of the wanted descriptors; "" if each key is itself a link text."""
         self._proc, self._many, self._link = proc, many, link
         self._pause_factor, self._valid_s = pause_factor, valid_s
         self._wanted: set[str] = set()
@@ -222,7 +222,7 @@ class DescriptorSearch:
         return processes
 
     def _note_failure(self, error: Exception) -> None:
-        """Note that a process could not be read. This does not matter if it has exited."""
+        """Note that a process could not be read, unless it has exited."""
         if not isinstance(error, (FileNotFoundError, ProcessLookupError)):
             self._is_complete = False
 

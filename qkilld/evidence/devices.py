@@ -101,7 +101,7 @@ def counts_requests(block: Block) -> bool | None:
     """Return whether the kernel counts the requests of a device; None if unknown. Costs 10 µs."""
     directories = [path.removesuffix("stat") for path in block.stats]
     texts = [
-        # A partition has the queue of its disk.
+        # A partition uses its disk's queue.
         read_bounded(f"{directory}queue/iostats", _MAX_ATTRIBUTE)
         or read_bounded(f"{directory}../queue/iostats", _MAX_ATTRIBUTE)
         for directory in directories
@@ -113,8 +113,8 @@ def counts_requests(block: Block) -> bool | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file. They are a range, because the loop device has
-    only whole sectors of the file, from an offset to the end of the file or to a limit."""
+    """Return the possible sizes of the backing file. The result is a range, because the loop device
+    has only whole sectors of the file, between an offset and the end of the file or a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)

@@ -60,7 +60,7 @@ class ExportReader:
         self._leaves: bool | None = None
 
     def path_of(self, export: str) -> str:
-        """Return the path of the image; "" if unknown. Only the first call waits."""
+        """Return the path of the exported image; "" if unknown. Only the first call waits."""
         self._start()
         return self._paths.get(export, "")
 

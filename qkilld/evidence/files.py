@@ -67,7 +67,7 @@ class Descriptors:
 
     @property
     def too_many(self) -> bool:
-        """The process has too many descriptors, and none is listed."""
+        """Whether the process has so many descriptors that none is listed."""
         return self.count > MAX_DESCRIPTORS
 
 
@@ -115,8 +115,8 @@ def read_images(
 ) -> dict[int, Image] | None:
     """Return the files that may be images, by descriptor. None if unreadable.
 
-    Files that are open only for writing are not images. They are left out unless `outputs` has
-    their descriptors. Costs 10 µs for each file, and reads mountinfo.
+    Files that are open only for writing are not images, and are left out unless their descriptors
+    are in `outputs`. Costs 10 µs for each file, and reads mountinfo.
     """
     if not descriptors.files:
         return {}
@@ -163,7 +163,8 @@ class _Tables:
 
 @functools.lru_cache(maxsize=4)
 def _most_bytes(proc: Path, minute: int) -> int:
-    """Return how long the mountinfo of a process may be. The result is kept for a minute."""
+    """Return how many bytes the mountinfo of a process may have. The result is kept for a
+    minute."""
     ours = read_bounded(f"{proc}/self/mountinfo", MAX_MOUNTINFO)
     return MAX_MOUNTINFO if ours is None else min(len(ours) + MORE_MOUNTS, MAX_MOUNTINFO)
 
@@ -222,7 +223,7 @@ def _is_memory(directory: int, number: str, path: str) -> bool:
 
 
 def _flags_and_mount(directory: int, number: str) -> tuple[int, int]:
-    """Read fdinfo. Raises OSError, ValueError if a value is missing."""
+    """Read fdinfo. Raises OSError, and ValueError if a value is missing."""
     fd = os.open(f"fdinfo/{number}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         text = os.read(fd, _FDINFO_BYTES)

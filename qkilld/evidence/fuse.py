@@ -3,9 +3,9 @@
 A FUSE file system has no counters, but its server may store the files on a disk of this host. While
 QEMU waits for one reply, for example to an fsync, only the server's disk shows progress.
 
-Each mount has a connection. Its number is the minor number of the mount's st_dev. Since Linux 6.16
-(measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels, every
-process that has /dev/fuse open may be the server, and any user can open it. So the server is
+Each mount has a connection, whose number is the minor number of the mount's st_dev. Since Linux
+6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
+every process that has /dev/fuse open may be the server, and any user can open it. So the server is
 certain only if a single process has /dev/fuse open, and all processes of the host were searched
 after the mount was made.
 
@@ -191,7 +191,7 @@ class FuseFinder:
         def is_open(directory: str) -> bool:
             descriptor = descriptors[directory]
             link = os.readlink(f"{directory}/fd/{descriptor}")  # noqa: PTH115
-            # The descriptor may have been closed, and opened for another mount.
+            # The descriptor may have been closed and reused for another mount.
             return link == DEVICE and (
                 connection is _UNNAMED or connection == _connection(directory, descriptor)
             )

@@ -35,14 +35,14 @@ class Handover:
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> bool:
         """Make the loop run `call`: at once if it is urgent or if no call follows soon (`more` is
-        false), otherwise together with a later call, or after MAX_DELAY_S. Return False if the loop
+        false); otherwise, together with a later call or after MAX_DELAY_S. Return False if the loop
         is closed. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         try:
             if urgent or not more:
                 self._loop.call_soon_threadsafe(self._deal)
             elif self._next is None:
-                # The time that `expect` had set has passed, and the next sample may block.
+                # The run that `expect` had scheduled is over, and the next sample may block.
                 self._loop.call_soon_threadsafe(self.expect)
         except RuntimeError:
             return False
@@ -61,8 +61,8 @@ class Handover:
                     break
                 calls.popleft()()
         finally:
-            # Schedule the other calls even if this call has raised an exception: nothing else
-            # would.
+            # Schedule the other calls even if this call has raised an exception: nothing else does
+            # so.
             if self._urgent or self._others:
                 self.close()
                 self._next = self._loop.call_soon(self._deal)

@@ -63,7 +63,7 @@ class Hierarchies:
         self._mounts: list[tuple[frozenset[str], str, str]] = []
 
     def groups(self, membership: bytes) -> dict[str, Group]:
-        """Return groups by controller ("memory", "blkio", "name=systemd"); "" for v2.
+        """Return groups by controller ("memory", "blkio", "name=systemd"); the key of v2 is "".
 
         `membership` is the text of /proc/PID/cgroup.
         """
@@ -71,7 +71,7 @@ class Hierarchies:
             self._reload_at = self._clock() + _RELOAD_S
             self._mounts = self._load()
         by_controller: dict[str, Group] = {}
-        # Not splitlines(): a path may contain any line separator except a line feed.
+        # Do not use splitlines(): a path may contain any line separator except a line feed.
         for line in os.fsdecode(membership).split("\n"):
             _, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")

@@ -45,8 +45,8 @@ def kept_files() -> int:
 
 
 def count_kept(number: int) -> None:
-    """Add other descriptors that were opened to the result of `kept_files`; a negative number means
-    closed ones."""
+    """Include other descriptors in the result of `kept_files`: `number` were opened or, if it is
+    negative, closed."""
     _count.add(number)
 
 
@@ -75,13 +75,14 @@ class KeptFile:
         self._descriptor = -1
 
     def read(self, most: int = MOST) -> bytes:
-        """Return its current text. Raises OSError; the next call then opens the file again."""
+        """Return the file's current text. Raises OSError; the next call then opens the file
+        again."""
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
             _count.add(1)
         try:
-            # Try a short buffer first. Most files are short, and as long as a caller keeps the
-            # text, it may occupy the whole buffer.
+            # Try a short buffer first. Most files are short, and a text may occupy its whole buffer
+            # as long as a caller keeps it.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
             if len(text) >= _SHORT:
                 text = os.pread(self._descriptor, most, 0)
@@ -91,7 +92,7 @@ class KeptFile:
         return text
 
     def read_or_none(self) -> bytes | None:
-        """Return its current text; None if it cannot be read."""
+        """Return the file's current text; None if it cannot be read."""
         try:
             return self.read()
         except OSError as error:

@@ -1,8 +1,8 @@
 """Read counters of file systems without a block device: NFS, from /proc/PID/mountstats.
 
 Sources: the code of nfsstat(8) and mountstats(8), kernel fs/nfs/super.c (nfs_show_stats) and
-net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked. All
-other types (FUSE, 9p, Ceph, SMB, ZFS) have no readable counters, so their values are None.
+net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked. Types
+other than NFS (FUSE, 9p, Ceph, SMB, ZFS) have no readable counters, so their values are None.
 
 Needs the ptrace right for another user's process. Cost: 10 µs, and 20 µs for each NFS mount.
 """
@@ -70,14 +70,14 @@ def _parse(section: bytes) -> tuple[int | None, int | None]:
     """Return the number of operations and the written bytes from one mount's section.
 
     Only operations that the server answered with success are counted, because only they show
-    progress. The kernel's first number includes operations that it gave up (soft mounts). So the
-    operations that ended in an error (the ninth number, since Linux 5.3) are subtracted.
+    progress. The kernel's first number includes operations that the kernel gave up (soft mounts).
+    So the operations that ended in an error (the ninth number, since Linux 5.3) are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # The sixth number is the bytes written to the server. The five before it: bytes read and
-    # written by normal calls, read and written by direct I/O, and read from the server.
+    # The sixth number is the bytes written to the server. The five numbers before it are the bytes
+    # read and written by normal calls, read and written by direct I/O, and read from the server.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written

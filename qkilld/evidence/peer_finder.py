@@ -82,8 +82,8 @@ class PeerFinder:
             self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return the cached processes that still have their socket. Costs 50 µs, and 3 µs for each
-        process."""
+        """Return the cached processes that still have their socket, by the socket's inode. Costs 50
+        µs, and 3 µs for each process."""
         places: dict[str, dict[int, str]] = {}
         for inode in inodes:
             if (place := self._places.get(_link(inode))) is not None:

@@ -68,8 +68,8 @@ class PeerReader:
 
         `ours`: the export that the guest requested over each of its connections, by the inode of
         the server's end. None for the server of a FUSE file system, to which the guest has no
-        connection. `shared` is then unknown, because nothing shows who else uses the file system.
-        `names`: the names of the guest's images in the file system.
+        connection. Peer.shared is then unknown, because nothing shows who else uses the file
+        system. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
         self._read_process(values)
@@ -125,7 +125,7 @@ class PeerReader:
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
         if not ours.keys() >= set(self._sockets.accepted):
             return True
-        # If the server has a hidden socket, that may connect it to another client.
+        # A hidden socket may connect the server to another client.
         try:
             return None if self._sockets.hidden(table) - ours.keys() else False
         except Unreadable as error:
@@ -146,9 +146,9 @@ class PeerReader:
 
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
         """Return the storage of those files of the server that have the names of the guest's
-        images. Some servers change names. If no file matches, return the storage of all its files,
-        but only if it has no connections: otherwise, the images may be behind a connection, and the
-        files may be a log or cache."""
+        images. If no file matches, perhaps because the server changes names, return the storage of
+        all its files, unless it has connections: then the images may be behind a connection, and
+        the files may be a log or cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if file_name(path) in names}:
             images = named
@@ -202,7 +202,7 @@ def file_name(path: str) -> str:
 
 
 def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
-    """Return the storage that all files have in common; () if there is none."""
+    """Return the storage of the files if all have the same; () otherwise."""
     distinct = set(places)
     if len(distinct) != 1:
         return ()

@@ -2,8 +2,8 @@
 servers.
 
 nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd and iSCSI targets on this host do the guest's I/O,
-so their system calls and disks show the guest's progress. The same is true of the servers of FUSE
-file systems that contain its images. Needs the ptrace right for other users' processes.
+so their system calls and disks show the guest's progress. The same is true of servers of FUSE file
+systems that contain the guest's images. Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ class ServerReader:
         return peer
 
     def _with_behind(self, server: Peer, tables: _SampleTables) -> Peer:
-        """Add the servers that this server uses itself, and the servers that those use (HOPS). Each
-        process is added only once, although there may be many ways to it."""
+        """Add the servers that this server uses itself, and the servers that those use, up to HOPS
+        levels. Each process is added only once, although there may be many ways to it."""
         seen = {self._pid, server.pid}
         level, behind, unknown = [server.pid], dict[int, list[int]](), set[int]()
         served = Counter[int]()
@@ -325,8 +325,8 @@ class ServerReader:
     def _read_fuse(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], tables: _SampleTables
     ) -> dict[str, _SampledServers]:
-        """Sample the servers of FUSE mounts, without those behind them, by the MAJOR:MINOR of the
-        mount."""
+        """Sample the servers of FUSE mounts, but not the servers behind them. The key is the
+        mount's MAJOR:MINOR."""
         served = {}
         for number, servers in self._fuse_servers(mounts, names, {self._pid}).items():
             wanted = names.get(number, frozenset())
@@ -339,7 +339,7 @@ class ServerReader:
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
     ) -> dict[str, FuseServers]:
         """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: the
-        processes that use the mounts, so they are not its servers."""
+        processes that use the mounts, and so cannot serve them."""
         numbers = _connections_of(mounts)
         if not numbers:
             return {}

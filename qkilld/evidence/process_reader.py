@@ -58,9 +58,9 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now, and never read one that reuses the pid.
 
-        Open a pidfd of the process before this call, and check after it that the process still
+        Open a pidfd of the process before this call, and check afterwards that the process still
         exists. Otherwise, this may have opened another process. Raises no exception: if the process
-        is gone, all fields are unknown. `clock` returns seconds, monotonic. Without a guard,
+        is gone, all fields are unknown. `clock` returns monotonic time in seconds. Without a guard,
         exceptions of a read are raised. `most_kept`: the number of threads for which a file may
         stay open.
         """
@@ -189,8 +189,8 @@ class ProcessReader:
         into["running"] = self._threads.running
         into["exiting"] = exiting and self._threads.alive
         if exiting and (living := self._threads.living()) is not None:
-            # The first thread has exited, but other threads still run. Report the state of one of
-            # these.
+            # The first thread has exited, but other threads still run: report the state of one of
+            # them.
             into["state"], into["exiting"] = living.state, False
 
     def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Read requests of io_uring and Linux AIO. No thread waits in a system call for these.
+"""Read requests of io_uring and Linux AIO, for which no thread waits in a system call.
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
@@ -18,9 +18,9 @@ Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at e
 REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.
 This costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
 the mappings. The mappings are read only if a file is open with O_DIRECT and any process on the host
-has an AIO context. Reading them takes the process's memory lock, and may block as long as its
-storage hangs. So a separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S the result is
-unknown.
+has an AIO context. Reading the mappings takes the process's memory lock, and may block as long as
+the process's storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S the
+result is unknown.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class _Mappings:
         try:
             work(directory)
         except (OSError, ValueError, struct.error) as error:
-            note_once("reading mappings", error)  # Its results stay unknown.
+            note_once("reading mappings", error)  # The results stay unknown.
         finally:
             os.close(directory)
 
@@ -271,7 +271,7 @@ class _Mappings:
         with os.fdopen(descriptor, "rb") as file:
             text = file.read(_MAX_MAPPINGS + 1)
         if len(text) <= _MAX_MAPPINGS:
-            # Not splitlines(): a path may contain any line separator except a line feed.
+            # Do not use splitlines(): a path may contain any line separator except a line feed.
             lines = (line for line in text.split(b"\n") if b" /[aio]" in line)
             addresses = [int(line.partition(b"-")[0], 16) for line in lines]
             self._addresses = addresses[:MAX_RINGS]

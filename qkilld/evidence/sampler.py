@@ -60,8 +60,8 @@ class HostTables:
         self.groups = SharedGroups()
 
     def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
-        """Return tables that are not too old. `waits`: a thread of the process may wait for
-        storage."""
+        """Return recent tables. `waits`: a thread may wait for storage, so read the page cache more
+        often."""
         now = time.monotonic()
         if now - self._at > TABLES_AGE_S:
             self._at = now
@@ -218,7 +218,7 @@ class Reader:
         sockets: SocketTable,
         storage: StorageTable,
     ) -> tuple[tuple[Socket, ...] | None, tuple[Mount, ...] | None]:
-        """Add their servers to connections and FUSE mounts."""
+        """Return the connections and FUSE mounts with their servers."""
         if self._servers is None or not (connections or mounts):
             return connections, mounts
         exports = requested_exports(nodes or ())
@@ -321,8 +321,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Do this even if a sample was requested before. It may be complete already, and wait to be
-        # handed over together with another sample, which has blocked.
+        # Do this even if a sample was requested before: it may be complete already, and wait to be
+        # handed over together with another sample that has blocked.
         self._handover.expect()
 
     @property

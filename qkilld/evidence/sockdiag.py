@@ -166,7 +166,7 @@ class SocketTable:
 
     Create one for each round of samples, and share it between readers in any threads. No descriptor
     stays open. All methods raise Unreadable if the kernel fails, or takes too long because there
-    are too many sockets. After a failure, only single sockets of crowded tables are queried again.
+    are too many sockets. After a failure, only single sockets of crowded tables remain readable.
     """
 
     def __init__(self, crowded: CrowdedTables | None = None) -> None:
@@ -232,7 +232,7 @@ class SocketTable:
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
         """Return the established TCP socket with this inode, if there is one.
 
-        `id`: TcpSocket.id of an earlier result. With it, the kernel finds the socket at once.
+        With `id`, the TcpSocket.id of an earlier result, the kernel finds the socket at once.
         Without it, the kernel scans its whole table, which takes long even with few sockets.
         """
         if self._tcp is None and id:
@@ -365,12 +365,12 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
 
 def closed_first(id: bytes) -> bool | None:
     """Return whether this end of a former TCP connection (TcpSocket.id) was closed first; None if
-    unknown. The kernel keeps the end that was closed first for a minute (TIME_WAIT)."""
+    unknown. For a minute, the kernel keeps the end that was closed first (TIME_WAIT)."""
     socket_id = id[1:41] + struct.pack("=II", _NO_COOKIE, _NO_COOKIE)
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
         for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
-            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise: a listening socket.
+            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, this is a listening socket.
                 return buffer[start + 1] in _CLOSED_FIRST or None
     except FileNotFoundError:
         return False
@@ -386,7 +386,7 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return the ports and addresses, with IPv4 mapped to IPv6, because only one end may use
+    """Return the ports and addresses, IPv4 mapped to IPv6, because perhaps only one end uses
     IPv6."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
@@ -484,7 +484,7 @@ def _ask_peer(id: bytes) -> int | None:
 def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
     """Query one socket. The id includes the kernel's cookie, so it matches no other socket.
 
-    With `alone`, also query whether a socket listens on its port.
+    With `alone`, also query whether another socket listens on the same port.
     """
     request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, _TCP_SHOW, 0, id[1:])
     try:
@@ -529,7 +529,7 @@ def _kernel(lock_s: float) -> Iterator[socket.socket]:
         yield _netlink
     finally:
         # Read the rest of this reply. Otherwise, the next query, perhaps of the event loop, must
-        # wait.
+        # wait for it.
         with contextlib.suppress(OSError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass

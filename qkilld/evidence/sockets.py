@@ -145,9 +145,9 @@ class SocketReader:
         """Read the queues of all connections, in order of inode. Connections are established TCP
         sockets, and connected unix sockets whose other end is not closed.
 
-        Return None if they are unknown: refresh() failed, the kernel does not report them, or a
-        socket is of an unsupported kind (vsock, MPTCP, SCTP, SMC). If the process is in another
-        network namespace, the other ends of unix sockets may also be ambiguous.
+        Return None if the connections are unknown: refresh() failed, the kernel does not report
+        them, a socket is of an unsupported kind (vsock, MPTCP, SCTP, SMC), or the process is in
+        another network namespace and the other ends of its unix sockets are ambiguous.
 
         A unix socket is a client if it has no name, and its other end has a name or is invisible. A
         TCP socket is a client if no socket listened on its local port when it was first seen. In
@@ -193,7 +193,7 @@ class SocketReader:
     def _settles(
         self, sockets: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
     ) -> bool:
-        """Return whether no socket of the process is a connection to storage, or could become one.
+        """Return whether no socket of the process is or could become a connection to storage.
         Raises Unreadable."""
         if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
             return False
@@ -256,7 +256,7 @@ class SocketReader:
                 if end.path:
                     path = root + end.path if end.path.startswith("/") else end.path
                     matches = partial(_listens_at, path)
-                    # A socket of another namespace with this path may be that of another server.
+                    # A socket with this path in another namespace may belong to another server.
                     listens = table.listens(matches) or (
                         False if elsewhere.listens(matches) is False else None
                     )
@@ -432,7 +432,7 @@ class SocketReader:
         if unix is None or tcp is None:
             return None
         if tcp6 is None:
-            # A kernel without IPv6 has neither this file nor such sockets.
+            # A kernel without IPv6 has neither the file tcp6 nor TCPv6 sockets.
             if "TCPv6" in protocols.values():
                 return None
             tcp6 = b""
@@ -463,8 +463,8 @@ class SocketReader:
 
         The rows do not show which two sockets are connected with each other, and only an accepted
         socket has a path. So each connection that the process has made gets its purpose from the
-        path of an accepted socket of another process. Raises Unreadable if the numbers of these
-        connections and sockets differ, or if a socket has two rows.
+        path of an accepted socket of another process. Raises Unreadable if these connections and
+        sockets differ in number, or if a socket has two rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]
         if len(own) > len(set(own)):
@@ -493,8 +493,8 @@ class SocketReader:
             yield _queueless(inode, use, client=True)
 
     def _foreign_tcp(self, text: bytes, inodes: frozenset[int]) -> Iterator[Socket]:
-        """Parse lines of the form: sl local remote st tx:rx … inode (the tenth). Raises ValueError,
-        IndexError."""
+        """Parse lines of the form: sl local remote st tx:rx … inode (the tenth field). Raises
+        ValueError, IndexError."""
         rows = [line.split(maxsplit=10) for line in text.splitlines() if b": " in line]
         listening = {row[1].rpartition(b":")[2] for row in rows if row[3] == _LISTEN}
         established = [row for row in rows if row[3] == _ESTABLISHED]
@@ -579,7 +579,7 @@ def _ends_of(graph: BlockGraph) -> _Ends:
 
 
 def _any(answers: Set[bool | None] | None) -> bool | None:
-    """Return whether one of these is True; None if this is unknown, or if there are none."""
+    """Return whether any answer is True; None if this is unknown, or if there are no answers."""
     if not answers or (None in answers and True not in answers):
         return None
     return True in answers

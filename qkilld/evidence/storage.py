@@ -289,7 +289,7 @@ class _Stack:
         return FilePlace(self._with_lower(self._edges[""]), self._mount)
 
     def placed_disks(self) -> dict[str, _Disk]:
-        """Return the disks of all images added so far. Set `above` of each."""
+        """Return the disks of all images added so far, with `above` set."""
         above: dict[str, list[str]] = {}
         for top in sorted(number for number, disk in self.disks.items() if disk.depth == 0):
             for number in self._with_lower({top}):

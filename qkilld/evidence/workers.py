@@ -1,5 +1,5 @@
-"""Run the threads that take samples. There are as few as possible, and more if all of them block in
-the kernel."""
+"""Run the threads that take samples. Start another thread only if all others block in the
+kernel."""
 
 from __future__ import annotations
 
