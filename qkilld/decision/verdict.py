@@ -103,6 +103,8 @@ class OpenWait:
     watched: int = 0
     """The largest Wait.watched so far."""
     connections: Connections = Connections()
+    certain: bool = False
+    """Wait.certain in the last usable sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +407,7 @@ def _new_wait(wait: Wait, at: int) -> OpenWait:
         watched_at=at if wait.watched else None,
         watched=wait.watched,
         connections=Connections().follow(wait.connections, at),
+        certain=wait.certain,
     )
 
 
@@ -427,9 +430,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         sign_names = {sign.name for sign in wait.signs}
         # Drop the marks of missing signs first, but only if there is no room: a sign may reappear,
         # for example if a server was not read this time.
-        kept_marks = tuple(
-            sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
-        )
+        missing_last = sorted(kept_marks, key=lambda mark: mark.name not in sign_names)
+        kept_marks = tuple(missing_last[:MAX_MARKS])
     return OpenWait(
         key=wait.key,
         kind=wait.kind,
@@ -443,6 +445,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         watched_at=at if wait.watched > old.watched else old.watched_at,
         watched=max(wait.watched, old.watched),
         connections=connections,
+        certain=wait.certain,
     )
 
 
@@ -488,12 +491,9 @@ def _is_over(wait: OpenWait, sample: Sample) -> bool:
     may only be unreadable now, return False."""
     if wait.kind is not WaitKind.STORAGE:
         return False
-    match wait.key.partition(":")[0]:
-        case "call":
-            return sample.threads is not None
-        case "io_uring":
-            return sample.rings is not None
-    return False
+    if wait.key.startswith("call:"):
+        return sample.threads is not None
+    return wait.key == "io_uring" and sample.rings is not None
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:

@@ -6,8 +6,8 @@ looks like a dead one. So only one group of connections is cut off, the first th
 
 - A reply is certainly missing: bytes are unacknowledged or the server has not read them, there is
   no server, or a request had no reply before SIGTERM.
-- QEMU waits only for connections, and the server waits for its own storage, perhaps on behalf of
-  another disk of the guest.
+- The server waits for its own storage, perhaps on behalf of another disk of the guest, and QEMU
+  does not certainly wait for a local disk.
 - QEMU waits only for connections, and the connection does not move.
 
 The next rung, SIGKILL, would lose more.
@@ -75,10 +75,11 @@ def choose(
             others.append((candidate, bool(node_waits)))
     if suspects:
         return tuple(suspects)
-    if _waits_elsewhere(waits.values()):
-        return ()
-    if working:
+    elsewhere = [wait for key, wait in waits.items() if not key.startswith((_NODE, _SOCKET))]
+    if working and not any(wait.certain for wait in elsewhere):
         return tuple(working)
+    if elsewhere:
+        return ()
     connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
     all_still = not any(_has_moved(wait, still_since) for wait in connections)
     return tuple(candidate for candidate, known in others if known or all_still)
@@ -119,8 +120,3 @@ def _why(waits: Sequence[OpenWait]) -> str:
 
 def _texts(waits: Sequence[OpenWait]) -> Iterator[str]:
     return (wait.text for wait in waits)
-
-
-def _waits_elsewhere(waits: Collection[OpenWait]) -> bool:
-    """Return whether QEMU waits for storage that is not behind a connection."""
-    return any(not wait.key.startswith((_NODE, _SOCKET)) for wait in waits)

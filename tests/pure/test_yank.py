@@ -14,7 +14,7 @@ from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Node, Peer, Sample, Socket, Thread
 from tests.engine.conftest import IDLE, S
-from tests.pure.test_verdict import SERVER, STUCK_SERVER
+from tests.pure.test_verdict import HUNG, QUIET, SERVER, STUCK_SERVER
 
 DEAD, WELL = Node("dead", "nbd", served=True), Node("well", "nbd", served=True)
 TERM = 100 * S
@@ -81,6 +81,18 @@ def test_a_server_that_works_may_do_so_for_another_disk() -> None:
     evidence = still(with_nodes(link("dead", unacked=100), works))
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]
     assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
+
+
+def test_a_server_that_works_is_cut_off_although_there_may_be_asynchronous_requests() -> None:
+    """The kernel does not show whether there are any, so a disk with aio=native always looks like
+    this. Only a stuck disk shows that QEMU waits for it."""
+    sample = replace(
+        with_nodes(replace(link("dead"), peer=STUCK_SERVER), nodes=(DEAD,)),
+        direct=True,
+        devices=(QUIET,),
+    )
+    assert chosen(still(sample), node("dead")) == ["dead"]
+    assert chosen(still(replace(sample, devices=(HUNG,))), node("dead")) == []
 
 
 def test_a_client_of_the_monitor_of_a_server_owes_nothing() -> None:
