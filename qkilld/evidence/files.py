@@ -82,6 +82,9 @@ class Image(NamedTuple):
     writable: bool
     path: str
     """The path as the kernel shows it; "" if it is too long to be shown."""
+    inherited: bool = False
+    """Whether the process may have been started with this descriptor. It has opened a descriptor
+    with O_CLOEXEC itself, as QEMU does with images."""
 
 
 def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
@@ -181,26 +184,27 @@ def _image(
         return None
     if flags & os.O_ACCMODE == os.O_WRONLY and not output:
         return None
-    writable = flags & os.O_ACCMODE == os.O_RDWR
+    writable, inherited = flags & os.O_ACCMODE == os.O_RDWR, not flags & os.O_CLOEXEC
     filesystem = tables.filesystem(mount)
     if filesystem is None:
         # Files on an internal mount of the kernel, such as a memfd, have a name but no directory.
         # They are memory, not images.
         internal = path.endswith(" (deleted)") and path.rfind("/") == 0
-        return None if internal else Image("", None, writable, path)
+        return None if internal else Image("", None, writable, path, inherited)
     if filesystem.kind == "devpts":
         return None  # A terminal.
     if filesystem.kind not in _IN_MEMORY:
-        return Image("", filesystem, writable, path)
+        return Image("", filesystem, writable, path, inherited)
     try:
         status = os.stat(f"fd/{number}", dir_fd=directory)
     except FileNotFoundError:
         return None
     if stat.S_ISREG(status.st_mode) and not _is_memory(directory, number, path):
-        return Image("", filesystem, writable, path)
+        return Image("", filesystem, writable, path, inherited)
     if not stat.S_ISBLK(status.st_mode):
         return None
-    return Image(f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}", None, writable, path)
+    device = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return Image(device, None, writable, path, inherited)
 
 
 def _is_memory(directory: int, number: str, path: str) -> bool:

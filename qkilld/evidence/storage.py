@@ -183,9 +183,10 @@ class StorageReader:
 
     def _may_write(self, number: int) -> bool:
         """Return whether the file is open for writing and is not a log. If QEMU was started without
-        standard streams, an image may have one of their descriptors."""
+        standard streams, an image may have one of their descriptors, and the command line may name
+        a symbolic link to it."""
         image = self._images[number]
-        if number > _STANDARD_ERROR or self.names is None:
+        if number > _STANDARD_ERROR or self.names is None or not image.inherited:
             return image.writable
         name = os.path.basename(image.path.removesuffix(" (deleted)"))  # noqa: PTH119
         return image.writable and name in self.names

@@ -513,3 +513,11 @@ def test_the_log_of_a_program_that_opens_it_for_reading_and_writing(tmp_path: Pa
     reader.names = {"b"}
     assert reader.writable == ["/far/b (deleted)"]
     assert list(reader.writable_places) == ["/far/b (deleted)"]
+
+
+def test_an_image_that_qemu_has_opened_instead_of_a_standard_stream(tmp_path: Path) -> None:
+    """The command line may name a symbolic link, such as one to a logical volume."""
+    mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
+    reader = reader_of(tmp_path, {0: ("/far/a", RW | os.O_CLOEXEC, 8)}, mountinfo)
+    reader.names = {"link"}
+    assert reader.writable == ["/far/a"]
