@@ -33,6 +33,8 @@ class AgentClient(Channel):
         """The id in the expected reply to guest-sync-delimited; None if no such reply is
         expected."""
         self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._is_sent = False
+        """Whether the last command was sent."""
 
     @classmethod
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
@@ -71,6 +73,18 @@ class AgentClient(Channel):
                 raise CommandRefused(command, printable(name), printable(text))
         raise CommandRefused(command, "", "no reason was given")
 
+    async def send(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
+    ) -> None:
+        """Run a command. Once it was sent, a late, lost or invalid reply is no error, because the
+        agent may execute the command. Raises CommandRefused; MonitorError if it was not sent."""
+        self._is_sent = False
+        try:
+            await self.execute(command, arguments, timeout_s=timeout_s)
+        except MonitorError as error:
+            if isinstance(error, CommandRefused) or not self._is_sent:
+                raise
+
     async def _call(
         self,
         command: str,
@@ -86,6 +100,7 @@ class AgentClient(Channel):
         self._answer = self._future()
         try:
             self._send(before + json.dumps(request).encode() + b"\n")
+            self._is_sent = not self._is_closing
             until = self._loop.time() + timeout_s
             message: dict[str, Any] = await self._wait(self._answer, until, command)
             return message

@@ -21,7 +21,6 @@ from qkilld.model.errors import (
     MonitorBusy,
     MonitorClosed,
     MonitorError,
-    MonitorTimeout,
     MonitorUnreachable,
 )
 from qkilld.model.guest_state import Button, EventKind, GuestEvent, GuestObservation, ShutdownSign
@@ -418,16 +417,12 @@ class GuestControl:
         """Ask the agent to shut the guest down.
 
         Raises CommandRefused if the agent refuses, for example because the guest's file systems are
-        frozen; MonitorError if no agent answers.
+        frozen; MonitorError if no agent answers. After success, no reply comes, and the agent may
+        close its port.
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # A timeout or a closed connection is not a failure: after success, no reply comes, and
-            # the agent may close its port.
-            with contextlib.suppress(MonitorTimeout, MonitorClosed):
-                await agent.execute(
-                    "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S
-                )
+            await agent.send("guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S)
 
     async def is_frozen(self) -> bool:
         """Ask the agent whether the guest's file systems are frozen. Raises MonitorError."""

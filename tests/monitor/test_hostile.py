@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ from qkilld.model.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from qkilld.monitor import channel
+from qkilld.monitor import channel, guest_control
 from qkilld.monitor.agent import AgentClient
-from qkilld.monitor.endpoints import Endpoint, Role, UnixListener
+from qkilld.monitor.endpoints import Endpoint, GuestEndpoints, Role, UnixListener
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
@@ -325,6 +326,51 @@ def test_the_agent() -> None:
             assert client.closed, "a late answer would pass for the next one"
 
     run(talk())
+
+
+REFUSED = b'{"error": {"class": "GenericError", "desc": "frozen"}}\n'
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "asked"),
+    [
+        (b"", b"", True),
+        (b"", b"{}\n", True),
+        (b"", b"\0" * 9 + b"\n", True),
+        (b"", REFUSED, False),
+        (b"{}\n", b"", False),
+    ],
+)
+def test_an_agent_that_was_asked_may_answer_anything(
+    before: bytes, answer: bytes, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest may be shutting down, and must not be asked again."""
+    monkeypatch.setattr(guest_control, "AGENT_REFUSAL_S", 0.2)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await fake_agent(reader, writer)
+        writer.write(before)
+        await reader.readline()
+        writer.write(answer)
+
+    async def ask() -> None:
+        process = open_process(os.getpid())
+        endpoint = Endpoint(Role.QMP, UnixListener(0, ()))
+        control = GuestControl(process, GuestEndpoints(), endpoint, listening_unix)
+        try:
+            async with peer(script) as ours:
+                monkeypatch.setattr(control, "_connect_agent", lambda: _soon(ours))
+                monkeypatch.setattr(control, "begin_watch", partial(asyncio.sleep, 0.05))
+                with contextlib.nullcontext() if asked else pytest.raises(MonitorError):
+                    await control.ask_agent()
+        finally:
+            process.close()
+
+    run(ask())
+
+
+async def _soon(connection: socket.socket) -> socket.socket:
+    return connection
 
 
 @pytest.mark.parametrize("answer", [b'{"return": 1}\n', b"\xff\n", b"{}\n", b'{"event": "X"}\n'])
