@@ -190,8 +190,9 @@ def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
         raise ProcessLookupError(f"no credentials of {pid}") from None
 
 
-MAX_PARENTS: Final = 64
-"""If a process has more threads than this, its children are not read."""
+MAX_PARENTS: Final = 512
+"""If a process has more threads than this, its children are not read. It takes 3 µs for each
+thread."""
 
 
 def read_children(pid: int, proc: Path = PROC) -> list[int]:

@@ -289,7 +289,10 @@ def test_a_command_line_that_is_too_long_is_refused(tmp_path: Path, cmdline: byt
     assert procfs.read_names(PID, tmp_path)[0] is None
 
 
-@pytest.mark.parametrize(("threads", "children"), [(2, [1, 2]), (procfs.MAX_PARENTS + 1, [])])
+@pytest.mark.parametrize(
+    ("threads", "children"),
+    [(2, [1, 2]), (100, [*range(1, 101)]), (procfs.MAX_PARENTS + 1, [])],
+)
 def test_children_of_all_threads_but_not_of_thousands(
     tmp_path: Path, threads: int, children: list[int]
 ) -> None:
