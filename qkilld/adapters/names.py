@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import field
 from typing import Final
@@ -70,6 +70,8 @@ class NameReader:
         self._threads = FairShares(MAX_THREADS, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
         self._results: deque[tuple[Key, Names]] = deque()
         self._names: dict[Key, Names] = {}
+        self._needed: Counter[Key] = Counter()
+        """How many calls need each name."""
         self._pending: set[Key] = set()
         """Names that wait for a thread or are being read."""
         self._late_keys: set[Key] = set()
@@ -82,9 +84,12 @@ class NameReader:
         loop, pace = asyncio.get_running_loop(), Pace()
         wanted: dict[Key, int] = {}
         late_users: set[int] = set()
+        needed: list[Key] = []
         try:
             for identity in identities:
                 key, uid = _key(identity), user_of(identity.uid)
+                needed.append(key)
+                self._needed[key] += 1
                 if key in self._late_keys:
                     late_users.add(uid)
                 elif key not in self._names:
@@ -98,15 +103,19 @@ class NameReader:
             if wanted:
                 await self._wait(wanted)
             names = []
-            for identity in identities:
-                names.append(self._names.get(_key(identity), UNKNOWN))
+            for key in needed:
+                names.append(self._names.get(key, UNKNOWN))
                 await pace.rest()
             return names
         finally:
-            # Make room by forgetting names that this call wanted, because another call may still
-            # wait for the others.
-            while wanted and len(self._names) > MAX_NAMES:
-                self._names.pop(wanted.popitem()[0], None)
+            for key in needed:
+                self._needed[key] -= 1
+                if not self._needed[key]:
+                    del self._needed[key]
+            # Make room by forgetting names that this call needed and no other call needs.
+            while needed and len(self._names) > MAX_NAMES:
+                if (key := needed.pop()) not in self._needed:
+                    self._names.pop(key, None)
 
     def keep(self, alive: Set[Key]) -> None:
         """Forget the names of processes that are not in `alive` (see `keys_of`)."""

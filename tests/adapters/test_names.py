@@ -170,6 +170,23 @@ def test_many_guests_hide_no_others_and_do_not_block_the_loop(
     asyncio.run(ask())
 
 
+def test_many_guests_hide_none_from_a_second_call(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names_module, "MAX_NAMES", 10)
+    everyone = [identity(pid) for pid in range(1, 21)]
+
+    async def ask() -> None:
+        reader = NameReader(lines)
+        calls = [reader.names(everyone), reader.names(everyone[::-1])]
+        asyncio.get_running_loop().call_later(0.05, lines.release.set)
+        for names in await asyncio.gather(*calls):
+            assert UNKNOWN not in names
+        assert len(reader._names) == 10 and not reader._needed
+
+    asyncio.run(ask())
+
+
 def test_a_search_keeps_the_name_that_a_call_waits_for(lines: CommandLines) -> None:
     """A search lists only the processes that it has found, and another may have been started."""
 
