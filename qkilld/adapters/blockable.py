@@ -88,8 +88,6 @@ class _Batch:
 
 
 class _ReadingThread:
-    """A thread that reads batches."""
-
     __slots__ = ("batch", "thread_id", "wake")
 
     def __init__(self) -> None:

@@ -78,7 +78,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
 
 @dataclass(frozen=True, slots=True)
 class JobEntry:
-    """One entry about a job. Pass its texts through `printable` before you display them."""
+    """Pass its texts through `printable` before you display them."""
 
     message: MessageId
     at: int

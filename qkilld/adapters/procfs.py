@@ -178,7 +178,7 @@ def _uid(directory: str) -> int:
 
 
 def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
-    """Read the user and groups of a process. Raises OSError."""
+    """Raises OSError."""
     ids: dict[bytes, list[int]] = {}
     for line in _status_lines(pid, proc):
         label, _, text = line.partition(b":")

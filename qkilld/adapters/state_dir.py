@@ -46,8 +46,6 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class BadFile(NamedTuple):
-    """A file that cannot be used."""
-
     name: str
     why: str
 

@@ -24,8 +24,6 @@ _CONNECTED: Final = b"03"
 
 
 class UnixRow(NamedTuple):
-    """A row of the table."""
-
     inode: int
     stream: bool
     listening: bool

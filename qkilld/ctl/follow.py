@@ -60,7 +60,7 @@ class Display(Protocol):
         """Report that the daemon is away and may return."""
 
     def show_end(self, path: str, line: str) -> None:
-        """Show the end of a job. `line` must be printable."""
+        """`line` must be printable."""
 
 
 class SilentDisplay:

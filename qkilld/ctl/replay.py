@@ -61,8 +61,7 @@ def read(path: str) -> Trace:
 
 
 def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
-    """Return the document for --json. Times are µs since the job's start; null means unknown or
-    never."""
+    """Times are µs since the job's start; null means unknown or never."""
     header, recorded = recording.header, replayed.recorded
     last = replayed.steps[-1] if replayed.steps else None
     evidence = last.assessment if last else None

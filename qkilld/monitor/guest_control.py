@@ -308,7 +308,7 @@ class GuestControl:
     # ---- observing the guest ----
 
     async def runstate(self) -> str:
-        """Return QEMU's run state. Raises MonitorError."""
+        """Raises MonitorError."""
         if self.qmp is not None:
             return answers.read_runstate(await self.qmp.execute("query-status", timeout_s=QUERY_S))
         return answers.read_runstate_text(await self.hmp("info status"))
