@@ -163,8 +163,8 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     if descriptors came that cannot be accepted now. Those of a `trusted` end are always accepted.
     """
     if _files.full and not trusted:
-        # Peek without room for descriptors. This shows whether there are any, and leaves them in
-        # the socket.
+        # Peek without room for descriptors. This shows whether descriptors have come, and leaves
+        # them in the socket.
         peeked, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")

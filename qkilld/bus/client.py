@@ -47,7 +47,7 @@ class ManagerProxy:
     """org.qkilld1.Manager on a bus. Every method raises what Connection.request raises."""
 
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
-        """With `interactive`, polkit may ask for a password, and calls wait
+        """With `interactive`, polkit may ask for a password, and calls wait up to
         INTERACTIVE_CALL_TIMEOUT_S."""
         self._connection = connection
         self._interactive = interactive

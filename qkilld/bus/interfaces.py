@@ -16,10 +16,8 @@ from qkilld.model.constants import GUEST_INTERFACE, JOB_INTERFACE, MANAGER_INTER
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import ConfigError
 
-_DIRECTORIES: Final = (
-    Path(__file__).parents[1] / "interfaces",  # installed
-    Path(__file__).parents[2] / "dbus",  # in a checkout
-)
+# The directory of an installed qkilld, and that of a checkout.
+_DIRECTORIES: Final = (Path(__file__).parents[1] / "interfaces", Path(__file__).parents[2] / "dbus")
 
 _STANDARD: Final = """
   <interface name="org.freedesktop.DBus.Introspectable">

@@ -93,7 +93,8 @@ __all__ = [
 
 
 def encode(message: Message) -> bytes | bytearray:
-    """Encode a message, whose serial must be set. The caller sends its descriptors."""
+    """Encode a message, whose serial must be set. The caller must send the message's
+    descriptors."""
     encoded: bytes | bytearray = message._marshall(bool(message.unix_fds))
     return encoded
 

@@ -62,8 +62,7 @@ class Listings:
             left_in_pass, left = len(keys), SPARE
             while keys:
                 if not left_in_pass:
-                    # Make the steps longer, so that each encodes more objects than change before
-                    # the next.
+                    # Make the steps longer, so that objects are encoded faster than they change.
                     pace.lengthen()
                     left_in_pass = len(keys)
                 left_in_pass -= 1

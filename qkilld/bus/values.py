@@ -43,8 +43,6 @@ _CLOSED: Final = {"(": ")", "{": "}"}
 
 @dataclass(frozen=True, slots=True)
 class VariantValue:
-    """The content of a variant."""
-
     signature: str
     value: Any
 

@@ -17,7 +17,7 @@ _ranges: list[tuple[int, int, int]] = []
 
 def set_subordinate_uids(ranges: Sequence[tuple[int, int, int]]) -> None:
     """Set the ranges of subordinate uids: the first uid, the last uid, and their user. Call this
-    before any place is taken. A uid in two ranges belongs to the one that begins later."""
+    before any place is taken. A uid in two ranges belongs to the range that begins later."""
     _ranges[:] = sorted(ranges)
 
 

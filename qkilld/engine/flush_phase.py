@@ -1,8 +1,8 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
 decision.flush_plan decides which disks to flush and what that proves. If the guest's processors are
-stopped during a flush, it also proves that QEMU holds no data back. Before they are stopped, the
-intention is saved. If the job ends without a signal, or the daemon crashes, they are started again.
+stopped, a flush also proves that QEMU holds no data back. The intention to stop them is saved
+first. If the job ends without a signal, or the daemon crashes, the processors are started again.
 The API calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The
 monitor stays open until the job ends, because QEMU answers no new connection after SIGTERM.
 """
@@ -181,8 +181,8 @@ class FlushPhase:
     # ---- the steps ----
 
     def _start(self, timeout: int, due: int = 0) -> int:
-        """Begin a step with this timeout (µs); return its number. `due`: a later deadline (µs) to
-        report."""
+        """Begin a step with this timeout (µs); return its number. `due`: the deadline (µs) to
+        report, if later."""
         self._step += 1
         self._stop_timer()
         self._until = min(self._clock.now() + timeout, INFINITY)
@@ -196,8 +196,8 @@ class FlushPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM: MaxSec= after the start, less GraceSec= or half of
-        MaxSec=, whichever is shorter."""
+        """Return the latest time for SIGTERM, so that GraceSec= (at most half of MaxSec=) remains
+        until MaxSec= has passed."""
         policy = self._job.policy
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 

@@ -1,8 +1,8 @@
-"""The end of a guest's process, and which data this end puts at risk.
+"""The end of a guest's process.
 
-decision.risk and decision.servers decide that. If the guest has storage on a network, the job ends
-a little after the process (decision.servers.SETTLE), to find out whether the servers were also
-being stopped.
+decision.risk and decision.servers decide which data this end puts at risk. If the guest has storage
+on a network, the job ends a little after the process (decision.servers.SETTLE), to find out whether
+the servers were also being stopped.
 """
 
 from __future__ import annotations

@@ -160,8 +160,7 @@ class Job:
 
     @property
     def owner_limit(self) -> int:
-        """The latest time (CLOCK_MONOTONIC, µs) to which the owner may extend somebody else's
-        job."""
+        """See steering.owner_limit."""
         return steering.owner_limit(self.started, self.policy)
 
     @property
@@ -188,8 +187,8 @@ class Job:
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
-        """Use this connection to the guest's monitor. Call this before `start`, which takes
-        ownership if it succeeds."""
+        """Use this connection to the guest's monitor. Call this before `start`. If `start`
+        succeeds, it takes ownership."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:

@@ -47,7 +47,5 @@ class LadderJob(ObservedJob, Protocol):
     def write_down(self, go_on: Callable[[], None]) -> None:
         """Save the job, and call back when this is done or takes too long."""
 
-    def is_last_rung_due(self) -> bool:
-        """Return whether, by the evidence so far, the time for SIGKILL or giving up has come."""
-
+    def is_last_rung_due(self) -> bool: ...
     def note_processors_running(self) -> None: ...

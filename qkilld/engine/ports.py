@@ -114,8 +114,8 @@ class Host(Protocol):
 
 class Caller(Protocol):
     async def uid(self) -> int:
-        """Return the caller's uid. Call this after the process was opened: while this waits, a pid
-        could be reused."""
+        """Return the caller's uid. Call this after the process was opened, because a pid could be
+        reused while this waits."""
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
         """Ask polkit whether the caller may perform this action. The answer may take minutes, and
@@ -142,8 +142,8 @@ class Watch(Protocol):
 
     @property
     def lacks_thread(self) -> bool:
-        """Return whether the requested sample has not begun because processes of other users block
-        all threads that take samples."""
+        """Return whether processes of other users block all threads that take samples, so that the
+        requested sample has not begun."""
 
     def close(self) -> None:
         """No callback follows."""
@@ -267,8 +267,8 @@ class Monitors(Protocol):
 
         `kept` is tried first, then `passed`, which `check_passed` must have checked. The callee
         owns both connections. `was_asked`: the guest was asked to shut down before, so signs of a
-        shutdown are of interest. `agent_was_open`: whether the agent had its port open at that
-        time; None if unknown. `on_lost` is called if `kept` cannot be used.
+        shutdown are of interest. `agent_was_open`: whether the agent had its port open when the
+        guest was asked; None if unknown. `on_lost` is called if `kept` cannot be used.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.

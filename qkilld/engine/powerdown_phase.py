@@ -194,8 +194,8 @@ class PowerdownPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM: MaxSec= after the start, less GraceSec= or half of
-        MaxSec=, whichever is shorter. Without signals, return MaxSec= after the start."""
+        """Return the latest time for SIGTERM, so that GraceSec= (at most half of MaxSec=) remains
+        until MaxSec= has passed. Without signals, return the time at which MaxSec= has passed."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)

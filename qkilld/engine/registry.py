@@ -170,13 +170,12 @@ class Registry:
     ) -> Job:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
-        `process` must be the process in the snapshot, or None if that has exited. In the latter
-        case, a running job ends as exited or killed. The registry owns `process` and `monitor` from
-        now on. With `among_many`, a job that would begin with a sample does nothing until
-        `follow_resumed`.
+        `process` must be the process in the snapshot, or None if that has exited. If it is None, a
+        running job ends as exited or killed. The registry owns `process` and `monitor` from now on.
+        With `among_many`, a job that would begin with a sample does nothing until `follow_resumed`.
 
         Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
-        Then `process` is closed, and the caller still owns `monitor`.
+        In this case, `process` is closed, and the caller still owns `monitor`.
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or ExitedProcess(past.guest)

@@ -32,7 +32,7 @@ class JobSampler:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a requested sample has not come yet and is not late."""
+        """Whether a requested sample is outstanding and not yet late."""
         return self._timeout is not None
 
     def take_sample(

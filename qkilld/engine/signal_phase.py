@@ -95,7 +95,6 @@ class SignalPhase:
 
     @property
     def forced(self) -> bool:
-        """Whether a caller was promised SIGKILL, whatever the ladder decides."""
         return self._forced
 
     @property
@@ -110,7 +109,6 @@ class SignalPhase:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether a requested sample has not come yet and is not late."""
         return self._sampler.is_pending
 
     @property
@@ -299,7 +297,7 @@ class SignalPhase:
             self._job.advance()
 
     def _withdraw(self) -> None:
-        """Withdraw the intention to send SIGKILL, because of progress or a caller."""
+        """Withdraw the intention to send SIGKILL, because progress or a caller delays SIGKILL."""
         if self._intent is not _Intent.NONE:
             self._intent = _Intent.NONE
             self._job.enter(Phase.TERMINATE)

@@ -58,8 +58,7 @@ class StreamingCall(Protocol):
     def uid(self) -> int: ...
 
     @property
-    def blocked(self) -> bool:
-        """Whether messages wait because the socket is full."""
+    def blocked(self) -> bool: ...
 
     def when_sent(self, callback: Callable[[], None]) -> None: ...
 

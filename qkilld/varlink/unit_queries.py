@@ -82,7 +82,7 @@ class UnitQueries:
         """Give free places to waiting queries."""
         # Try root, and MAX_AT_ONCE + 1 users of each kind (subordinate or not). Trying more would
         # be in vain: at most MAX_AT_ONCE users have a place, so at least one of these users has
-        # none. If this user gets none, no other user of the same kind would get one.
+        # none. If this user gets no place, no other user of the same kind would get one.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (
