@@ -1,11 +1,11 @@
 """Measure how much a guest works, and whether it works more than before. Pure.
 
-The work that a load does varies with the share of processors and disks that the host gives it. Two
-figures stay about the same. One is the load's demand: the number of processors that it uses or
-waits for, plus the number of its requests in flight. When the host's disk became slow, the
-processors fell from 0.7 to 0.15 and the requests rose from 0.3 to 1.2, so the demand changed little
-(measured). The other figure is the number of requests per second of processor time, which changes
-only if the host becomes more or less busy (share_growth).
+The work that a load does varies with the share of processors and disks that the host gives it. But
+two figures of a load stay about the same. One is the load's demand: the number of processors that
+it uses or waits for, plus the number of its requests in flight. When the host's disk became slow,
+the processors fell from 0.7 to 0.15 and the requests rose from 0.3 to 1.2, so the demand changed
+little (measured). The other figure is the number of requests per second of processor time, which
+changes only if the host becomes more or less busy (share_growth).
 
 The demand of a light load is not constant: on a busy host, the same work waits longer for
 processors, but does not run longer on them (MORE_TIME).
@@ -98,7 +98,7 @@ def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
     ran = difference(earlier.vcpu_time, later.vcpu_time)
     vcpus = None if wanted is None else wanted / duration
     if vcpus is not None and later.vcpus is not None:
-        # The kernel counts a wait for a processor when the wait ends. So a short time may include
+        # The kernel counts a wait for a processor when the wait ends. So a short period may include
         # all of a long wait.
         vcpus = min(vcpus, float(later.vcpus))
     return Rates(

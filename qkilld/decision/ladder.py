@@ -126,7 +126,7 @@ def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Pol
 
 
 def lengthen(policy: Policy, spans: Mapping[str, int]) -> Policy:
-    """Return the policy with those requested spans that are longer than its own."""
+    """Return the policy with each span replaced by the requested one if that is longer."""
     return replace(
         policy, **{name: max(usec, getattr(policy, name)) for name, usec in spans.items()}
     )
@@ -275,8 +275,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """SIGKILL is due: return whether to cut off storage first, because I/O may be outstanding,
-    `max` is not over, and storage may be left that can be cut off."""
+    """SIGKILL is due: return whether to cut off storage first. This is so if I/O may be
+    outstanding, `max` is not over, and QEMU may have storage that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

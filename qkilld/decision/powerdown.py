@@ -4,8 +4,8 @@ Call `start`, then `observe` for each observation, about once a second, and `not
 guest was asked. `judge` interprets the observations at any time. It relies on these facts:
 
 - QEMU drops a press of the power button if no operating system listens to it. Most machines show
-  whether one listens; on these, the button is pressed only if an operating system listens. A guest
-  that does not listen may be booting if its processors or disks work; otherwise, it is called deaf.
+  whether a system listens; on these, the button is pressed only if one does. A guest that does not
+  listen may be booting if its processors or disks work; otherwise, it is called deaf.
 - A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
   work for seconds. So neither work nor the lack of work proves anything. Work counts as a shutdown
   only if it exceeds the work before the press and lasts. Short work proves nothing, because an idle
@@ -526,8 +526,8 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether, since the guest was asked, it has worked more than in the baseline for
-    LASTING in total."""
+    """Return whether the guest has worked more than in the baseline for LASTING in total since it
+    was asked."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
@@ -562,7 +562,7 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
     """Return whether the guest has done no work for QUIET, apart from disk requests during at most
     BURST. If these requests took longer than BURST, the result is False, because the guest may have
-    waited for its disks. Unknown work is not idleness."""
+    waited for its disks. It is also False if the work is unknown."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)

@@ -195,8 +195,8 @@ def _follow_group(
 
 
 def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
-    # For iSCSI, a local address does not show that the server is a process: it may be the kernel
-    # itself.
+    # For iSCSI, a local address does not show that the server is a process: the server may be the
+    # kernel itself.
     is_here = node.protocol == "nbd" and _connects_to_itself(socket.tcp_id)
     local = socket.family == "unix" or is_here
     return NodeServer(node, socket.inode, at, local, socket.peer, socket.tcp_id)
@@ -323,7 +323,7 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
     """Yield the servers, and the servers behind them that certainly work for the guest. Each is
-    yielded only once, although connections may share a server, and servers those behind them."""
+    yielded only once, although several connections or servers may use it."""
     waiting = [peer for peer in peers if peer is not None]
     seen: set[int] = set()
     while waiting:

@@ -187,7 +187,7 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
     """Return whether completed requests of the device count as the guest's.
 
     Requests of a lower layer count only if the guest's own device above it (depth 0) may have
-    requests in flight. Otherwise other users of the lower layer may have made the requests.
+    requests in flight. Otherwise, other users of the lower layer may have made the requests.
     """
     return device.depth == 0 or any(
         top.depth == 0 and _may_work(top) and (not device.above or top.number in device.above)
@@ -327,8 +327,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
             # shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         # If `peer` has other clients, it may use `other` for them, unless `other` stores the
-        # guest's image. If this is unknown, as for a FUSE server, signs stay sure: a kill would be
-        # worse than a long wait.
+        # guest's image. If this is unknown, as for a FUSE server, the signs of `other` stay sure: a
+        # kill would be worse than a long wait.
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs
@@ -461,7 +461,7 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
 
 
 def _answers(peer: Peer, working: Sequence[Thread]) -> Sign:
-    """Return a sign that moves if one of the waiting threads was woken, or if other threads
+    """Return a sign that moves if one of the waiting threads was woken, or if different threads
     wait."""
     calls = hash(tuple(sorted((thread.tid, thread.switches or 0) for thread in working)))
     text = f"calls of {_server_title(peer)} return"

@@ -184,8 +184,7 @@ class Assessment:
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
-    """Return whether anything but the time has changed that affects a deadline or that callers
-    see."""
+    """Return whether a value has changed that affects a deadline or that callers see (_NEWS)."""
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
@@ -196,7 +195,7 @@ def assess(
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
     SLACK late, its delay beyond SLACK counts as time without samples. If this one was missed, all
-    time since the last one does.
+    time since the last one counts.
     """
     if before is None:
         return _first(sample)
@@ -374,8 +373,8 @@ def _follow(
             is_certain = is_certain or wait.certain
             is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
-        # A wait that certainly prevents the exit does not move. So ignore doubtful movement, which
-        # would delay SIGKILL: if this wait ends, its end counts as progress.
+        # A wait that certainly prevents the exit does not move. So ignore doubtful movement
+        # elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as progress.
         doubts = []
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
@@ -385,8 +384,8 @@ def _follow(
         moves.append("it has begun to exit")
     serves = is_stuck and has_client(sample)
     if is_untaken or (serves and not any(is_own(wait, sample, before.seen) for wait in moved)):
-        # The movement may be for others: the guest still runs, because QEMU cannot take SIGTERM
-        # yet, or an export still serves a client, although QEMU's main loop waits.
+        # The movement may be for others: either the guest still runs, because QEMU cannot take
+        # SIGTERM yet, or an export serves a client while QEMU's main loop waits.
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)

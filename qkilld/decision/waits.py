@@ -123,7 +123,8 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # The signs of disks are doubtful: others may use one disk while the process writes to another.
+    # The signs of disks are doubtful: other processes may use one disk while this one writes to
+    # another.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -160,7 +161,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
-    """Return Wait.watched for the file systems for which the threads may wait."""
+    """Return Wait.watched of the file systems that the threads may wait for."""
     numbers = {thread.mount for thread in threads if thread.target in ("disk", "mount")}
     return max(
         (
@@ -333,7 +334,8 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     If one of these disks is stuck, assume that the process waits for this disk. Then only
     completions of this disk and of disks below it count, and the process's I/O is a doubtful sign.
 
-    `sure`: False if the requests may be timers: then perhaps only other processes use the disks.
+    `sure`: whether the requests cannot be timers. If they may be, perhaps only other processes use
+    the disks.
     """
     writable = [
         device
@@ -460,8 +462,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count at most the backend itself as watched. If a client later begins to use another
-        # server, that server is new; it was not found late.
+        # Count at most the backend itself as watched: a server that the client begins to use later
+        # has made no earlier progress that samples have missed.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
@@ -480,8 +482,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
 def _node_wait(
     node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer], *, ran: bool
 ) -> Wait:
-    """Return the wait for a node's server. `before`: the servers in the last sample, by the inode
-    of the connection. `ran`: whether the process may have run since the last sample."""
+    """Return the wait for a node's server. `before`: the servers in the last sample, keyed by the
+    inode of the connection. `ran`: whether the process may have run since the last sample."""
     signs = []
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):

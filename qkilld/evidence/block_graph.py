@@ -183,9 +183,9 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
 
 
 def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
-    """Return the export that each node requests, by the node's name. The export is None if a node
-    with another export has the same server, because the connections of the two nodes cannot be told
-    apart."""
+    """Return the export that each node requests, keyed by the node's name. The export is None if a
+    node with another export has the same server, because the connections of the two nodes cannot be
+    told apart."""
     groups: dict[str, set[str]] = {}
     for node in nodes:
         groups.setdefault(node.group or node.name, set()).add(node.export)
@@ -338,8 +338,8 @@ def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
 def _read_nodes(
     graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int, *, read_only: bool
 ) -> None:
-    """Add those nodes of one disk option whose storage is behind a connection. `read_only`: QEMU
-    writes to none of them."""
+    """Add those nodes of one disk option whose storage is behind a connection. `read_only`: whether
+    QEMU writes to none of these nodes."""
     addressed = _prefix_of_address(flat)
     for key, value in flat.items():
         prefix, _, last = key.rpartition(".")

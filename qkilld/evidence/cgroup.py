@@ -258,8 +258,8 @@ def _sum_v2(text: bytes | None, label: bytes) -> int | None:
 
 
 def _sum_v1(text: bytes | None) -> int | None:
-    """Sum up lines like "8:0 Write 2". If there is no line, the kernel does not count: return
-    None."""
+    """Sum up lines like "8:0 Write 2". If there is no line, the kernel does not count writes:
+    return None."""
     words = (text or b"").split()
     try:
         amounts = [int(words[at + 1]) for at, word in enumerate(words) if word == b"Write"]

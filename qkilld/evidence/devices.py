@@ -114,7 +114,7 @@ def counts_requests(block: Block) -> bool | None:
 
 def _backing_sizes(path: str) -> range:
     """Return the possible sizes of the backing file. The result is a range, because the loop device
-    has only whole sectors of the file, between an offset and the end of the file or a limit."""
+    has only whole sectors of the file, and may end at a limit before the end of the file."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)

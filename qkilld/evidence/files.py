@@ -3,9 +3,9 @@
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
 The link of a descriptor shows the file's path, fdinfo shows its mode and mount, and mountinfo shows
-the file system. Reading these does not access the file itself, which could block if its server is
-dead. Only files on tmpfs and devtmpfs are accessed, because these are in memory: stat(2) shows
-block devices, and the content shows images.
+the file system. These reads do not access the file itself, which could block if its server is dead.
+Only files on tmpfs and devtmpfs are accessed, because these are in memory: stat(2) shows block
+devices, and the content shows images.
 
 The kernel does not show which open files are images. Regular files and block devices count as
 images, except the guest's memory, and files that are open only for writing, such as QEMU's logs.
@@ -116,7 +116,7 @@ def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
 def read_images(
     pid: int, descriptors: Descriptors, proc: Path = PROC, outputs: Container[int] = ()
 ) -> dict[int, Image] | None:
-    """Return the files that may be images, by descriptor. None if unreadable.
+    """Return the files that may be images, keyed by descriptor. None if unreadable.
 
     Files that are open only for writing are not images, and are left out unless their descriptors
     are in `outputs`. Costs 10 µs for each file, and reads mountinfo.

@@ -122,7 +122,7 @@ class FuseFinder:
         self._search(connections, BACKGROUND_SEARCH_S)
 
     def searches(self, connections: Iterable[int]) -> bool:
-        """Return whether a search for a server of one of these connections has yet to end."""
+        """Return whether a search for a server of one of these connections is unfinished."""
         unknown = [number for number in connections if not self._living(number)]
         return any(s.searched(str(number)) is None for number in unknown for s in self._searches)
 
@@ -221,9 +221,9 @@ def _connection(directory: str, descriptor: str) -> int | None:
 
 
 def _sees_all_processes(proc: Path) -> bool:
-    """Return whether we see the processes of all users and containers. This needs root, from whom
-    hidepid= hides no process, and the first PID namespace, whose number is PROC_PID_INIT_INO
-    (include/linux/proc_ns.h)."""
+    """Return whether we see the processes of all users and containers. This needs root, because
+    hidepid= hides no process from root. It also needs the first PID namespace, whose number is
+    PROC_PID_INIT_INO (include/linux/proc_ns.h)."""
     try:
         return os.geteuid() == 0 and os.readlink(f"{proc}/self/ns/pid") == FIRST_NAMESPACE  # noqa: PTH115
     except OSError as error:

@@ -45,8 +45,8 @@ def kept_files() -> int:
 
 
 def count_kept(number: int) -> None:
-    """Include other descriptors in the result of `kept_files`: `number` were opened or, if it is
-    negative, closed."""
+    """Add `number` other descriptors to the result of `kept_files`; a negative number subtracts
+    closed ones."""
     _count.add(number)
 
 

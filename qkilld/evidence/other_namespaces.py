@@ -44,7 +44,7 @@ class OtherNamespaces:
         """Return whether any listening unix socket of another namespace has a matching name; None
         if unknown.
 
-        Processes that we may not read count as processes of our namespace. A user's qkilld can read
+        Processes that we cannot read count as processes of our namespace. A user's qkilld can read
         only the processes of this user. Every AGE_S, this costs 5 µs for each process of the host.
         """
         with self._lock:

@@ -43,8 +43,8 @@ class PeerFinder:
         self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return the process id of each socket whose process was found, by the socket's inode.
-        Takes at most about SEARCH_S, or twice as long if another thread is searching."""
+        """Return the process id of each socket whose process was found, keyed by the socket's
+        inode. Takes at most about SEARCH_S, or twice as long if another thread is searching."""
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
@@ -82,8 +82,8 @@ class PeerFinder:
             self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return the cached processes that still have their socket, by the socket's inode. Costs 50
-        µs, and 3 µs for each process."""
+        """Return the cached processes that still have their socket, keyed by the socket's inode.
+        Costs 50 µs, and 3 µs for each process."""
         places: dict[str, dict[int, str]] = {}
         for inode in inodes:
             if (place := self._places.get(_link(inode))) is not None:

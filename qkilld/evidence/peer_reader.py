@@ -66,9 +66,9 @@ class PeerReader:
     ) -> Peer | None:
         """Sample the server; None if it is gone.
 
-        `ours`: the export that the guest requested over each of its connections, by the inode of
-        the server's end. None for the server of a FUSE file system, to which the guest has no
-        connection. Peer.shared is then unknown, because nothing shows who else uses the file
+        `ours`: the export that the guest requested over each of its connections, keyed by the inode
+        of the server's end. `ours` is None for the server of a FUSE file system, to which the guest
+        has no connection. Peer.shared is then unknown, because nothing shows who else uses the file
         system. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
@@ -188,8 +188,8 @@ def _unseen_requests(rings: int | None, direct: bool | None) -> bool | None:
 
 
 def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]:
-    """Return the names of the files on each file system without a block device, by its MAJOR:MINOR.
-    `places`: the storage of each file, by its path."""
+    """Return the names of the files on each file system without a block device, keyed by its
+    MAJOR:MINOR. `places`: the storage of each file, keyed by its path."""
     names: dict[str, set[str]] = {}
     for path, place in places.items():
         if place.mount:

@@ -121,7 +121,7 @@ class ServerReader:
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the
-        inodes of their sockets."""
+        inodes of the servers' sockets."""
         self._missing_ends = frozenset(ends)
         self._connections = self._since(_connections_of(mounts).values())
 
@@ -134,7 +134,7 @@ class ServerReader:
 
     @property
     def searches(self) -> bool:
-        """Return whether a search for a server that the last sample lacks has yet to end."""
+        """Return whether servers that the last sample lacks are still being searched for."""
         return self._finder.searches(self._missing_ends) or self._fuse_finder.searches(
             self._connections
         )
@@ -144,7 +144,7 @@ class ServerReader:
     ) -> dict[int, Peer]:
         """Sample the server of each connection, if it was found.
 
-        `ends`: the export that the guest requested over each connection, by the inode of the
+        `ends`: the export that the guest requested over each connection, keyed by the inode of the
         server's socket; None if unknown.
         """
         return self.read_all(ends, (), {}, storage=storage, sockets=sockets)[0]
@@ -161,7 +161,7 @@ class ServerReader:
         """Sample the server of each connection, as read() does, and the servers of FUSE mounts.
         Return the servers of the connections, and the mounts with their servers.
 
-        `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
+        `names`: the names of the guest's images on each mount, keyed by its MAJOR:MINOR.
         """
         self._used_pids = []
         self._new_missing_ends, self._new_connections = _NONE, {}
@@ -304,8 +304,8 @@ class ServerReader:
         return links
 
     def _children(self, pid: int) -> list[int]:
-        """Return processes that the server has started: it may wait for them, as nbdkit waits for
-        its scripts. Nothing shows whether they work for this guest. Return none if the server has
+        """Return processes that the server has started and may wait for, as nbdkit waits for its
+        scripts. Nothing shows whether they work for this guest. Return none if the server has
         threads that wait for something else."""
         server = self._sampled.get(pid)
         if server is None or server.threads:
@@ -325,8 +325,8 @@ class ServerReader:
     def _read_fuse(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], tables: _SampleTables
     ) -> dict[str, _SampledServers]:
-        """Sample the servers of FUSE mounts, but not the servers behind them. The key is the
-        mount's MAJOR:MINOR."""
+        """Sample the servers of FUSE mounts, but not the servers behind them. The result is keyed
+        by the mount's MAJOR:MINOR."""
         served = {}
         for number, servers in self._fuse_servers(mounts, names, {self._pid}).items():
             wanted = names.get(number, frozenset())
@@ -338,7 +338,7 @@ class ServerReader:
     def _fuse_servers(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
     ) -> dict[str, FuseServers]:
-        """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: the
+        """Find the servers of FUSE mounts, keyed by the mount's MAJOR:MINOR. `downstream`: the
         processes that use the mounts, and so cannot serve them."""
         numbers = _connections_of(mounts)
         if not numbers:
@@ -363,7 +363,7 @@ class ServerReader:
         return served
 
     def _since(self, connections: Iterable[int]) -> dict[int, float]:
-        """Return when each FUSE connection was first seen, time.monotonic()."""
+        """Return when each FUSE connection was first seen (time.monotonic())."""
         now = time.monotonic()
         return {number: self._connections.get(number, now) for number in connections}
 
@@ -399,7 +399,7 @@ class ServerReader:
 
 
 def _connections_of(mounts: Iterable[Mount]) -> dict[str, int]:
-    """Return the FUSE connection of each mount, by its MAJOR:MINOR."""
+    """Return the FUSE connection of each mount, keyed by its MAJOR:MINOR."""
     return {
         mount.number: connection
         for mount in mounts

@@ -3,16 +3,16 @@
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also uses an io_uring to wait
-for events. The requests on it that poll descriptors are listed separately and not counted. One more
-request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11 uses one
-ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11 had such
-a timer on its ring.
+for events. The kernel lists the requests that poll descriptors separately, so they are not counted.
+One more request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11
+uses one ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11
+had such a timer on its ring.
 
 The kernel does not show Linux AIO requests in flight. A process can have such requests only if it
 has an AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT,
 io_submit(2) is synchronous. The tail of the ring in the mapping (kernel fs/aio.c) counts
-completions, not requests in flight. It is read only in samples with detail (sampler.py), because
-reading it takes the process's memory lock.
+completions, not requests in flight. Only samples with detail read it (sampler.py), because this
+takes the process's memory lock.
 
 Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
 REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.

@@ -342,8 +342,8 @@ def _checked() -> Iterator[None]:
 
 
 def listening_unix() -> dict[tuple[int, int], int] | None:
-    """Return the inodes of listening unix sockets, by the files that they are bound to; None if
-    unknown.
+    """Return the inodes of listening unix sockets, keyed by the files that they are bound to; None
+    if unknown.
 
     The key is the device and the inode of the file. On btrfs and overlays, the device is the one in
     mountinfo, not `st_dev`. Only the lower 32 bits of the inode are reported.

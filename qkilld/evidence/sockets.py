@@ -111,9 +111,10 @@ class SocketReader:
     ) -> None:
         """List the sockets of the process again. Never raises.
 
-        Without `graph`, from the command line, the purpose of every connection is unknown.
-        `descriptors`: from files.read_descriptors, if the caller has just called it. Costs 20 µs,
-        and 3 µs for each new socket. Without `descriptors`, it costs 4 µs more for each descriptor.
+        Without `graph`, which comes from the command line, the purpose of every connection is
+        unknown. `descriptors`: from files.read_descriptors, if the caller has just called it. Costs
+        20 µs, and 3 µs for each new socket. Without `descriptors`, it costs 4 µs more for each
+        descriptor.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
@@ -284,8 +285,8 @@ class SocketReader:
         return "" if mounted else root
 
     def peers(self, sockets: tuple[Socket, ...], table: SocketTable) -> dict[int, int]:
-        """Return the other end (inode) of each local connection that may be storage, by the inode
-        of the process's end."""
+        """Return the other end (inode) of each local connection that may be storage, keyed by the
+        inode of the process's end."""
         peer_ends = {}
         self.has_unknown_peers = False
         for socket in sockets:

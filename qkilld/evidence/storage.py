@@ -166,7 +166,7 @@ class StorageReader:
 
     @property
     def writable_mounts(self) -> dict[str, str] | None:
-        """Return FilePlace.mount of each image open for writing, by its path; None before a
+        """Return FilePlace.mount of each image open for writing, keyed by its path; None before a
         successful refresh()."""
         if not self._known:
             return None
@@ -174,7 +174,7 @@ class StorageReader:
 
     @property
     def writable_places(self) -> dict[str, FilePlace]:
-        """Return the storage of each image open for writing, by its path."""
+        """Return the storage of each image open for writing, keyed by its path."""
         return {
             image.path: self._places[number]
             for number, image in self._images.items()
