@@ -1,13 +1,13 @@
-"""Data classes that are cheap to define. With Python's dataclasses, defining them took an eighth of
-the time of the daemon's start.
+"""Data classes that are cheap to define. Python's dataclasses took an eighth of the daemon's start
+time.
 
 The module dataclasses compiles the text of six methods for each class, one by one before Python
 3.13. Here, frozen classes and those with slots share all methods except `__init__`. A class with
 slots gets its `__init__` at its first use, because few classes are used at the start. The shared
 methods compare, hash and show objects like those of dataclasses.
 
-Only mypy prevents assignments to fields of a frozen class. Without a `__setattr__` that forbids
-them at run time, an object is made in half the time.
+Only mypy prevents assignments to fields of a frozen class. Without a `__setattr__` that prevents
+them at run time, making an object takes half the time.
 """
 
 from __future__ import annotations

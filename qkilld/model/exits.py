@@ -40,7 +40,7 @@ def exit_code_of(result: str, error_name: str = "") -> ExitCode:
     """Return the exit code for a job's result. A result that only a newer daemon knows counts as
     failure.
 
-    `error_name`: `error-name` in the receipt. It decides the exit code of a failed job.
+    `error_name`: `error-name` in the receipt, which decides the exit code of a failed job.
     """
     if result == Result.FAILED and (error := BY_BUS_NAME.get(error_name)) is not None:
         return error.exit_code

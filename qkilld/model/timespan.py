@@ -54,7 +54,7 @@ def parse(text: str) -> int:
     """Return the span in µs of a text such as `10`, `1.5s`, `2h 30min` or `infinity`. A number
     without a unit is in seconds.
 
-    Raises ValueError. Its text can be shown, and says what was expected.
+    Raises a ValueError whose text can be shown, and says what was expected.
     """
     bare = text.strip(_BLANKS)
     if bare == "infinity":

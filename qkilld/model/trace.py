@@ -4,7 +4,7 @@ A trace is a file of JSON lines in ASCII. The first line is the header: the form
 the job, its flags and its policy. Every other line is one record: its `at`, its `kind`, and the
 fields of the class of that kind, by name. A sample has every field; null means unreadable.
 
-In the file, `at` is relative to the job's start, which is easier to read. In objects, it is
+In the file, `at` is relative to the job's start, which is easier to read. In objects, `at` is
 CLOCK_MONOTONIC in µs, like every other time. Time spans of the policy have the form of
 systemd.time(7).
 
@@ -133,7 +133,7 @@ def header_line(header: Header) -> str:
 
 
 def record_line(header: Header, record: Record) -> str:
-    """Return any other line, with its line break."""
+    """Return a line after the first, with its line break."""
     document = to_json(record)
     at = document.pop("at") - header.started
     return _line({"at": at, "kind": _KIND_OF[type(record)], **document})
@@ -142,7 +142,7 @@ def record_line(header: Header, record: Record) -> str:
 def decode(text: str) -> Trace:
     """Decode the text of a trace file.
 
-    A last line without a line break is incomplete, and is ignored. Raises ValueError. Its text
+    A last line without a line break is incomplete, and is ignored. Raises a ValueError whose text
     names the line and says what is wrong, without quoting the file.
     """
     lines = text.split("\n")[:-1]

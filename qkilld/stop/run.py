@@ -451,7 +451,7 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _handle_exit(self, stop: GuestStop) -> None:
-        """Handle a process that is gone or exiting. No signal has an effect on it any more."""
+        """Handle a process that is gone or exiting, so that signals have no effect."""
         others = self._substitutes()
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.

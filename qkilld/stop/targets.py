@@ -178,7 +178,7 @@ class Targets:
             reader.start()
         except RuntimeError as error:  # The system allows no more threads.
             note("starting a thread to look for guests", error)
-            read()  # A read that blocks does no harm to other programs.
+            read()  # If this blocks, only this program waits.
         else:
             reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)

@@ -102,7 +102,7 @@ def compare(
     instances: Sequence[str] = (),
 ) -> Comparison:
     """Return the verdict. `findings`: from check(). `overrides`: the drop-ins that override lines
-    of adopt. `instances`: for a template, the instances with own settings that adopt would
+    of adopt. `instances`: for a template, the instances with settings of their own that adopt would
     override."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
@@ -112,8 +112,8 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    # If one drop-in replaces adopt's ExecStop= lines, the lines of other drop-ins are added to
-    # those of that drop-in, not to adopt's.
+    # If one drop-in replaces adopt's ExecStop= lines, other drop-ins add their lines to that
+    # drop-in's, not to adopt's.
     replaces = any("ExecStop=" in each.keys and not each.adds_stop for each in overrides)
     adding = next((each for each in overrides if each.adds_stop and not replaces), None)
     if adding is not None:

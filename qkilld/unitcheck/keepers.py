@@ -132,8 +132,7 @@ class KeeperCandidates:
         return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
 
     def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-        """Return the keepers among these units. `active`: the active ones of the units in
-        `names`."""
+        """Return the keepers among these units. `active`: the units in `names` that are active."""
         return tuple(
             GuestKeeper(other.id, project, other.timeout_stop)
             for other in active

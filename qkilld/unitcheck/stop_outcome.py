@@ -1,7 +1,7 @@
 """Simulate the stop of a unit, and what happens to the guest's data. Pure.
 
 If facts are unknown (what a program does, whether the guest can be asked), the stop is simulated
-with every possible value. A set of such values is an `Assumption`. Two ways to stop a guest are
+with every possible value. An `Assumption` is a set of such values. Two ways to stop a guest are
 compared under each assumption. Sources: systemd.service(5), systemd.kill(5), systemd.scope(5);
 systemd, src/core/service.c.
 """
