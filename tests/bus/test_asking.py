@@ -162,7 +162,7 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
         # Such a guest cannot be asked, so try with another guest.
         for number in range(4):
             disk = make_disk(lab_dir / f"disk{number}.qcow2")
-            guest = boot("work", append="lab.seconds=40", disk=disk)
+            guest = boot("work", append="lab.seconds=70", disk=disk)
             job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
             daemon.process.kill()
             daemon.wait_gone()

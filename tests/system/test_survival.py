@@ -519,7 +519,7 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
     system: Container, start_guest: StartGuest
 ) -> None:
     unit, pid = start_guest(
-        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=3"
+        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=6"
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
@@ -542,7 +542,7 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
 ) -> None:
     drop_in("Restart=no")
     unit, pid = start_guest(
-        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=3"
+        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=6"
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
@@ -553,7 +553,7 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         system.run("systemctl", "stop", "qkilld.socket")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
         entry = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
-        time.sleep(6)
+        time.sleep(8)
         assert main_pid(system) == 0
         assert system.property(unit, "ActiveState") == "deactivating"
         assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
