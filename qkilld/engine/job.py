@@ -577,7 +577,7 @@ class Job:
             self._process.watch(self._survivor_gone)
         elif not self.processors_stopped:
             self._process.close()
-        self.interrupt_waits()  # Reply before the slow writing of the journal.
+        self.interrupt_waits()  # Reply first: writing the journal takes time.
         self._parts.on_end(self)
         self._parts.journal.write(events.job_ended(self))
         self._trace.record(EndRecord(self.ended, result))

@@ -248,8 +248,8 @@ class Registry:
 
     @property
     def empty(self) -> bool:
-        """Whether no job runs, no ended job is kept, and no process that survived its job is
-        watched."""
+        """Whether there are no jobs, running or ended, and no watched processes that survived a
+        job."""
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
