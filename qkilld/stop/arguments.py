@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,6 +11,7 @@ from qkilld import __version__
 from qkilld.adapters import argument_types
 from qkilld.model.policy import JOB_SPANS
 from qkilld.stop.options import Options
+from qkilld.stop.process import by_systemd
 
 _EPILOG: Final = """\
 In the unit of a guest, these lines are enough:
@@ -48,6 +50,11 @@ def parse(argv: Sequence[str]) -> Options:
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.dry_run:
         parser.error("--json is for --dry-run")
+    if not arguments.pid and arguments.pid is not None:
+        # systemd expands $MAINPID to nothing if the main process is gone.
+        if not by_systemd(os.environ):
+            parser.error("argument --pid: expected one argument")
+        arguments.pid = None
     spans = {
         span.field: usec
         for span in JOB_SPANS
@@ -83,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--pid", type=_pid, metavar="PID", help="stop this process")
+    target.add_argument(
+        "--pid", type=_pid, nargs="?", const=0, metavar="PID", help="stop this process"
+    )
     target.add_argument(
         "--pidfile", metavar="FILE", help="stop the process whose id is in this file"
     )
@@ -141,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _pid(text: str) -> int:
+    """Return 0 for an empty text."""
+    if not text:
+        return 0
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f'"{text[:80]}" is not the id of a process')
     return int(text)

@@ -56,8 +56,14 @@ class ProcessFinder:
     def in_own_unit(self) -> bool:
         """Whether to stop guests of our own unit. $MAINPID or a pidfile may name one of them."""
         options = self._options
-        other_target = options.all_guests or options.pid is not None or options.unit is not None
+        named = options.pid is not None and not self._names_main_process
+        other_target = options.all_guests or named or options.unit is not None
         return self.by_systemd and not other_target
+
+    @property
+    def _names_main_process(self) -> bool:
+        """Whether the command line has `--pid $MAINPID`."""
+        return str(self._options.pid) == self._main_pid
 
     def named(self) -> ProcessHandle | None:
         """Return the named process. Return None if the target is a whole unit (--unit, or our own
@@ -68,7 +74,7 @@ class ProcessFinder:
         """
         if self._options.unit is not None or self._options.all_guests:
             return None
-        if self._options.pid is not None:
+        if self._options.pid is not None and not self._names_main_process:
             return open_named(self._options.pid)
         if self._options.pidfile is not None:
             return _of_pidfile(self._options.pidfile)

@@ -46,6 +46,11 @@ class Options:
         self.debug = debug
 
     @property
+    def names_one(self) -> bool:
+        """Whether an option names a single process."""
+        return self.pid is not None or self.pidfile is not None
+
+    @property
     def names_process(self) -> bool:
         """False with --unit or --all, which may select several processes."""
         return self.unit is None and not self.all_guests

@@ -112,12 +112,11 @@ class StopRun:
             self.turn()
 
     def _stop_others(self) -> bool:
-        """Stop the other guests of the unit: those that run beside its main process, and those that
-        a shell has started meanwhile. Return whether there are any."""
+        """Stop the other guests of the unit, if they are ours to stop; return whether any are."""
         main_pid = os.environ.get("MAINPID", "")
         pids = {stop.process.pid for stop in self._stops}
         shelled = any(str(pid) != main_pid for pid in pids)
-        more = self._by_systemd and (shelled or (not self._options.pidfile and has_others(pids)))
+        more = self._by_systemd and (shelled or has_others(pids))
         if self._departure is not None or not more or not self.targets.finder.in_own_unit:
             return False
         self._notifier.extend(FIRST)
@@ -126,19 +125,20 @@ class StopRun:
             if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
                 return False
             time.sleep(0.05)
-        if not (shelled or self.targets.systemd_stops_all()):
-            return False
-        say("another QEMU runs in the unit after the guest has exited: stopping it too")
+        if not shelled or self._options.names_one:
+            fails = any(stop.code for stop in self._stops)
+            others = self.targets.left_to_us(others, main_was_qemu=not shelled, fails=fails)
+        if others:
+            say("another QEMU runs in the unit after the guest has exited: stopping it too")
         self.begin(others)
-        return True
+        return bool(others)
 
     @property
     def code(self) -> int:
         codes = [stop.code for stop in self._stops if stop.code is not None]
         if len(codes) < len(self._stops) and self._departure is not None:
             return self._departure
-        if self._targets is not None and self._targets.report_unidentified():
-            codes.append(1)
+        codes += [] if self._targets is None else self._targets.codes()
         if not any(codes):
             return 0
         from qkilld.model.exits import worst
@@ -452,7 +452,7 @@ class StopRun:
 
     def _handle_exit(self, stop: GuestStop) -> None:
         """Handle a process that is gone or exiting, so that signals have no effect."""
-        others = self._substitutes()
+        others = self.targets.left_to_us(self._substitutes())
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.
             del self._stopper_of[stop]

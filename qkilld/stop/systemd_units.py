@@ -12,6 +12,7 @@ from qkilld.debug_log import ignore, note
 from qkilld.decision.unit_limits import being_stopped
 from qkilld.model.bus_address import SESSION_BUS, SYSTEM_BUS
 from qkilld.model.errors import BusError, QkilldError
+from qkilld.model.policy import is_qemu
 from qkilld.model.text import MAX_TEXT, printable
 from qkilld.model.unit import UnitFacts, is_user_manager
 from qkilld.stop.log import say
@@ -20,6 +21,7 @@ from qkilld.stop.process import ProcessHandle
 if TYPE_CHECKING:
     from qkilld.bus.connection import Connection
     from qkilld.stop.finder import OutsideGuest
+    from qkilld.stop.options import Options
 
 CONNECT_TIMEOUT_S: Final = 2.0
 TIMEOUT_S: Final = 2.0
@@ -70,6 +72,26 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     unit."""
     facts = await _facts(connection)
     return facts if facts is not None and being_stopped(facts) else None
+
+
+def is_last_line(facts: UnitFacts, options: Options) -> bool:
+    """Return whether no later line of ExecStop= lets qkilld-stop stop another guest of the unit.
+    These are the options of the line that runs now."""
+    from qkilld.unitcheck.command import helper_options, is_helper
+
+    lines = [helper_options(command) for command in facts.exec_stop if is_helper(command)]
+    if not options.names_one or len(lines) < 2:
+        return True
+    last = lines[-1]
+    return ("--pid" in last, last.get("--pidfile")) == (options.pid is not None, options.pidfile)
+
+
+def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
+    """Return whether the main process is, or was, the QEMU in ExecStart=. A service of another type
+    than these may have no main process, or one that only starts QEMU."""
+    starts = facts.exec_start
+    simple = facts.type in ("simple", "exec", "idle", "notify", "notify-reload", "dbus")
+    return simple and len(starts) == 1 and is_qemu(starts[0].path, globs)
 
 
 async def limiting_units(

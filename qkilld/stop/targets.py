@@ -4,7 +4,7 @@ guest."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from qkilld.adapters import open_files, procfs
 from qkilld.debug_log import note
@@ -40,6 +40,9 @@ class Targets:
         self.finder = ProcessFinder(options, os.environ)
         self._options = options
         self._config: Config | None = None
+        self._has_left_others = False
+        """Whether other guests of our own unit were left running, although systemd may stop
+        them."""
         self._said = ""
         """The reason, already printed, why the last search for substitutes failed."""
 
@@ -80,13 +83,28 @@ class Targets:
         except NoSuchProcess:
             # Look for other QEMUs in the unit, because the process may have been a shell that ran a
             # QEMU.
-            if not (others := self.substitutes(())):
+            if others := self.substitutes(()):
+                others = self.left_to_us(others)
+            else:
                 self.check_elsewhere()
+            if not others:
                 raise
+            return others
+        except QkilldError as error:
+            # The pidfile is unusable, but systemd is about to stop the guests of the unit anyway.
+            others = self.left_to_us(self.substitutes(()), fails=True)
+            if not others:
+                raise
+            say(f"{error}. Therefore, every QEMU of the unit is stopped")
             return others
         if self._options.all_guests:
             return self._unattended()
         if processes := self.finder.in_unit(self._executables):
+            # If systemd reports its exit code, the unit had a main process.
+            if self.finder.in_own_unit and "EXIT_CODE" in os.environ:
+                processes = self.left_to_us(processes)
+            if not processes:
+                raise NoSuchProcess("the main process is gone")
             return processes
         if (name := self._options.unit) is not None:
             from qkilld.stop.systemd_units import check_unit, on_bus
@@ -133,9 +151,9 @@ class Targets:
                 process.close()
         return [process for process in processes if process.pid not in excluded_pids]
 
-    def report_unidentified(self) -> bool:
-        """Print the unidentified processes that may be guests that should also have been stopped.
-        Return whether there are any.
+    def codes(self) -> list[int]:
+        """Return an exit code for each reason why another guest may still run that should have been
+        stopped, too. Print which unidentified processes may be such guests.
 
         The unidentified processes are read again, because the search took place at the start, and
         some may have exited or turn out not to be guests.
@@ -144,17 +162,51 @@ class Targets:
             self.finder.read_unidentified_again(self._executables)
         if self.finder.unidentified:
             say(str(self.finder.unknown_identity()))
-        return bool(self.finder.unidentified)
+        unidentified = [int(ExitCode.FAILURE)] if self.finder.unidentified else []
+        return unidentified + ([int(ExitCode.SURVIVED)] if self._has_left_others else [])
 
-    def systemd_stops_all(self) -> bool:
-        """Return whether systemd stops all processes of our own unit, and not only its main process
-        (KillMode=). Print if that is unknown, and return False. Asks systemd."""
-        from qkilld.stop.systemd_units import on_bus, own_facts
+    def left_to_us(
+        self,
+        others: Sequence[ProcessHandle],
+        *,
+        main_was_qemu: bool = False,
+        fails: bool = False,
+    ) -> list[ProcessHandle]:
+        """Of these QEMU processes of our own unit, return those that are ours to stop, and close
+        the handles of the others. Asks systemd.
+
+        Two kinds are not ours: those that outlive the unit, because its main process is a QEMU, and
+        systemd stops no other process (KillMode=process or none); and, if an option names a
+        process, those that a later line of ExecStop= stops.
+
+        `main_was_qemu`: the main process is known to have been a QEMU, and not a shell that ran
+        them. `fails`: this line of ExecStop= fails, so that systemd runs no later line.
+        """
+        if not others:
+            return []
+        from qkilld.stop.systemd_units import is_last_line, on_bus, own_facts, started_as_qemu
 
         facts = on_bus(own_facts, user=self.user)
+        ours = list(others)
         if facts is None:
-            say("another QEMU of the unit is not stopped, because KillMode= cannot be read")
-        return facts is not None and facts.kill_mode in ("control-group", "mixed")
+            if main_was_qemu:
+                say(
+                    "another QEMU of the unit is not stopped, because KillMode= cannot be read."
+                    " Write + before the path in ExecStop="
+                )
+                # A failure would keep systemd from running the next line.
+                self._has_left_others = not self._options.names_one
+                ours = []
+        elif not fails and not is_last_line(facts, self._options):
+            ours = []
+        elif facts.kill_mode in ("process", "none") and (
+            main_was_qemu or started_as_qemu(facts, self._executables)
+        ):
+            ours = [other for other in others if other.pid == facts.main_pid]
+        for other in others:
+            if other not in ours:
+                other.close()
+        return ours
 
     def is_in_own_unit(self, pid: int) -> bool:
         """Return False if that is unknown."""

@@ -9,16 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.policy import Policy
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
-from qkilld.unitcheck.command import (
-    HELPER,
-    helper_arguments,
-    helper_options,
-    is_helper,
-    line_of,
-    quoted,
-)
+from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
 from qkilld.unitcheck.command_text import helper_arguments_of, ignoring_failure
 from qkilld.unitcheck.context import (
     Surroundings,
@@ -30,8 +24,6 @@ from qkilld.unitcheck.context import (
     helper_reach,
     hides_bus,
     hides_helper,
-    main_is_qemu,
-    outlives,
     stop_lines,
 )
 from qkilld.unitcheck.finding import Finding, Line, Severity
@@ -92,7 +84,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
-    yield from _check_arguments(facts, surroundings)
+    yield from _check_arguments(facts, surroundings.policy)
     yield from _check_listening(facts, surroundings)
     yield from _check_sandbox(facts, surroundings)
 
@@ -162,18 +154,8 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         )
 
 
-def _check_arguments(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
-    policy = surroundings.policy
+def _check_arguments(facts: UnitFacts, policy: Policy) -> Iterator[Finding]:
     plain = (Line("Service", f"ExecStop=/usr/bin/{HELPER}", by_hand=True),)
-    named, guests = _named_processes(facts, surroundings), surroundings.guests
-    if named and len(named) < guests and not outlives(facts, surroundings):
-        yield Finding(
-            "helper-target",
-            _LOSES,
-            f"its {HELPER} stops only {', '.join(named)}, and not all {guests} guests of the unit",
-            "systemd then sends SIGTERM to the other guests, and SIGKILL at the timeout",
-            plain,
-        )
     for command in facts.exec_stop:
         if not is_helper(command):
             continue
@@ -208,24 +190,6 @@ def _check_arguments(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
                 "configured: data in its memory may be lost",
                 plain,
             )
-
-
-def _named_processes(facts: UnitFacts, surroundings: Surroundings) -> list[str]:
-    """Return the processes that lines of qkilld-stop name, if the lines stop no others; [] if a
-    line stops all guests of the unit. A line with --pidfile stops others if the process is not the
-    main process."""
-    named = []
-    for command in filter(is_helper, facts.exec_stop):
-        options = helper_options(command)
-        if helper_fault(facts, command):
-            continue
-        if "--pid" in options:
-            named.append("the main process")
-        elif "--pidfile" in options and main_is_qemu(facts, surroundings):
-            named.append(f"the process in {options['--pidfile']}")
-        else:
-            return []
-    return list(dict.fromkeys(named))
 
 
 def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:

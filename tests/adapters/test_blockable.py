@@ -199,15 +199,15 @@ def test_a_process_that_was_stuck_at_the_start_does_not_count_at_the_end(
         until(lambda: _exited(gone.pid), bool)  # A zombie.
         try:
             targets.finder.unidentified = [gone.pid, other.pid, guest.pid, web.pid]
-            assert targets.report_unidentified()
+            assert targets.codes() == [1]
             assert targets.finder.unidentified == [guest.pid, web.pid]
             targets.finder.unidentified = [gone.pid, other.pid]
-            assert not targets.report_unidentified()
+            assert targets.codes() == []
         finally:
             other.kill()
         assert gone.wait() == 0
     targets.finder.unidentified = [gone.pid, other.pid]
-    assert not targets.report_unidentified()
+    assert targets.codes() == []
 
 
 def _exited(pid: int) -> bool:

@@ -413,31 +413,6 @@ def test_arguments_of_the_helper(words: str, key: str) -> None:
         check_arguments(shell, key, words)
 
 
-@pytest.mark.parametrize(
-    ("lines", "guests", "problem"),
-    [
-        (["--pid $MAINPID"], 1, ""),
-        (["--pid $MAINPID"], 2, "stops only the main process, and not all 2 guests"),
-        (["--pidfile /run/a"], 2, "stops only the process in /run/a,"),
-        (["--pidfile /run/a", "--pidfile /run/b"], 2, ""),
-        (["--pidfile /run/a", "--pidfile /run/a"], 2, "stops only the process in /run/a,"),
-        (["--unit web"], 2, ""),
-        (["--pid $MAINPID", ""], 2, ""),
-    ],
-)
-def test_a_helper_that_stops_only_some_guests(lines: list[str], guests: int, problem: str) -> None:
-    helper = "/usr/bin/qkilld-stop"
-    start = replace(QEMU, arguments=("qemu-system-x86_64", "-pidfile", "/run/a", "/run/b"))
-    stops = tuple(Command(helper, (helper, *words.split())) for words in lines)
-    facts = replace(SAFE, exec_start=(start,), exec_stop=stops)
-    unsafe = [each for each in check(facts, replace(AROUND, guests=guests)) if each.is_unsafe]
-    assert [each.key for each in unsafe] == (["helper-target"] if problem else [])
-    assert all(problem in each.problem for each in unsafe)
-    # With KillMode=process, the others are meant to keep running.
-    process = replace(facts, kill_mode="process")
-    assert not [e for e in check(process, replace(AROUND, guests=guests)) if e.is_unsafe]
-
-
 def check_arguments(command: Command, key: str, words: str | None = None) -> None:
     words = " ".join(command.arguments[1:]) if words is None else words
     start = ("/usr/bin/qemu-system-x86_64", "-pidfile", "/run/web.pid")

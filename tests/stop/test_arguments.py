@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from qkilld.stop.arguments import parse
@@ -13,3 +15,17 @@ from qkilld.stop.arguments import parse
 )
 def test_the_suffix_of_a_unit_may_be_omitted(given: str, unit: str) -> None:
     assert parse(["--unit", given]).unit == unit
+
+
+@pytest.mark.parametrize("given", [["--pid", "--force"], ["--pid", "", "--force"]])
+def test_a_main_process_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    """systemd expands $MAINPID to nothing then."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    with pytest.raises(SystemExit):
+        parse(given)
+    assert "expected one argument" in capsys.readouterr().err
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    options = parse(given)
+    assert (options.pid, options.force, options.names_one) == (None, True, False)

@@ -15,7 +15,7 @@ import pytest
 from qkilld.adapters import blockable, procfs
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.model.guest import Unit
-from qkilld.model.unit import UnitFacts
+from qkilld.model.unit import Command, UnitFacts
 from qkilld.stop import daemon as stop_daemon
 from qkilld.stop import finder, systemd_units
 from qkilld.stop import run as stop_run
@@ -27,6 +27,7 @@ from qkilld.stop.options import Options
 from qkilld.stop.process import ProcessHandle
 from qkilld.stop.run import StopRun
 from qkilld.stop.targets import Targets
+from qkilld.unitcheck.command import HELPER
 from qkilld.varlink.server import description
 from tests.stop.fakes import Clock, FakeDaemon, FakeHandle, Notes, state, stop_of, stopper
 
@@ -262,36 +263,109 @@ def test_a_process_that_may_not_be_seen_but_is_no_guest(
         assert own.in_unit([]) == []
 
 
+A: dict[str, Any] = {"pidfile": "a"}
+
+
+def stopping(*lines: str, **settings: Any) -> UnitFacts:
+    """Return the unit of a QEMU with these lines of ExecStop=, without the path of qkilld-stop."""
+    given = {"type": "simple", "exec_start": (Command("/usr/bin/qemu-system-x86_64", ()),)}
+    stops = tuple(Command(HELPER, (HELPER, *line.split())) for line in lines)
+    return UnitFacts("web.service", exec_stop=stops, **(given | settings))
+
+
 @pytest.mark.parametrize(
-    ("kill_mode", "options", "stopped"),
+    ("kill_mode", "options", "lines", "stopped", "code"),
     [
-        ("control-group", {}, True),
-        ("mixed", {}, True),
-        ("process", {}, False),
-        ("none", {}, False),
-        ("", {}, False),  # Unknown.
-        # A line of ExecStop= for another guest may follow, with other options.
-        ("control-group", {"pidfile": "/run/web.pid"}, False),
+        ("control-group", {}, [""], True, 0),
+        # If this line fails, systemd does not run the next one.
+        ("control-group", A, ["--pidfile a", "--pidfile b"], True, 3),
+        ("mixed", {}, [""], True, 0),
+        ("process", {}, [""], False, 0),
+        ("none", {}, [""], False, 0),
+        ("", {}, [], False, 4),  # Unknown.
+        # With several lines, each has options of its own. The last one stops the rest.
+        ("control-group", A, ["--pidfile a"], True, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile b"], False, 0),
+        ("control-group", A, ["--pidfile b", "--pidfile a"], True, 0),
+        ("control-group", {"pid": 4}, ["--pid $MAINPID", "--pidfile b"], False, 0),
+        ("control-group", {"pid": 4}, ["--pid $MAINPID"], True, 0),
+        ("process", A, ["--pidfile a"], False, 0),
+        ("", A, [], False, 0),
     ],
 )
 def test_another_guest_of_the_unit_that_may_have_to_stay(
-    monkeypatch: pytest.MonkeyPatch, kill_mode: str, options: dict[str, Any], stopped: bool
+    monkeypatch: pytest.MonkeyPatch,
+    kill_mode: str,
+    options: dict[str, Any],
+    lines: list[str],
+    stopped: bool,
+    code: int,
 ) -> None:
+    monkeypatch.setenv("MAINPID", "4")
     run = StopRun(Options(**options), Notifier(""), Log())
     run._by_systemd = True
     processes = FakeHandle(4), FakeHandle(5)
     run._stops.append(stop_of(processes[0]))
-    monkeypatch.setenv("MAINPID", "4")
-    monkeypatch.setattr(finder.ProcessFinder, "in_own_unit", True)
+    run._stops[0].code = 3 if code == 3 else 0
+    run.targets.finder.by_systemd = True
     monkeypatch.setattr(stop_run, "has_others", lambda pids: True)
     monkeypatch.setattr(run.targets, "substitutes", lambda pids: [processes[1]])
-    facts = UnitFacts("web.service", kill_mode=kill_mode) if kill_mode else None
+    facts = stopping(*lines, kill_mode=kill_mode) if kill_mode else None
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
     monkeypatch.setattr(run, "_start", Mock())
     assert run._stop_others() is stopped
     assert len(run._stops) == 1 + stopped
+    for stop in run._stops[1:]:
+        stop.code = 0
+    assert run.code == code
+    assert (processes[1].pidfd == -1) is not stopped
     for process in processes:
-        process.exit()
+        process.close()
+
+
+@pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start"])
+@pytest.mark.parametrize(
+    ("settings", "lines", "left"),
+    [
+        ({}, ["--pidfile a"], {4, 5}),
+        # They are meant to outlive their unit.
+        ({"kill_mode": "process"}, ["--pidfile a"], {4}),
+        ({"kill_mode": "none"}, ["--pidfile a"], {4}),
+        ({"kill_mode": "process", "type": "oneshot"}, ["--pidfile a"], {4, 5}),
+        ({"kill_mode": "process", "exec_start": (Command("/bin/sh", ()),)}, [""], {4, 5}),
+        # The next line stops them.
+        ({}, ["--pidfile a", "--pidfile b"], set()),
+        (None, [], {4, 5}),
+    ],
+)
+def test_the_others_of_a_main_process_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+    main: str,
+    settings: dict[str, Any] | None,
+    lines: list[str],
+    left: set[int],
+) -> None:
+    """It was a shell that ran them, or a QEMU beside which they run."""
+    if main != "pidfile" and len(lines) == 2:
+        return  # Only another pidfile names another process.
+    targets = Targets(Options(**(A if main == "pidfile" else {})))
+    others = [FakeHandle(4), FakeHandle(5)]
+    named = Mock(side_effect=NoSuchProcess("gone"), return_value=None)
+    if main == "gone at the start":
+        named.side_effect = None
+    monkeypatch.setattr(targets.finder, "named", named)
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
+    targets.finder.by_systemd = True
+    monkeypatch.setenv("EXIT_CODE", "exited")
+    facts = None if settings is None else stopping(*lines, main_pid=4, **settings)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    if left:
+        assert {process.pid for process in targets.choose()} == left
+    else:
+        with pytest.raises(NoSuchProcess):
+            targets.choose()
+    for process in others:
+        assert (process.pidfd >= 0) is (process.pid in left)
         process.close()
 
 
@@ -318,6 +392,25 @@ def test_a_substitute_that_begins_after_the_units_were_read(
     )
     run._facts_known(facts, {3: facts})
     assert run._stops[0].forced is forced
+    process.close()
+
+
+@pytest.mark.parametrize("lines", [["--pidfile a"], ["--pidfile a", "--pidfile b"]])
+def test_an_unusable_pidfile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str]
+) -> None:
+    """Otherwise systemd would end the guests of the unit with SIGTERM and SIGKILL."""
+    targets, process = Targets(Options(**A)), FakeHandle(4)
+    monkeypatch.setattr(targets.finder, "named", Mock(side_effect=InvalidArgs("a is no pidfile")))
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [process])
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
+    with pytest.raises(InvalidArgs):
+        targets.choose()  # Not started by systemd.
+    targets.finder.by_systemd = True
+    # systemd would run no later line, because this one would fail.
+    assert targets.choose() == [process]
+    said = capsys.readouterr().err
+    assert "a is no pidfile. Therefore, every QEMU of the unit is stopped" in said
     process.close()
 
 

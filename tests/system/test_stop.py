@@ -489,10 +489,12 @@ def test_a_sandbox_of_another_user_with_a_second_to_stop(
     assert guest.lost() == 0
 
 
-def test_a_shell_around_the_guest(system: Container, start_unit: StartUnit) -> None:
+@pytest.mark.parametrize("options", ["", " --pid $MAINPID"])
+def test_a_shell_around_the_guest(system: Container, start_unit: StartUnit, options: str) -> None:
     unit = start_unit(
         "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",
         command=f"/bin/sh -c '{QEMU} -name inner; exit 0'",
+        helper=f"{HELPER}{options}",
     )
     stop(system, unit)
     assert story(system, unit)[-1] == "JOB_ENDED"
@@ -519,10 +521,37 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
     stop(system, unit)
     assert "another QEMU runs in the unit" in said(system, unit)
     assert "saved" in said(system, unit)
-    # With this KillMode=, it is meant to keep running.
+    # With this KillMode=, it is meant to keep running, also if the main process exits by itself.
     unit = start_unit("KillMode=process", command="/bin/bash /run/beside")
     stop(system, unit)
     system.run("pkill", "-KILL", "-f", "echo saved")
+    assert "another QEMU" not in said(system, unit)
+    system.write("/run/beside.only", script.partition("\n")[0])
+    unit = start_unit("KillMode=process", "ExecStartPost=/bin/bash /run/beside.only")
+    system.run("systemctl", "kill", "--kill-who=main", unit)
+    until(lambda: system.property(unit, "ActiveState"), "inactive".__eq__)
+    system.run("pkill", "-KILL", "-f", "echo saved")
+    assert "saved" not in said(system, unit)
+    # systemd may stop it, but its settings are hidden.
+    unit = start_unit("InaccessiblePaths=/run/dbus", command="/bin/bash /run/beside")
+    system.run("systemctl", "stop", unit)
+    assert "KillMode= cannot be read" in said(system, unit)
+    assert "failed with exit status 4" in said(system, unit)
+
+
+def test_a_line_for_each_guest(system: Container, start_unit: StartUnit) -> None:
+    """The first line is not for the main process."""
+    unit = start_unit(
+        f"ExecStartPost={QEMU} -daemonize -name second -pidfile /run/second.pid",
+        f"ExecStop={HELPER} --pidfile /run/first.pid --reason first",
+        command=f"{QEMU} -name first -pidfile /run/first.pid",
+        helper=f"{HELPER} --pidfile /run/second.pid --reason second",
+    )
+    stop(system, unit)
+    started = f"MESSAGE_ID={MessageId.JOB_STARTED.value}"
+    entries = system.journal("-u", unit, started)
+    reasons = [(entry["QKILLD_GUEST"], entry["QKILLD_REASON"]) for entry in entries]
+    assert reasons == [("second", "second"), ("first", "first")]
     assert "another QEMU" not in said(system, unit)
 
 
