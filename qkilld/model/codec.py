@@ -153,7 +153,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 
 @functools.cache
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
-    """Return for each field the function that converts its value, and whether it may be missing.
+    """For each field, return the function that converts its value, and whether it may be missing.
 
     Do not call this before the class is first used, because a class may have fields of its own
     type.

@@ -1,6 +1,6 @@
 """The words of the interface: flags, phases, verdicts, results, exit codes, bus names.
 
-Every value here is part of the public interface. Its meaning never changes.
+Every value here is part of the public interface, and its meaning never changes.
 """
 
 from __future__ import annotations

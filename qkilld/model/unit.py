@@ -30,7 +30,7 @@ class Command:
 class UnitFacts:
     """Properties of a loaded .service or .scope: org.freedesktop.systemd1(5).
 
-    A scope lacks some properties (commands and processes). These have their defaults.
+    A scope lacks some properties (commands and processes), which have their defaults.
     """
 
     id: str

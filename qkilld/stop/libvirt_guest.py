@@ -81,7 +81,8 @@ def _wait(stop: GuestStop, began: float, timeout: int) -> None:
     asked_at = time.monotonic()
     while stop.running:
         until = asked_at + timeout / 1e6
-        # Compute the end again in each round, because the unit's limits may have become known.
+        # Compute the end of the wait again in each round, because the unit's limits may have become
+        # known.
         if stop.ask_at_most is not None:
             until = min(until, began + stop.ask_at_most / 1e6)
         remaining = until - time.monotonic()

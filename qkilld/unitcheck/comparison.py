@@ -307,7 +307,7 @@ def _refused(
 
 
 def coverage_line(executables: Iterable[str], path: str) -> str:
-    """Return the Executables= line for qkilld.conf. It includes the current globs, because it
+    """Return the Executables= line for qkilld.conf. The line includes the current globs, because it
     replaces them."""
     return f"Executables={' '.join((*executables, path))}"
 

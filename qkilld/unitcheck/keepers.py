@@ -155,7 +155,7 @@ def keeper_names(facts: UnitFacts) -> list[str]:
         if facts.is_scope and facts.id.startswith(prefix):
             names += owners
     if not facts.is_scope and _project_by_program(facts):
-        names.append(facts.id)  # It runs a keeper, such as multipass.
+        names.append(facts.id)  # This unit runs a keeper, such as multipass.
     return list(dict.fromkeys(names))
 
 
