@@ -50,8 +50,7 @@ class BackgroundWriter(Generic[T]):
         return True
 
     def close(self) -> bool:
-        """Wait up to FLUSH_TIMEOUT_S until the queued items are written. Return whether all were
-        written.
+        """Wait up to FLUSH_TIMEOUT_S until the queued items are written; return whether all were.
 
         May be called again.
         """

@@ -107,7 +107,8 @@ class _ReadingThread:
                 return os.read(fd, 512).rpartition(b")")[2].split()[:1] == [b"D"]
             finally:
                 os.close(fd)
-        except OSError:  # For example, there are no free descriptors.
+        except OSError:
+            # Perhaps no descriptor is free. Assume that the thread is blocked.
             return True
 
 

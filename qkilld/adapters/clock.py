@@ -29,7 +29,7 @@ class UserTimer:
             self.handle.cancel()
 
     def expire(self) -> None:
-        self.handle = None  # Break the cycle: the handle refers to this object.
+        self.handle = None  # Break the reference cycle: the handle refers to this object.
         job_steps().put(self._user, self._call_back)
 
     def _call_back(self) -> bool:

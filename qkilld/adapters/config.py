@@ -156,7 +156,7 @@ def _real(path: Path, root: Path) -> Path:
             continue
         resolved.append(part)
         if [*resolved, *reversed(ahead)] == ["dev", "null"]:
-            return _MASK  # The tree below `root` may lack the device.
+            return _MASK  # The tree below `root` may lack /dev/null.
         try:
             target = root.joinpath(*resolved).readlink()
         except OSError as error:

@@ -81,7 +81,7 @@ class QueuedJournal:
             self._sink(_event(item))
         except Exception as error:
             # Count the event as dropped. If the item is a number of dropped events, add it to the
-            # next one.
+            # next such number.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1
@@ -126,8 +126,8 @@ class Journald:
         """
         if self._socket is None:
             return
-        # Send an empty datagram: journald ignores it, but reads it only after it has processed all
-        # earlier ones.
+        # Send an empty datagram. journald ignores its content, and reads it after it has processed
+        # all earlier ones.
         with contextlib.suppress(OSError):
             self._socket.send(b"")
         deadline = time.monotonic() + PROCESSING_TIMEOUT_S

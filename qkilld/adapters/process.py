@@ -215,8 +215,8 @@ def _open_pidfd(pid: int) -> int:
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Use a pidfd that was stored for a guest's process. The process may have exited. If it blocks
-    the reading of its start time, this is checked later, before a signal is sent.
+    """Use a pidfd that was stored for a guest's process. The process may have exited. If the
+    process blocks the reading of its start time, this is checked later, before a signal is sent.
 
     Raises ProcessChanged if the descriptor is not a pidfd of this process, or if the process cannot
     be identified. The caller then still owns the descriptor.

@@ -230,7 +230,7 @@ def _status_lines(pid: int, proc: Path) -> list[bytes]:
 
 
 def _read(path: str) -> bytes:
-    """Read a file of /proc. This takes half the time of Path.read_bytes. Raises OSError."""
+    """Read a file of /proc in half the time of Path.read_bytes. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = chunk = os.read(fd, _CHUNK)

@@ -165,9 +165,9 @@ class StateDirectory:
             self._writer.put(number)
 
     def _write_item(self, item: int | Callable[[], None]) -> None:
-        """First write the states of `write_first`. Then, if `item` is a job's number, write the
-        newest state of the job; if it is 0, write the reserved numbers; if it is a callback, call
-        it."""
+        """First write the states for which `write_first` was called. Then, if `item` is a job's
+        number, write the newest state of the job; if it is 0, write the reserved numbers; if it is
+        a callback, call it."""
         while self._first:
             number, callback = self._first.popleft()
             self._try_to_write(number)
@@ -197,8 +197,8 @@ class StateDirectory:
             name, job = _name(number), state.to_json()
             text = self._encoded({"job": job})
             if len(text) > MAX_BYTES:
-                # Save the job without its assessment. It is then resumed as if no sample had been
-                # taken.
+                # Save the job without its assessment. The job is then resumed as if no sample had
+                # been taken.
                 text = self._encoded({"job": job | {"assessment": None}})
             try:
                 self._write(name, text)

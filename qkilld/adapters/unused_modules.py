@@ -1,8 +1,8 @@
 """Keep the daemon from importing modules of Python's library that it does not use.
 
 asyncio, dataclasses, pathlib and traceback import these modules for functions that qkilld does not
-call. They would take 5.7 MB of memory, which is locked while jobs run, and 5 ms at the start.
-Python 3.15 has lazy imports for this (PEP 810).
+call. These modules would take 5.7 MB of memory, which is locked while jobs run, and 5 ms at the
+start. Python 3.15 has lazy imports for this (PEP 810).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Find the processes of this host that listen at an address. This runs as root, and other users may
-be hostile.
+"""Find the processes of this host that listen at an address. This module runs as root, and other
+users may be hostile.
 
 The names of sockets prove nothing: a name may contain rows of /proc/net/unix, and a user may bind
 any name in a mount namespace of their own. So a unix socket is found by the file that it is bound

@@ -8,8 +8,8 @@ drop-ins of their own managers.
 While qkilld-stop stops a guest in a system unit, nothing is removed: qkilld-stop would lose its
 extended timeout, and the modules that it has not yet imported. If the stop takes longer than 30 s,
 the exit code is 4, and the package must not be removed. Stops in units of user managers are not
-noticed. With --now, this program does not wait, for package managers that remove the package
-anyway.
+noticed. With --now, for package managers that remove the package anyway, this program does not
+wait.
 """
 
 from __future__ import annotations

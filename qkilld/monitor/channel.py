@@ -140,7 +140,7 @@ class Channel(asyncio.Protocol):
     @property
     def _is_closing(self) -> bool:
         """Whether the last data could not be sent, because the other end has closed the connection.
-        This becomes true before `closed`."""
+        `closed` becomes true only later."""
         return self._transport is None or self._transport.is_closing()
 
     def _send_with(self, data: bytes, fd: int) -> None:

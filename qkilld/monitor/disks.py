@@ -236,9 +236,9 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo everything that `stop_processors` and `flush` have done. Raises MonitorError.
 
-    If QEMU's NBD server also has exports of another program, only our exports are removed. If it
-    has only our exports, it is stopped. If it has no exports, it is stopped only if qkilld may have
-    started it.
+    If QEMU's NBD server also has exports of another program, only our exports are removed. If the
+    server has only our exports, it is stopped. If it has none, it is stopped only if qkilld may
+    have started it.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
@@ -262,7 +262,7 @@ async def _serve(
 ) -> list[NbdConnection]:
     """Start an NBD server in QEMU that accepts `count` connections, and make all these connections.
     Raises MonitorError."""
-    # Any process may connect to this socket, and send descriptors that nobody receives.
+    # Use take_over(), because any process may connect to this socket and send descriptors.
     listener = stack.enter_context(take_over(socket.socket(socket.AF_UNIX)))
     try:
         listener.bind("")  # The kernel chooses a name.

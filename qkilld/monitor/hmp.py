@@ -1,6 +1,6 @@
 """A client for the human monitor: lines of text, and a prompt after each reply.
 
-Most handwritten units use this monitor. It has no out-of-band commands and no events. Before the
+Most handwritten units use this monitor, which has no out-of-band commands and no events. Before the
 output, QEMU's line editor echoes each character of the line, with escape sequences.
 """
 

@@ -1,9 +1,9 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
 Only qkilld-stop and qkillctl do this, because the daemon starts no programs. libvirt's pid files
-show which process runs a domain. They are in a directory that only libvirt's user can write to. The
-command line of a process proves nothing, because its owner chooses it. `virsh qemu-monitor-command`
-is never used, because it taints a domain.
+show which process runs a domain. These files are in a directory that only libvirt's user can write
+to. The command line of a process proves nothing, because its owner chooses it. `virsh
+qemu-monitor-command` is never used, because it taints a domain.
 """
 
 from __future__ import annotations

@@ -290,8 +290,8 @@ def _is_bound_to(
 ) -> bool:
     """Return whether the process's socket is bound to this file.
 
-    The table lists the sockets of one network namespace. If it lacks this socket, or there is no
-    table, the file must belong to the process's user, who may connect to it anyway.
+    The table lists the sockets of one network namespace. If the table is missing or lacks this
+    socket, the file must belong to the process's user, who may connect to it anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -347,7 +347,7 @@ def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # Most rows belong to other processes. This check is faster than parsing them.
+            # Most rows belong to other processes. This check is faster than parsing the row.
             if wanted.isdisjoint(line.split(maxsplit=7)[6:7]):
                 continue
             row = parse_unix_row(line.removesuffix(b"\n"))

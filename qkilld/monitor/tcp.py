@@ -239,8 +239,8 @@ def _address(address: tuple[str, int]) -> TcpAddress:
 
 
 def _parse_address(text: bytes) -> TcpAddress:
-    """Parse an address such as 0100007F:115C: words of 32 bits in the machine's byte order, and the
-    port."""
+    """Parse an address such as 0100007F:115C, which is 32-bit words in the machine's byte order,
+    and the port."""
     host, _, port = text.partition(b":")
     words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
     packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
