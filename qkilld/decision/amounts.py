@@ -2,7 +2,7 @@
 
 The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
 A unix socket has no counter. Instead, the bytes that its server writes are counted, if the server
-has no other client. Only some samples read the servers. So each reading of a server adds the bytes
+has no other client. Only some samples read the servers, so each reading of a server adds the bytes
 that the server has written since its previous reading.
 """
 

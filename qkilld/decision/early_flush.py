@@ -8,7 +8,7 @@ can hang like this. So if an image may lie on such a file system, disks that lie
 flushed first. The names of these disks come from query-blockstats, which asks no file system.
 
 The command line and the open files of the process show which disks lie on a file system without a
-block device, but both may be wrong. So they decide only which disks are flushed, and in which
+block device, but both may be wrong, so they decide only which disks are flushed, and in which
 order. Only QEMU's replies decide which disks count as flushed.
 """
 
@@ -49,7 +49,7 @@ def may_hang(sample: Sample) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
-    """Return whether requests are in flight. If so, only another reading, OLD µs later, can show
+    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
     whether they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 

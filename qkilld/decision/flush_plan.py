@@ -3,13 +3,13 @@
 A flush before SIGTERM shows errors that QEMU hides after SIGTERM. If the guest's processors are
 stopped during the flush, it also proves that QEMU holds no data back. But the QMP command `stop`
 waits for all requests of all disks: if one disk does not answer, `stop` blocks the monitor. So
-`stop` is sent only if no request seems older than OLD. It is not sent to a running guest that has
-a vhost-user disk, or a network disk whose requests QEMU does not report. Without `stop`, the disks
-that are expected to answer are flushed one by one, so that a later SIGKILL loses none of their
-data.
+`stop` is sent only if no request seems older than OLD. `stop` is not sent to a running guest that
+has a vhost-user disk, or a network disk whose requests QEMU does not report. Without `stop`, the
+disks that are expected to answer are flushed one by one, so that a later SIGKILL loses none of
+their data.
 
 QEMU reports requests in flight only for virtio disks. For other local disks (IDE, NVMe), evidence
-from outside shows such requests: a thread waits, or a ring has requests.
+from outside shows requests in flight: a thread waits, or a ring has requests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def wants_evidence(state: BlockState) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight. If so, only another reading (`is_second_reading`) can
+    """Return whether requests are in flight, so that only another reading (`is_second_reading`) can
     show whether they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
@@ -72,9 +72,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment | None = None) 
 def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
-    """Return whether `state` shows which requests are stuck. This is so if it was read OLD µs after
-    `first`. Earlier, it is so only if none is stuck: every queue with requests in flight has
-    completed one since `first`, and `evidence` has no wait for a request."""
+    """Return whether `state` shows which requests are stuck: it was read OLD µs after `first`, or
+    none is stuck. None is stuck if every queue with requests in flight has completed one since
+    `first`, and `evidence` has no wait for a request."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):
@@ -254,7 +254,7 @@ def _queue_devices(state: BlockState) -> frozenset[str]:
 def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
     """Return whether the disk's device, or its controller, is one of `devices`.
 
-    The disks of a SCSI controller share its queues. So if one of them is stuck, all may be.
+    The disks of a SCSI controller share its queues, so if one of them is stuck, all may be.
     """
     if disk.device is None:
         return False

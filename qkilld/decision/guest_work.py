@@ -56,8 +56,8 @@ class Rates:
 
     @property
     def demand(self) -> float:
-        """The demand of the guest's load: processors plus requests in flight. It hardly depends on
-        how fast the host is."""
+        """The demand of the guest's load: processors plus requests in flight. The demand hardly
+        depends on how fast the host is."""
         return (self.vcpus or 0.0) + self.in_flight
 
 
@@ -98,7 +98,7 @@ def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
     ran = difference(earlier.vcpu_time, later.vcpu_time)
     vcpus = None if wanted is None else wanted / duration
     if vcpus is not None and later.vcpus is not None:
-        # The kernel counts a wait for a processor when the wait ends. So a short period may include
+        # The kernel counts a wait for a processor when the wait ends, so a short period may include
         # all of a long wait.
         vcpus = min(vcpus, float(later.vcpus))
     return Rates(
@@ -113,8 +113,8 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
     """Return whether the guest did clearly more work between the two observations than in the
     baseline.
 
-    A busy guest also makes more requests if the host gives it more processor time. Such growth does
-    not count.
+    A busy guest also makes more requests if the host gives it more processor time, but this growth
+    does not count.
     """
     now = rates_between(before, after)
     if now.requests is not None and baseline.requests is not None:
@@ -127,7 +127,7 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
             return True
     if now.vcpus is None or baseline.vcpus is None:
         return False
-    # If the host gives the virtual processors less time, they wait longer for the same work. So
+    # If the host gives the virtual processors less time, they wait longer for the same work, so
     # work counts only if they also ran longer.
     if now.ran is not None and baseline.ran is not None and now.ran <= MORE_TIME * baseline.ran:
         return False
@@ -157,8 +157,8 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
 
 def share_growth(now: Rates, baseline: Rates) -> float:
     """The guest gets a share of the processor time that it wants: return the factor by which this
-    share has grown since the baseline. The factor is at least 1. It is 1 if the guest wanted little
-    in the baseline, because its share is then too uncertain.
+    share has grown since the baseline. The factor is at least 1, and is 1 if the guest wanted
+    little in the baseline, because its share is then too uncertain.
 
     The number of requests per second of processor time may grow by the same factor, because QEMU's
     threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as

@@ -228,8 +228,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples since `began`. Up to 1 s before the first sample is not
-    counted."""
+    """Return the time (µs) without samples since `began`. Up to 1 s before the first sample does
+    not count."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
@@ -275,7 +275,7 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """SIGKILL is due: return whether to cut off storage first. This is so if I/O may be
+    """SIGKILL is due: return whether to cut off storage first, that is, whether I/O may be
     outstanding, `max` is not over, and QEMU may have storage that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started

@@ -1,20 +1,20 @@
 """Decide when and how to ask a guest to shut down, and judge what it does. Pure.
 
 Call `start`, then `observe` for each observation, about once a second, and `note_request` after the
-guest was asked. `judge` interprets the observations at any time. It relies on these facts:
+guest was asked. `judge` interprets the observations at any time. The decisions rely on these facts:
 
 - QEMU drops a press of the power button if no operating system listens to it. Most machines show
   whether a system listens; on these, the button is pressed only if one does. A guest that does not
   listen may be booting if its processors or disks work; otherwise, it is called deaf.
 - A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
-  work for seconds. So neither work nor the lack of work proves anything. Work counts as a shutdown
+  work for seconds, so neither work nor the lack of work proves anything. Work counts as a shutdown
   only if it exceeds the work before the press and lasts. Short work proves nothing, because an idle
   guest writes its log every few seconds. A shutdown whose work is too short to count ends within
   PowerdownSec= anyway.
 - The work of a load varies with the processor time and disks that the host gives it
   (guest_work.py).
-- If a load ends after the press, the guest may be shutting down. From then on, all work that
-  exceeds that of an idle guest counts as a shutdown.
+- If a load ends after the press, the guest may be shutting down, so all later work that exceeds
+  that of an idle guest counts as a shutdown.
 - After a sign that only a shutdown gives, all work counts as a shutdown until the sign disappears.
   (For example, the agent's port closes in a shutdown, but opens again if the agent was only
   restarted.) Without such a sign, work that began after the press counts as a shutdown for at most
@@ -342,8 +342,8 @@ def judge_exit(
     """Return the result of asking a guest whose QEMU exited before qkilld sent a signal; None if
     the guest was not asked.
 
-    `signs`: the signs up to the exit. `all_heard`: whether it is certain that no sign was missed.
-    If so, an exit without POWERED_OFF was not a shutdown: QEMU crashed, or somebody else ended it.
+    `signs`: the signs up to the exit. With `all_heard`, it is certain that no sign was missed, so
+    an exit without POWERED_OFF was not a shutdown: QEMU crashed, or somebody else ended it.
     """
     if not attempt.asked and attempt.restarts == 0:
         return None
@@ -562,7 +562,7 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
     """Return whether the guest has done no work for QUIET, apart from disk requests during at most
     BURST. If these requests took longer than BURST, the result is False, because the guest may have
-    waited for its disks. It is also False if the work is unknown."""
+    waited for its disks. The result is also False if the work is unknown."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)

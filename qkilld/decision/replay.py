@@ -4,10 +4,10 @@
 deadline between two samples. A decision at a deadline needs a new sample, which the recorded job
 may not have taken. If the trace has a sample within SAMPLE_DURATION after the deadline, that sample
 is used. Otherwise, the previous sample is used again, as if nothing had moved. So a replay may send
-SIGKILL too early; `Step.since_sample` shows how old its sample was.
+SIGKILL too early; `Step.since_sample` shows how old the sample was.
 
-A replay ends when it reaches a result. It ends at the latest when the recorded process exited or
-got SIGKILL, or when the recording ends.
+A replay ends when it reaches a result, and at the latest when the recorded process exited or got
+SIGKILL, or when the recording ends.
 """
 
 from __future__ import annotations

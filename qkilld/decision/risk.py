@@ -21,8 +21,8 @@ closes its connections, but ends sooner."""
 def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
     """Return the risks of SIGKILL; () if it is proven that there are none.
 
-    It is proven if QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
-    writing, because QEMU holds back no data of raw images.
+    SIGKILL has no risk if QEMU has handled SIGTERM, waits for nothing, and has only raw images open
+    for writing, because QEMU holds back no data of raw images.
     """
     if evidence is None or tells_nothing(evidence.last):
         return (Risk("unknown", "the process could not be read"),)
@@ -75,12 +75,12 @@ def risks_of_exit(
 ) -> tuple[Risk, ...]:
     """Return the risks after QEMU has exited without SIGKILL.
 
-    When QEMU exits, it has normally written its data. But it also exits with 0 if its storage has
+    When QEMU exits, it has normally written its data. But QEMU also exits with 0 if its storage has
     reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Only a
     lost server is visible from outside, and only if the server is on this host. A missing
-    connection alone proves nothing, because QEMU may have closed the node. So the server must be
+    connection alone proves nothing, because QEMU may have closed the node, so the server must be
     gone, too. Until `reconnect-delay` has passed, QEMU keeps the data and does not exit. So if QEMU
-    exits before that time, no data was lost, even if no sample has seen the server return.
+    exits before, no data was lost, even if no sample has seen the server return.
 
     `flushed`: the monitor has reported all disks as flushed. `started`, `ended`: when the process
     started and ended (CLOCK_MONOTONIC, µs).

@@ -1,7 +1,7 @@
 """Find out whether a server of a guest's network disks may have ended before the guest. Pure.
 
 If a server ends before the guest has closed its disk, QEMU's last writes and flushes fail. QEMU
-then exits at once, with code 0, before another sample can be taken. So the servers are searched for
+then exits at once, with code 0, before another sample can be taken, so the servers are searched for
 before SIGTERM. After the guest's end, qkilld checks which process ended first.
 
 A server that is being stopped closes its connections some time before it ends. So a server that
@@ -9,11 +9,11 @@ ends soon after the guest (SETTLE) is a risk, too. For TCP, the kernel may show 
 closed the connection first. If the server is on another host, this is the only evidence.
 
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
-ordinary stop, so its end proves nothing. The same is true of a process that a server has forked for
-the connection. In this case, the parent is watched instead, because it continues to run.
+ordinary stop, so its end proves nothing. Nor does the end of a process that a server has forked for
+the connection: the parent is watched instead, because it continues to run.
 
 If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
-Each connection is assigned to any of these nodes. So a risk of one node may really be a risk of
+Each connection is assigned to any of these nodes, so a risk of one node may really be a risk of
 another node in its group.
 """
 
@@ -63,7 +63,7 @@ class NodeServer:
 
     @property
     def is_nbd_over_tcp(self) -> bool:
-        """Whether this is NBD over TCP. If so, the kernel may know which end closed the connection
+        """Whether this is NBD over TCP, so that the kernel may know which end closed the connection
         first."""
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
@@ -302,7 +302,8 @@ def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) ->
 
 
 def _may_lose_data(node: Node) -> bool:
-    """Return whether QEMU may hold data for the node. It holds no data of a vhost-user device."""
+    """Return whether QEMU may hold data for the node, which it never does for a vhost-user
+    device."""
     return not node.read_only and node.protocol != "vhost-user"
 
 
@@ -322,8 +323,8 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
 
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
-    """Yield the servers, and the servers behind them that certainly work for the guest. Each is
-    yielded only once, although several connections or servers may use it."""
+    """Yield the servers, and the servers behind them that certainly work for the guest. Each server
+    is yielded only once, although several connections or servers may use it."""
     waiting = [peer for peer in peers if peer is not None]
     seen: set[int] = set()
     while waiting:

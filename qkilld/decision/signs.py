@@ -280,8 +280,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # Nothing was ever received, so the server may hang: the kernel accepts connections and
-        # requests even for a hanging server. So the connection has no sign.
+        # Nothing was ever received, so the connection has no sign: the kernel accepts connections
+        # and requests even for a hanging server.
         pass
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU may never read it: after SIGTERM,
@@ -323,8 +323,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     for other in peer.behind:
         of_other = peer_signs(other, earlier.get(other.pid), "")
         if other.serves and awaited is not None and awaited.isdisjoint(other.serves):
-            # No call waits for this file system. If the kernel writes its cached pages back, this
-            # shows nothing about the guest's requests.
+            # No call waits for this file system, so the kernel may only be writing cached pages
+            # back, which shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         # If `peer` has other clients, it may use `other` for them, unless `other` stores the
         # guest's image. If this is unknown, as for a FUSE server, the signs of `other` stay sure: a
@@ -354,8 +354,8 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
-    # NBD has no keepalives. So if an NBD server runs, it serves requests, even if no sample finds
-    # it in a call.
+    # NBD has no keepalives, so an NBD server that runs serves requests, even if no sample finds it
+    # in a call.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
         name = f"{_of(peer)}{_RUNS}"
@@ -424,7 +424,7 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
-    for a worker of an io_uring, the thread may wait for any of the server's disks. But only the
+    for a worker of an io_uring, the thread may wait for any of the server's disks, but only the
     right disk wakes it.
 
     `awake`: whether all of these threads have run since the last sample.
@@ -435,7 +435,7 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
     writable = [device for device in peer.devices or () if device.writable]
     is_only = sum(device.depth == 0 for device in writable) == 1
     if peer.threads is None:
-        # The server's threads may wait for any of these disks. But others may use the disks, too.
+        # The server's threads may wait for any of these disks, but others may use the disks, too.
         used |= {device.number for device in writable}
         counted |= {device.number for device in writable if _counts(device, writable)}
     for thread in working:

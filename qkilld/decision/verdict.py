@@ -243,7 +243,7 @@ def assess(
 def _is_still(before: Assessment, sample: Sample) -> bool:
     """Return whether nothing has moved in the last two samples, and no open wait has signs.
 
-    If so, the result stays the same. This check only saves time: for most idle guests it returns
+    The result then stays the same. This check only saves time: for most idle guests it returns
     True, and listing their waits again would cost three times as much.
     """
     last = before.last
@@ -349,8 +349,8 @@ def _follow(
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
     doubtful movement."""
     if is_held_still(sample):
-        # A stopped, traced or frozen process makes no progress, whatever its servers do. But if it
-        # ran briefly between two samples, its own reads and writes count.
+        # A stopped, traced or frozen process makes no progress, whatever its servers do. But if the
+        # process ran briefly between two samples, its own reads and writes count.
         waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []

@@ -1,8 +1,8 @@
 """List what a process waits for, and the signs of progress of each wait. Pure.
 
 A QEMU that received SIGTERM exits within milliseconds unless it waits for something. `open_waits`
-lists the waits in one sample, each with its own signs (signs.py). Only these signs show progress of
-the wait. Other guests on other disks, traffic on a console and timers do not.
+lists the waits in one sample, each with its own signs (signs.py). Only a wait's own signs show its
+progress: other guests on other disks, traffic on a console and timers do not.
 
 An unreadable source counts as a wait, too, of the kind UNSEEN, so it never makes a process look
 idle.
@@ -328,11 +328,11 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 
 def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
-    """Return signs for requests on the process's io_urings. They may be for any writable disk that
+    """Return signs for requests on the process's io_urings, which may be for any writable disk that
     is not in `ringless`.
 
-    If one of these disks is stuck, assume that the process waits for this disk. Then only
-    completions of this disk and of disks below it count, and the process's I/O is a doubtful sign.
+    If one of these disks is stuck, assume that the process waits for this disk: only completions of
+    this disk and of disks below it count, and the process's I/O is a doubtful sign.
 
     `sure`: whether the requests cannot be timers. If they may be, perhaps only other processes use
     the disks.
@@ -397,12 +397,12 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "threads":
-        # A thread may wait for any file of the process. But others may use the disks of these
+        # A thread may wait for any file of the process, but others may use the disks of these
         # files, too.
         signs = _doubtful(_unlocated_signs(sample, previous, dirties=False))
     elif what == "sockets":
-        # A socket that is unreadable may be a connection to storage. If so, QEMU's threads write to
-        # each other at each reply. But timers and consoles also make them write a little.
+        # If an unreadable socket is a connection to storage, QEMU's threads write to each other at
+        # each reply, but timers and consoles also make them write a little.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
@@ -439,8 +439,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
-    """Return whether a thread of the process may have run since the last sample. Each reply makes a
-    thread run."""
+    """Return whether a thread of the process may have run since the last sample, as happens at each
+    reply."""
     return previous is None or sample.switches is None or sample.switches != previous.switches
 
 
@@ -488,16 +488,16 @@ def _node_wait(
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
-                # Until a reply comes, the server may be busy, or may repeat a request that fails.
-                # Until then, leave out the sure sign, so that its mark does not change.
+                # Until a reply comes, leave out the sure sign, so that its mark does not change:
+                # the server may be busy, or may repeat a request that fails.
                 kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
                 signs.append(replace(sign, name=name, kind=kind, sure=False))
             if ran or not only_runs(sign):
                 signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
-        # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.
-        # It counts only once, because a server that comes and goes makes no progress.
+        # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect,
+        # but only once, because a server that comes and goes makes no progress.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
         # The connection is unreadable, for example because it is in another network namespace. Only

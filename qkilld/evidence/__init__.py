@@ -8,6 +8,6 @@
     cgroup          writeback, writes and the freezer of its control groups, v1 and v2
     meminfo         writeback of the whole host
 
-Readers return None for unreadable values, and raise no exception if the process exits. They may
+Readers return None for unreadable values, and raise no exception if the process exits. Readers may
 block, and most are not thread-safe, so the sampler runs them in its own threads.
 """

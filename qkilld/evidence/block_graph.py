@@ -1,9 +1,9 @@
 """Read QEMU's storage from its command line: network nodes, images, and other connections.
 
 Pure. The command line is a claim of the process's owner, and does not prove that a descriptor
-exists. It lacks disks that were added later, so a connection that it does not name has an unknown
-purpose. Sources: qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of QEMU 2.0
-to 10.0.
+exists. The command line lacks disks that were added later, so a connection that it does not name
+has an unknown purpose. Sources: qemu-options.hx, qapi/block-core.json,
+docs/system/device-url-syntax of QEMU 2.0 to 10.0.
 """
 
 from __future__ import annotations
@@ -327,8 +327,8 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
-    """Return whether QEMU only reads from the node that `key` of a disk option names or describes.
-    This is so if the node or one above it is read-only or a backing file."""
+    """Return whether QEMU only reads from the node that `key` of a disk option names or describes:
+    the node or one above it is read-only or a backing file."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]

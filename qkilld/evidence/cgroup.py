@@ -9,7 +9,7 @@ the nearest ancestor group that has it is read. Needs no rights.
 Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. The
 processes are listed every REFRESH_S, and when the process has moved to another group.
 
-Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, it counts only
+Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, blkio counts only
 writes to disks on which a limit was ever set.
 """
 
@@ -40,7 +40,7 @@ _CACHE_V2: Final = (b"\nfile_dirty ", b"\nfile_writeback ")
 class SharedGroups:
     """Cached figures of groups that several processes share.
 
-    They are displayed, but not used for verdicts, so they may be a few seconds old.
+    The figures are displayed, but not used for verdicts, so they may be a few seconds old.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,6 +1,6 @@
 """Search the descriptors of all processes for sockets or a device.
 
-The kernel does not report which process has a socket or device open. So the descriptors of all
+The kernel does not report which process has a socket or device open, so the descriptors of all
 processes are searched, which takes 3 µs for each. Any user can have millions of descriptors, so the
 search is divided into parts, with pauses between them. Users take turns, and processes with many
 descriptors are searched separately.
@@ -169,7 +169,7 @@ class DescriptorSearch:
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
         self._without &= set(processes)
-        # Search a process again, because it may have opened `link` since the last time. But search
+        # Search a process again, because it may have opened `link` since the last time, but search
         # it last, because most servers are new processes.
         new = [process for process in processes if process not in self._without]
         order = [*by_turns(new), *by_turns(self._without)]

@@ -187,8 +187,8 @@ def _image(
     writable, inherited = flags & os.O_ACCMODE == os.O_RDWR, not flags & os.O_CLOEXEC
     filesystem = tables.filesystem(mount)
     if filesystem is None:
-        # Files on an internal mount of the kernel, such as a memfd, have a name but no directory.
-        # They are memory, not images.
+        # Files on an internal mount of the kernel, such as a memfd, have a name but no directory:
+        # they are memory, not images.
         internal = path.endswith(" (deleted)") and path.rfind("/") == 0
         return None if internal else Image("", None, writable, path, inherited)
     if filesystem.kind == "devpts":

@@ -176,7 +176,7 @@ class FuseFinder:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes whose connection the kernel does not name. Each of them may serve
+        """Return the processes whose connection the kernel does not name, so that each may serve
         any connection. On a kernel that names connections, return none of them, because a
         descriptor without a named connection has no mount."""
         return () if self._is_named else self._living(_UNNAMED)

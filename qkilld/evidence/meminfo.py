@@ -16,8 +16,8 @@ from qkilld.model.sample import Memory
 def read_memory(proc: Path = Path("/proc")) -> Memory | None:
     """Read meminfo; None if it cannot be read.
 
-    Writeback may be too high. It includes pages that FUSE has copied. Before Linux 5.8, it also
-    includes pages that an NFS server has received but not written.
+    Writeback may be too high: it includes pages that FUSE has copied and, before Linux 5.8, pages
+    that an NFS server has received but not written.
     """
     try:
         text = b"\n" + read_once(proc / "meminfo")

@@ -70,8 +70,8 @@ def _parse(section: bytes) -> tuple[int | None, int | None]:
     """Return the number of operations and the written bytes from one mount's section.
 
     Only operations that the server answered with success are counted, because only they show
-    progress. The kernel's first number includes operations that the kernel gave up (soft mounts).
-    So the operations that ended in an error (the ninth number, since Linux 5.3) are subtracted.
+    progress. The kernel's first number includes operations that the kernel gave up (soft mounts),
+    so the operations that ended in an error (the ninth number, since Linux 5.3) are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]

@@ -9,8 +9,8 @@ block most other reads (adapters/blockable.py), so samples are taken in threads 
 blocked (workers.py).
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
-ran. If the clock has not advanced, no thread has run. Values that only the threads can change are
-then not read again. Values that others can change (a pending signal, a debugger, requests on rings)
+ran. If the clock has not advanced, no thread has run, so values that only the threads can change
+are not read again. Values that others can change (a pending signal, a debugger, requests on rings)
 are read each time. The clock may not yet include the present run of a thread, so a change may be
 noticed one sample later.
 """
@@ -59,7 +59,7 @@ class ProcessReader:
         """Open the process that has this pid now, and never read one that reuses the pid.
 
         Open a pidfd of the process before this call, and check afterwards that the process still
-        exists. Otherwise, this may have opened another process. Raises no exception: if the process
+        exists: otherwise, this may have opened another process. Raises no exception: if the process
         is gone, all fields are unknown. `clock` returns monotonic time in seconds. Without a guard,
         exceptions of a read are raised. `most_kept`: the number of threads for which a file may
         stay open.
@@ -117,9 +117,10 @@ class ProcessReader:
     ) -> None:
         """Put values of fields of model.sample.Sample into `into`.
 
-        These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
-        threads, running, exiting, rings, timers and direct. Unreadable values are None, except that
-        `timers` is 0 and `state` is not set. Whatever the process does, this raises no exception.
+        The fields are state, cpu, term_pending, tracer, dumping and io; with `detail` also
+        switches, threads, running, exiting, rings, timers and direct. Unreadable values are None,
+        except that `timers` is 0 and `state` is not set. Whatever the process does, this raises no
+        exception.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """

@@ -528,7 +528,7 @@ def _kernel(lock_s: float) -> Iterator[socket.socket]:
     try:
         yield _netlink
     finally:
-        # Read the rest of this reply. Otherwise, the next query, perhaps of the event loop, must
+        # Read the rest of this reply: otherwise, the next query, perhaps of the event loop, must
         # wait for it.
         with contextlib.suppress(OSError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):

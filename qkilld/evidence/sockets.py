@@ -442,7 +442,7 @@ class SocketReader:
         self._peers, self._given_names = {}, None
         self.accepted = []
         try:
-            # Both ends of a unix connection belong to the network namespace of the client. So
+            # Both ends of a unix connection belong to the network namespace of the client, so
             # connections from clients in our namespace are in our table.
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
             elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))

@@ -72,7 +72,7 @@ class FilePlace(NamedTuple):
 
 
 class StorageTable:
-    """The counters of disks and mounts in one round of samples. Each is read only once.
+    """The counters of disks and mounts in one round of samples, each read once.
 
     Many guests share few disks, so pass one table to all readers, in any thread.
     """

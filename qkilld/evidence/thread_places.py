@@ -1,7 +1,7 @@
 """Find the file, disk, pipe or socket behind a waiting thread's descriptor.
 
-The link in /proc/PID/fd shows this without access to the file itself. Cost: 5 µs for each waiting
-thread.
+The link in /proc/PID/fd shows what a descriptor refers to, without access to the file itself. Cost:
+5 µs for each waiting thread.
 """
 
 from __future__ import annotations

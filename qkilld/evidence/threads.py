@@ -221,7 +221,7 @@ class ThreadReader:
             and not schedstat.startswith(b"0 0 0")
         ):
             return
-        # schedstat was read before the other files. So if the thread runs between these reads, the
+        # schedstat was read before the other files, so if the thread runs between these reads, the
         # next read will find another schedstat.
         entry.last_schedstat = schedstat
         status = read_once(f"task/{entry.tid}/status", self._directory)
