@@ -6,11 +6,11 @@ looks like a dead one. So only one group of connections is cut off, the first th
 
 - A reply is certainly missing: bytes are unacknowledged or the server has not read them, there is
   no server, or a request had no reply before SIGTERM.
-- The server waits for its own storage, perhaps on behalf of another disk of the guest, and QEMU
-  does not certainly wait for a local disk.
-- QEMU waits only for connections, and the connection does not move.
+- The server waits for its own storage, perhaps on behalf of another disk of the guest.
+- The connection does not move.
 
-The next rung, SIGKILL, would lose more.
+If QEMU certainly waits for a local disk, too, only the first group is cut off. The next rung,
+SIGKILL, would lose more.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def choose(
     if suspects:
         return tuple(suspects)
     elsewhere = [wait for key, wait in waits.items() if not key.startswith((_NODE, _SOCKET))]
-    if working and not any(wait.certain for wait in elsewhere):
-        return tuple(working)
-    if elsewhere:
+    if any(wait.certain for wait in elsewhere):
         return ()
+    if working:
+        return tuple(working)
     connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
     all_still = not any(_has_moved(wait, still_since) for wait in connections)
     return tuple(candidate for candidate, known in others if known or all_still)
