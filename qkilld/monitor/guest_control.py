@@ -18,9 +18,11 @@ from qkilld.adapters import procfs
 from qkilld.model.block_state import YankInstance
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.errors import (
+    CommandRefused,
     MonitorBusy,
     MonitorClosed,
     MonitorError,
+    MonitorProtocolError,
     MonitorUnreachable,
 )
 from qkilld.model.guest_state import Button, EventKind, GuestEvent, GuestObservation, ShutdownSign
@@ -378,7 +380,9 @@ class GuestControl:
             if self._expects_shutdown:
                 self._note_agent(self.last_port)
             if self._vcpus is None:
-                self._vcpus = await self._find_vcpus()
+                # QEMU 2.11 and older have no query-cpus-fast.
+                with contextlib.suppress(CommandRefused, MonitorProtocolError):
+                    self._vcpus = await self._find_vcpus()
             totals = await self.block_totals()
             # Take the time of the counters, because on a busy host, the other replies may take
             # seconds.

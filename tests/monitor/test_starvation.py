@@ -13,12 +13,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
 from qkilld.adapters.process import open_process
 from qkilld.evidence.sockdiag import listening_unix
-from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout
+from qkilld.model.errors import (
+    CommandRefused,
+    MonitorBusy,
+    MonitorError,
+    MonitorProtocolError,
+    MonitorTimeout,
+)
 from qkilld.model.guest_state import Button
 from qkilld.monitor import guest_control
 from qkilld.monitor.channel import MAX_FLOW
@@ -196,5 +203,20 @@ def test_an_observation_has_the_time_of_its_counters(
             began = time.monotonic_ns() // 1000
             seen = await control.observe()
             assert seen.requests == 0 and seen.at >= began + 300_000
+
+    run(observe())
+
+
+@pytest.mark.parametrize("error", [CommandRefused("query-cpus-fast", "", ""), MonitorProtocolError])
+def test_an_observation_without_virtual_processors(
+    qemu: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """QEMU 2.11 and older have no query-cpus-fast."""
+    monkeypatch.setattr(GuestControl, "_find_vcpus", AsyncMock(side_effect=error))
+
+    async def observe() -> None:
+        async with controlled(qemu()) as control:
+            seen = await control.observe()
+            assert (seen.requests, seen.vcpus) == (0, None)
 
     run(observe())
