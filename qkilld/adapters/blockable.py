@@ -34,8 +34,8 @@ SHORT_PATIENCE_S = 0.001
 and unblocks processes all the time could take much time of the event loop."""
 SHORT_FOR_S = 1.0
 MAX_WAIT_S = 0.5
-"""The longest wait for a thread that is not blocked by the process, for example if it waits for the
-interpreter."""
+"""How long to wait for a thread that the process does not block, but that, for example, waits for
+the interpreter."""
 MAX_THREADS = 64
 MAX_OF_ROOT = 16
 MAX_SHARED = 24

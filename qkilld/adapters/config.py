@@ -60,7 +60,7 @@ class _Settings:
     policy: dict[str, int] = field(default_factory=dict)
     guests: dict[str, dict[str, int]] = field(default_factory=dict)
     switches: dict[str, dict[str, bool]] = field(default_factory=lambda: {"": {}})
-    """By guest name; "" is [Policy]."""
+    """The switches, by guest name; "" for [Policy]."""
     executables: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
     """Where each setting was last set, by (guest, field); the guest is "" in [Policy]."""

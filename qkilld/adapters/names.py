@@ -23,8 +23,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
 Names = tuple[str | None, str, bool, bool]
-"""The guest's name and UUID, each "" if the command line has none; whether the guest may have a QMP
-monitor; whether it may have storage on a network. The name is None if it is unknown."""
+"""The guest's name and UUID, whether it may have a QMP monitor, and whether it may have storage on
+a network. A missing name or UUID is "", and an unknown name is None."""
 UNKNOWN: Final[Names] = (None, "", False, True)
 Key = tuple[int, int, str]
 """pid, start time, executable. The executable is included, because execve(2) changes the command

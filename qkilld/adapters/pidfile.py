@@ -32,7 +32,7 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""How much later than its pidfile's time a process may seem to have started (s). The start of a
+"""How many seconds after the time of its pidfile a process may seem to have started. The start of a
 process is known with a precision of 10 ms, and the boot time with 1 s. The rest is for the coarse
 times of file systems."""
 MAX_PID: Final = 2**32 - 1
@@ -88,7 +88,7 @@ class Content:
     steps: tuple[PathStep, ...]
     """From the start of the path to the file itself."""
     lock: str = ""
-    """The file in the form of /proc/locks: MAJOR:MINOR:INODE."""
+    """MAJOR:MINOR:INODE of the file, as in /proc/locks."""
 
 
 def read(path: str) -> PidfileProcess:

@@ -34,7 +34,7 @@ from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 256 << 10
-"""The maximum number of bytes of a command line that are read. A process can make its own
+"""The maximum number of bytes of a command line that are read. A process can make its command line
 arbitrarily long."""
 _MAX_WORDS: Final = 10_000
 """Parsing a command line with more words would take seconds. libvirt's longest have about 5,000."""
@@ -191,7 +191,7 @@ def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
 
 
 MAX_PARENTS: Final = 512
-"""If a process has more threads than this, its children are not read. It takes 3 µs for each
+"""If a process has more threads than this, its children are not read. Reading takes 3 µs for each
 thread."""
 
 

@@ -52,8 +52,8 @@ NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp
 """The block drivers whose storage is behind a connection."""
 # fmt: on
 MAX_KEY: Final = 1024
-"""The longest key (characters) in key=value form. QEMU's keys have fewer than 100. With a longer
-key, the keys of all elements below it would be as long, too."""
+"""The longest key (characters) in key=value form. QEMU's keys have fewer than 100. A longer key
+would make the keys of all elements below it as long."""
 MAX_KEYS: Final = 64 << 10
 """See QemuOption.flat (characters)."""
 

@@ -22,7 +22,7 @@ JOBS_TIMEOUT_S: Final = 1.0
 _UNIT_DIRECTORIES: Final = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system")
 _MACHINES: Final = Path("run/systemd/machines")
 _NAME: Final = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-"""A guest's name. It must not be a number, because qkillctl takes numbers for process ids."""
+"""A guest's name. The name must not be a number, because qkillctl takes numbers for process ids."""
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\.(?:service|scope)", re.ASCII)
 
 

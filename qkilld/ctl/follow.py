@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TICK_S: Final = 0.5
 """Live lines show times, so they are redrawn at this interval even without a report."""
 MIN_REDRAW_S: Final = 0.1
-"""Live lines are redrawn at most this often, however many jobs report."""
+"""The shortest time between two redraws of live lines, however many jobs report."""
 
 RETURN_TIMEOUT_S: Final = 5.0
 """How long to wait for the next daemon, which continues the jobs. It normally comes within a second

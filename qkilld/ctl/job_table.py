@@ -47,8 +47,8 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE and the time of its next step is known (unless there is progress)
-    or has come."""
+    """Whether the job has FORCE and its next step is due now, or at a known time unless there is
+    progress."""
 
 
 class Shape(NamedTuple):

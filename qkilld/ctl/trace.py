@@ -26,7 +26,7 @@ class Observation:
     verdict: str
     reasons: tuple[str, ...] = ()
     written: int | None = None
-    """The value of a counter of bytes written, which began before the trace."""
+    """A counter of bytes written, which began before the trace."""
     pending: int | None = None
     """Bytes still to be written."""
 

@@ -23,7 +23,7 @@ USER_SOCKET: Final = "qkilld/org.qkilld1"
 """The path of the socket below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
-"""The limit for connecting to a guest's monitor. A hostile process can delay each step of that."""
+"""The limit for connecting to a guest's monitor. A hostile process can delay each step."""
 _MAX_REPLY: Final = 64 << 20
 _NEVER: Final = 2**62
 """An infinite time span."""

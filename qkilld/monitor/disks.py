@@ -34,7 +34,7 @@ QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
 """Timeout of each command of `resume`: the monitor may have to finish earlier commands first."""
 MAX_QUEUES: Final = 256
-"""If a guest has this many queues, they count as unreadable, because each takes 0.3 ms
+"""If a guest has this many queues, they count as unreadable, because reading each takes 0.3 ms
 (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""

@@ -32,8 +32,8 @@ WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """The address to connect to if a socket listens on all addresses of the host."""
 _NO_DEVICE: Final = frozenset({"null", "none"})
 MAX_CLAIMS: Final = 1000
-"""If a guest has more monitors and devices on character devices, its monitor is not used, because
-each of these is compared with each of its sockets."""
+"""If a guest has more monitors and devices that use character devices, its monitor is not used,
+because each of them is compared with each of its sockets."""
 
 
 class Role(StrEnum):
@@ -51,8 +51,8 @@ class UnixListener:
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
-    """The path that the socket is bound to. There are several only if a hostile path contains line
-    breaks. An abstract name begins with "@"."""
+    """The path that the socket is bound to. There are several paths only if a hostile path contains
+    line breaks. An abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
     """Whether a client is connected, so that others must wait."""
