@@ -221,7 +221,7 @@ def compare(
 
 
 def _unseen(surroundings: Surroundings) -> str:
-    """Return why the unit of a server of the guest's disks is not known; "" if all are known."""
+    """Return why a unit that serves the guest's disks is not known; "" if all are known."""
     whys = [place.unseen for place in surroundings.storage if place.unseen]
     return f"it is not known which unit serves its disks: {whys[0]}" if whys else ""
 

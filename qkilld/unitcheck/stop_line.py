@@ -209,7 +209,7 @@ def _acts_of_text(text: str, depth: int) -> tuple[Act, ...]:
 
 
 def _inner(text: str, depth: int) -> list[Act]:
-    """Return the acts of a substitution that affect the guest or may affect it."""
+    """Return the acts of a substitution that affect or may affect the guest."""
     return [each for each in _acts_of_text(text, depth) if each.kind is not ActKind.NOTHING]
 
 
