@@ -57,7 +57,7 @@ class BackgroundJob:
     title: str
     status: str
     progress: int
-    """A number of bytes or of another unit. It grows while the job makes progress."""
+    """A number of bytes or of another unit, which grows while the job makes progress."""
     migration: bool = False
 
 

@@ -81,7 +81,7 @@ class Result(StrEnum):
     SURVIVED = "survived"
     """The process still ran when the job gave up. qkilld logs its exit later."""
     SIGNALLED = "signalled"
-    """With NOWAIT: one signal was sent, or the guest was asked. Its effect is unknown."""
+    """With NOWAIT: one signal was sent, or the guest was asked. The effect is unknown."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -98,7 +98,7 @@ class GuestAsked(StrEnum):
     """The guest could not be asked."""
     NOT_ASKED = "not-asked"
     ASKED = "asked"
-    """The guest was asked. It was not observed whether it shut down."""
+    """The guest was asked, but not observed, so it is unknown whether it shut down."""
     NOT_RUNNING = "not-running"
     """The guest was paused, suspended or crashed."""
 
@@ -130,7 +130,7 @@ class NextRung(StrEnum):
     """Ask the guest's own operating system to shut down."""
     TERMINATE = "SIGTERM"
     YANK = "yank"
-    """Cut off network storage that does not move."""
+    """Cut off network storage that makes no progress."""
     KILL = "SIGKILL"
     GIVE_UP = "give-up"
     NONE = ""

@@ -115,7 +115,7 @@ class AskingWays:
     """How a guest can be asked to shut down."""
 
     texts: tuple[str, ...] = ()
-    """Descriptions of the ways to ask the guest, and of what prevents others."""
+    """Descriptions of the ways to ask the guest, and of what prevents other ways."""
     may_work: bool = True
     """Whether one of the ways may work. False only if it is certain that the guest cannot be
     asked."""

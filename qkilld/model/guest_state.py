@@ -107,8 +107,8 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """Whether the guest has not noticed a press of the button yet, or somebody else pressed the
-    button in the last seconds before the guest was asked; None if unknown."""
+    """Whether a press of the button still waits for the guest to notice it, or somebody else
+    pressed the button in the last seconds before the guest was asked; None if unknown."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     request_time: int | None = None

@@ -42,7 +42,7 @@ class Policy:
     stall: int = 10 * USEC_PER_SEC
     """SIGKILL follows after this time without progress and without outstanding I/O."""
     storage_stall: int = 60 * USEC_PER_SEC
-    """SIGKILL follows after this time with outstanding I/O that does not move."""
+    """SIGKILL follows after this time with outstanding I/O but without progress."""
     max: int = INFINITY
     """SIGKILL follows this long after the start of the job, whatever the evidence shows."""
     reap: int = 5 * USEC_PER_SEC

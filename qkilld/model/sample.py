@@ -80,8 +80,8 @@ class Device:
     in_flight: int
     depth: int = 0
     """The number of layers above the device. A deeper device has more other users. But it may be
-    active while the counters of an upper device do not change, such as those of a loop device that
-    waits for a flush."""
+    active while the counters of an upper device, such as a loop device that waits for a flush, do
+    not change."""
     own: bool = False
     """Whether the process has opened the device itself, not a file on it, so that other users are
     unlikely."""
@@ -94,11 +94,11 @@ class Device:
     """Whether the kernel counts the device's requests: an administrator can disable this, and some
     drivers do not count. None if unknown, as in older traces."""
     only_reads: bool = False
-    """Whether reads are in flight, but no visible writes. Nothing shows whether a flush is in
-    flight, too. This is read only for devices with layers below them."""
+    """Whether reads are in flight, but no visible writes. Nothing shows whether a flush is also in
+    flight. This is read only for devices with layers below them."""
     hides_flush: bool = False
     """Whether the device may be flushing although it shows no request in flight. This is true of
-    loop devices before Linux 6.16. A flush of these may write the whole backing file."""
+    loop devices before Linux 6.16. A flush of such a device may write the whole backing file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,8 @@ class Peer:
     serves to that peer; () if it also serves others."""
     certain: bool = True
     """If the peer is part of `behind` of another peer: whether it certainly works for that peer. If
-    not, the kernel does not show which process serves a file system, or that peer has only started
-    it."""
+    not, the kernel does not show which process serves a file system, or the other peer has only
+    started this one."""
     unseen_requests: bool | None = None
     """Whether the peer may have requests to files in flight for which no thread waits: on an
     io_uring, or in Linux AIO."""

@@ -59,7 +59,7 @@ class UnitFacts:
     kill_mode: str = "control-group"
     kill_signal: int = 15
     restart_kill_signal: int = 0
-    """RestartKillSignal=, which replaces KillSignal= at a restart; 0 if it does not."""
+    """RestartKillSignal=, which replaces KillSignal= at a restart; 0 if both are equal."""
     sends_sigkill: bool = True
     final_kill_signal: int = 9
     """FinalKillSignal=, which systemd sends last, normally SIGKILL."""

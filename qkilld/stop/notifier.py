@@ -10,7 +10,7 @@ import errno
 from qkilld.adapters import sd_notify
 
 _HIDDEN = frozenset({errno.EAFNOSUPPORT, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR})
-"""Errors with which a sandbox hides the socket. Other errors, such as EAGAIN, are transient."""
+"""Errors that occur if a sandbox hides the socket. Other errors, such as EAGAIN, are transient."""
 
 
 class Notifier:

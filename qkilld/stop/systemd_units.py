@@ -76,7 +76,7 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 
 def is_last_line(facts: UnitFacts, options: Options) -> bool:
     """Return whether no later line of ExecStop= lets qkilld-stop stop another guest of the unit.
-    These are the options of the line that runs now."""
+    `options`: those of the line that runs now."""
     from qkilld.unitcheck.command import helper_options, is_helper
 
     lines = [helper_options(command) for command in facts.exec_stop if is_helper(command)]
@@ -87,8 +87,8 @@ def is_last_line(facts: UnitFacts, options: Options) -> bool:
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
-    """Return whether the main process is, or was, the QEMU in ExecStart=. A service of another type
-    than these may have no main process, or one that only starts QEMU."""
+    """Return whether the main process is, or was, the QEMU in ExecStart=. A service of another
+    type, such as forking, may have no main process, or one that only starts QEMU."""
     starts = facts.exec_start
     simple = facts.type in ("simple", "exec", "idle", "notify", "notify-reload", "dbus")
     return simple and len(starts) == 1 and is_qemu(starts[0].path, globs)

@@ -100,7 +100,7 @@ class Targets:
         if self._options.all_guests:
             return self._unattended()
         if processes := self.finder.in_unit(self._executables):
-            # If systemd reports its exit code, the unit had a main process.
+            # If systemd reports an exit code, the unit had a main process.
             if self.finder.in_own_unit and "EXIT_CODE" in os.environ:
                 processes = self.left_to_us(processes)
             if not processes:
@@ -152,8 +152,8 @@ class Targets:
         return [process for process in processes if process.pid not in excluded_pids]
 
     def codes(self) -> list[int]:
-        """Return an exit code for each reason why another guest may still run that should have been
-        stopped, too. Print which unidentified processes may be such guests.
+        """Return an exit code for each reason why another guest that should have been stopped may
+        still run. Print which unidentified processes may be such guests.
 
         The unidentified processes are read again, because the search took place at the start, and
         some may have exited or turn out not to be guests.

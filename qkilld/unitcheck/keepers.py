@@ -103,7 +103,7 @@ NO_KEEPERS: Final = frozenset(
      "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
      "rescue.target", "emergency.target", "systemd-user-sessions.service"]
 )  # fmt: skip
-"""Units that often stand in Before=, but have nothing to do with guests."""
+"""Units that are often in Before=, but have nothing to do with guests."""
 
 
 @dataclass(frozen=True, slots=True)
