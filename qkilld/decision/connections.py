@@ -36,8 +36,7 @@ class Connections:
     broken: int = 0
     """How often connections were replaced by new ones since the last reply."""
     longest: int = 0
-    """The longest time (µs) for which such new connections have lasted until they were replaced,
-    too."""
+    """The longest time (µs) that a replacement connection lasted before it was replaced, too."""
 
     @property
     def repeats(self) -> bool:

@@ -44,7 +44,7 @@ class FlushPlan:
     started again."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
-    """Why the flush does not include all disks with `stop`; "" if it does."""
+    """Why not all disks are flushed with `stop`; "" if they are."""
     before: tuple[GuestDisk, ...] = ()
     """The disks to flush before `stop`, if the processors run; local disks come first. This flush
     finds disks that do not answer, and leaves little data for `stop` to flush. Only the flush after
@@ -185,8 +185,8 @@ class JobsProgress:
     """The progress of backups, mirrors and a migration, tracked across readings."""
 
     progress: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each background job, by its name. A mirror that is ready is left out: it
-    never ends, so waiting for it is useless."""
+    """The progress of each background job, keyed by its name. A mirror that is ready is left out:
+    it never ends, so waiting for it is useless."""
     moved_at: int = 0
     """When a background job last made progress (µs, CLOCK_MONOTONIC)."""
 

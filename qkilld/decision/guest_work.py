@@ -48,7 +48,7 @@ class Rates:
     requests: float | None = None
     """Requests per second."""
     vcpus: float | None = None
-    """How many processors the virtual processors wanted: they ran or waited for one."""
+    """How many of the host's processors the virtual processors ran on or waited for."""
     ran: float | None = None
     """How many processors the host gave to the virtual processors."""
     in_flight: float = 0.0

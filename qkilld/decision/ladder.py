@@ -44,8 +44,8 @@ LATE: Final = 1_000_000
 """This limit (µs) replaces FRESH for a sample that was taken when SIGKILL was already due. On a
 busy host, all samples are late, so FRESH alone would never allow SIGKILL."""
 GRID: Final = 100_000
-"""Regular samples are taken at multiples of this (µs). So jobs are sampled at the same time, and
-share readings of the host."""
+"""Regular samples are taken at multiples of this (µs), so that jobs are sampled at the same time,
+and share readings of the host."""
 PER_JOB: Final = 2_000
 """The interval between samples of a process is at least this time (µs) multiplied by the number of
 jobs. This limits the cost of all samples together."""

@@ -180,7 +180,7 @@ class Attempt:
     signs: frozenset[ShutdownSign] = frozenset()
     """The signs in the last observation, and the lasting signs of earlier observations."""
     old_signs: frozenset[ShutdownSign] = frozenset()
-    """Signs from before a restart. They no longer count."""
+    """Signs from before a restart, which no longer count."""
     agent_was_open: bool | None = None
     """Whether the agent had its port open when the guest was asked; None if unknown."""
     restarts: int = 0

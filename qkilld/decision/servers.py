@@ -86,14 +86,14 @@ class StorageServers:
     """The servers of a guest's network disks, as far as samples have shown them."""
 
     connected: Mapping[str, NodeServer] = field(default_factory=dict)
-    """The server of each connected node, by the node's name."""
+    """The server of each connected node, keyed by the node's name."""
     disconnected: tuple[Node, ...] = ()
     """The nodes that should be connected, but were not connected in any sample."""
     unchecked: tuple[Node, ...] = ()
     """The nodes that were not connected in any sample, and may not need to be. No sample has shown
     yet whether their servers listen, because only samples with detail show this."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
-    """All nodes of each group, by Node.group."""
+    """All nodes of each group, keyed by Node.group."""
 
     @property
     def unfound(self) -> bool:
@@ -236,13 +236,13 @@ class ServerEnds:
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
-    """For each node, by its name, whether the guest closed the connection before the server did. A
-    node is missing if this is unknown, or if it is not NBD over TCP (is_nbd_over_tcp).
+    """For each node, keyed by its name, whether the guest closed the connection before the server
+    did. A node is missing if this is unknown, or if the node is not NBD over TCP (is_nbd_over_tcp).
 
     For a server on this host, False proves nothing: after QEMU's request to disconnect, a healthy
-    server may close the connection before QEMU calls shutdown(2). This happened in 38 of 120 stops,
-    with a load of 3 on two processors. With a server across a network without latency, it happened
-    in 1 of 60 stops, with a load of 15.
+    server may close the connection before QEMU calls shutdown(2). A server on the host did so in 38
+    of 120 stops, with a load of 3 on two processors. A server across a network without latency did
+    so in 1 of 60 stops, with a load of 15.
     """
     guest_started: int
     guest_ended: int

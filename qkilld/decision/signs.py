@@ -57,7 +57,7 @@ _WRITES: Final = frozenset(
         *("sync_file_range", "fallocate", "ftruncate", "close"),
     )
 )
-"""Calls that write. They seldom need to read from the storage."""
+"""Calls that write, and seldom need to read from the storage."""
 _SERVER: Final = "peer:"
 """The names of all signs of servers begin with this."""
 _RUNS: Final = "serves"
@@ -75,8 +75,8 @@ class SignKind(StrEnum):
     CHANGE = "change"
     """The sign has moved if its value has changed."""
     LOW = "low"
-    """The sign has moved if its value is lower by `least` than ever before. If it falls to a value
-    that it had before, it has not moved: new requests may have filled the queue in between."""
+    """The sign has moved if its value is lower by `least` than ever before. A fall to an earlier
+    value is no movement: new requests may have filled the queue in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"

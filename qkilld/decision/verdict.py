@@ -62,7 +62,7 @@ MAX_MARKS: Final = 256
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""Fields of a sample. While no wait has signs, their changes do not matter, because time or other
+"""Fields of a sample whose changes do not matter while no wait has signs, because time or other
 processes cause them. The guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
@@ -93,7 +93,7 @@ class OpenWait:
     moved_at: int | None
     """When a sign of the wait last moved; None for never."""
     moved_by: str
-    """The description of this movement; "" for none."""
+    """The description of the movement at `moved_at`; "" for none."""
     marks: tuple[Mark, ...]
     doubted_at: int | None
     """When a doubtful sign last moved; None for never."""
@@ -131,7 +131,7 @@ class Assessment:
     rate: int | None
     """Recent bytes per second."""
     sampled_at: int = 0
-    """Time without samples is counted from here on."""
+    """Time without samples is counted from this time on."""
     unsampled: int = 0
     """The total time (µs) without samples since the first sample. This time does not prove a
     standstill."""

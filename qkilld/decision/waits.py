@@ -60,7 +60,7 @@ class WaitKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Wait:
     key: str
-    """The wait's name. It stays the same from sample to sample."""
+    """The wait's name, which stays the same from sample to sample."""
     kind: WaitKind
     text: str
     """A printable description."""

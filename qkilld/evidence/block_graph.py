@@ -61,7 +61,7 @@ class ImageUse(NamedTuple):
     """How a command line uses an image."""
 
     names: tuple[str, ...]
-    """The names of the nodes and drives that use it; sorted, printable."""
+    """The names of the nodes and drives that use the image; sorted, printable."""
     raw: bool
     """The command line uses the image only with the format raw."""
     on_ring: bool
@@ -76,11 +76,11 @@ class BlockGraph:
     endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
     """The purpose of each connection: its node, or None if the connection is not for storage."""
     images: dict[str, ImageUse] = field(default_factory=dict)
-    """The images by their paths."""
+    """The images, keyed by their paths."""
     unlocated: list[Node] = field(default_factory=list)
     """Nodes whose options do not name a server, such as those of rbd."""
     pluggable: bool = False
-    """QEMU has a monitor. Through it, storage may have been added since QEMU started."""
+    """QEMU has a monitor, through which storage may have been added since QEMU started."""
     shared_memory: bool = False
     """Other processes may use the guest's memory."""
 

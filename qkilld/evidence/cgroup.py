@@ -98,7 +98,7 @@ class CgroupReader:
                 note_once("opening /proc/PID", error)
         self._membership = KeptFile("cgroup", self._directory)
         self._text: int | None = None
-        """The hash of /proc/PID/cgroup at the last read, which takes less memory than the text."""
+        """The hash of /proc/PID/cgroup at the last read. A hash takes less memory than the text."""
         self._refresh_at = 0.0
         self._memory: _MemoryStat | None = None
         self._io: _IoStat | None = None

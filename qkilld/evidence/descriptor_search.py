@@ -50,7 +50,7 @@ class _HeldLinks(NamedTuple):
     """The result of searching one process."""
 
     total: int
-    """The number of its descriptors."""
+    """The number of the process's descriptors."""
     links: list[tuple[str, str]]
     """The links that were searched for, with the numbers of their descriptors."""
     seconds: float
@@ -89,7 +89,7 @@ class DescriptorSearch:
         self._latecomers: set[str] = set()
         """Keys that were added after some processes had been searched."""
         self._searched: dict[str, CompletedSearch] = {}
-        """The searches of all processes, by key."""
+        """The last search of all processes for each key."""
         self._rest: Iterator[_Link | None] | None = None
         """The rest of the present search through all processes; None between searches."""
         self._began = 0.0
@@ -105,7 +105,7 @@ class DescriptorSearch:
         """The processes that the present search leaves to `beside` because of their number of
         descriptors."""
         self.beside: DescriptorSearch | None = None
-        """The search through the other processes. A process that was left out there is searched
+        """The search through the other processes. A process that `beside` has left out is searched
         here, even if its number of descriptors has changed since."""
         self._seconds = 0.0
         """The processor time of the threads that read the descriptors."""

@@ -24,7 +24,7 @@ PER_JOB: Final = 4
 server."""
 SPARE: Final = 64
 """A guest may begin to keep its files open only if there is room for this many files. A guest has
-about ten, so they rarely exceed the limit."""
+about ten, so guests rarely exceed the limit."""
 
 
 class Keeper(Protocol):
@@ -41,7 +41,8 @@ class FileBudget:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit * 2 // 3
         self._keepers: OrderedDict[Keeper, None] = OrderedDict()
-        """The guests that may keep files open. The one that has kept them longest comes first."""
+        """The guests that may keep files open. The guest that has kept files longest comes
+        first."""
         self.jobs: Callable[[], int] = lambda: 0
         """A function that returns the number of running jobs."""
 

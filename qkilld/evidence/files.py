@@ -83,8 +83,8 @@ class Image(NamedTuple):
     path: str
     """The path as the kernel shows it; "" if it is too long to be shown."""
     inherited: bool = False
-    """Whether the process may have been started with this descriptor. It has opened a descriptor
-    with O_CLOEXEC itself, as QEMU does with images."""
+    """Whether the process may have been started with this descriptor. A descriptor with O_CLOEXEC
+    was opened by the process itself, as QEMU does with images."""
 
 
 def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:

@@ -41,8 +41,8 @@ SEARCH_S: Final = 0.02
 BACKGROUND_SEARCH_S: Final = 1.0
 """How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 19
-"""After a search, pause for this many times its processor time. So the two searches (search_pair)
-together use a tenth of a processor."""
+"""After a search, pause for this many times its processor time, so that the two searches
+(search_pair) together use a tenth of a processor."""
 RETRY_S: Final = 5.0
 """If no process was found that may serve a connection, the next search begins after this time."""
 AGE_S: Final = 30.0
@@ -95,7 +95,7 @@ class FuseFinder:
         self._lock = threading.Lock()
         """Protects `_descriptors`."""
         self._descriptors: dict[int | None, dict[int, str]] = {}
-        """The processes that have /dev/fuse open, and their descriptors, by connection."""
+        """The processes that have /dev/fuse open, and their descriptors, keyed by connection."""
         self._is_named = False
         """Whether the kernel is known to name connections."""
 

@@ -26,7 +26,7 @@ BACKGROUND_SEARCH_S: Final = 1.0
 PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0
-"""If no process has a socket, it is searched for again after this time."""
+"""If no process of a socket was found, the search begins again after this time."""
 MAX_PLACES: Final = 16_384
 """The maximum number of sockets whose process is cached. Each takes 200 bytes."""
 
@@ -37,7 +37,7 @@ class PeerFinder:
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
         self._places: dict[str, DescriptorHolder] = {}
-        """The process of each socket, by the text of the descriptor's link."""
+        """The process of each socket, keyed by the text of the descriptor's link."""
         self._lock = threading.Lock()
         """Held during a search."""
         self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)

@@ -47,7 +47,7 @@ class PeerReader:
         self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """The other ends (inodes) of the server's own connections and socket pairs. They belong to
+        """The other ends (inodes) of the server's own connections and socket pairs, which belong to
         servers that it uses."""
         self.upstream_unknown = True
         """Whether `upstream` may be incomplete, because sockets or their other ends are

@@ -68,10 +68,10 @@ class _Links(NamedTuple):
 
     pids: tuple[int, ...]
     unknown: bool
-    """Whether it may use other servers, too."""
+    """Whether the server may use other servers, too."""
     mounts: Mapping[int, tuple[str, ...]]
-    """The FUSE file systems (MAJOR:MINOR) that each server serves or may serve, by its process
-    id."""
+    """The FUSE file systems (MAJOR:MINOR) that each server serves or may serve, keyed by its
+    process id."""
     uncertain: frozenset[int]
     """The servers that are not certain to serve these file systems."""
 
@@ -100,16 +100,16 @@ class ServerReader:
         """The sockets (inodes) whose servers were not found yet, including servers behind other
         servers."""
         self._connections: Mapping[int, float] = {}
-        """When each FUSE connection was first seen, time.monotonic()."""
+        """When each FUSE connection was first seen (time.monotonic())."""
         self._new_missing_ends: Set[int] = _NONE
         self._new_connections: dict[int, float] = {}
         """The values of `missing_ends` and `_connections` that the present read_all() has found so
         far. They are kept apart, because search() may run in another thread."""
         self._sampled: dict[int, Peer] = {}
-        """The servers that the present read_all() has sampled, by process id. They do not include
-        the servers behind them."""
+        """The servers that the present read_all() has sampled, without the servers behind them,
+        keyed by process id."""
         self._links: dict[int, _Links] = {}
-        """The servers that each of these uses itself, by process id."""
+        """The servers that each sampled server uses itself, keyed by process id."""
         self._open_files = 0
         """How many descriptors of servers are open."""
         self._room = 0
@@ -117,7 +117,7 @@ class ServerReader:
         self._limit = 0
         """The maximum number of readers at the moment."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
-        """By a FUSE mount and names of images: the processes that may serve the mount."""
+        """For a FUSE mount and names of images: the processes that may serve the mount."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the

@@ -69,8 +69,8 @@ class ProcessReader:
         """MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), linux/posix-timers.h."""
         self._cpu_time: int | None = None
         self._text: int | None = None
-        """The hash of /proc/PID/status at the last read. Not the text: the texts of thousands of
-        processes would take megabytes."""
+        """The hash of /proc/PID/status at the last read. The texts of thousands of processes would
+        take megabytes."""
         self._last_values: tuple[Any, ...] | None = None
         """The results of the last read, in the order of _WHOLE; None unless that read was complete
         and all threads slept."""

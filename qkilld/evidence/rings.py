@@ -47,8 +47,8 @@ _MAX_MAPPINGS: Final = 4 << 20
 """A longer /proc/PID/maps is not examined. This is enough for about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
 """A larger number of requests in flight counts as unknown, because the process can write to the
-memory that contains the tails. It is twice
-IORING_MAX_CQ_ENTRIES, because completions may overflow."""
+memory that contains the tails. The limit is twice IORING_MAX_CQ_ENTRIES, because completions may
+overflow."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""

@@ -43,7 +43,7 @@ class GuestServerExits:
     _servers: ClassVar[Counter[int]] = Counter()
     """The number of watched servers for each user's guests."""
     _of_user: ClassVar[dict[int, dict[GuestServerExits, None]]] = {}
-    """The objects with watched servers, by the user of the guest."""
+    """The objects with watched servers, keyed by the user of the guest."""
 
     def __init__(
         self, process: Process, started_at: Callable[[int], int], proc: Path = procfs.PROC
@@ -52,7 +52,7 @@ class GuestServerExits:
         self._started_at, self._proc = started_at, proc
         self._user = user_of(process.guest.identity.uid)
         self._pidfds: dict[int, int] = {}
-        """The pidfds of the watched servers, by process id."""
+        """The pidfds of the watched servers, keyed by process id."""
         self._gone: set[int] = set()
         """The servers that had ended before they could be watched."""
         self._unwatched: set[int] = set()

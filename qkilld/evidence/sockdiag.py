@@ -133,10 +133,10 @@ class UnixSocket(NamedTuple):
     includes the kernel's overhead."""
 
     name: bytes
-    """The path that the socket is bound to; b"" for none. An abstract one begins with a zero byte.
+    """The path that the socket is bound to; b"" for none. An abstract path begins with a zero byte.
     An accepted socket has the path of the listening socket."""
     peer: int
-    """The inode of the other end; 0 if that has not accepted the connection yet, or is closed."""
+    """The inode of the other end; 0 if it is closed, or has not accepted the connection yet."""
     shut: bool
     """Nothing can be received, so the process does not wait for a reply. Either the other end is
     closed, or this end is shut down for reading, such as a service's output to the journal

@@ -62,9 +62,9 @@ _SERVICES: Final = re.compile(
     rb"(/var)?/run/(dbus|systemd|nscd|nslcd|avahi-daemon|user/[0-9]+/(bus$|systemd))"
     rb"|/var/lib/sss/pipes/|\0?/tmp/(dbus-|\.X11-unix/)"
 )
-"""The beginnings of the names of sockets of system services. These services store no data of
-guests. Anybody can give a socket such a name, but QEMU connects to it only if the guest's owner
-wants that."""
+"""The prefixes of the socket names of system services. These services store no data of guests.
+Anybody can give a socket such a name, but QEMU connects to it only if the guest's owner wants
+that."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
 """If a process has more sockets than this, read() does not return an earlier result, because
@@ -86,8 +86,8 @@ class SocketReader:
         self._graph: BlockGraph | None = None
         self._ends: _Ends | None = None
         self._given_names: dict[bytes | None, _Use] | None = None
-        """The purposes of the listening sockets that were passed to QEMU as descriptors, by the
-        names of the sockets; None until needed."""
+        """The purposes of the listening sockets that were passed to QEMU as descriptors, keyed by
+        the names of the sockets; None until needed."""
         self._numbers: dict[int, int] = {}
         self._own_names: set[bytes] | None = None
         """The names of the unix sockets that the process listens on; None until needed."""

@@ -104,8 +104,8 @@ class Call:
     reads: bool
     """The call waits for input, unless the descriptor is a file or disk."""
     submits: bool
-    """The call waits for events or for storage. Only the thread's kernel function (wchan) shows for
-    which of them."""
+    """The call waits for events or for storage. Only the thread's kernel function (wchan) shows
+    which of the two."""
     of_files: bool
     """The call works only on files or disks."""
     descriptor: int | None

@@ -38,7 +38,7 @@ Linux 6.1, and of vhost."""
 _RING_WORK: Final = Call(
     "", waits=False, reads=False, submits=True, of_files=False, descriptor=None
 )
-"""In place of the call of a kernel worker of io_uring, which executes a request."""
+"""Stands for the call of a kernel worker of io_uring that executes a request."""
 STOPPED: Final = ("T", "t")
 """The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
 MAX_KEPT: Final = 128
