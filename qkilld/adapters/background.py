@@ -1,7 +1,7 @@
 """Write in a separate thread. A write may block forever, but must not keep the program from
 exiting.
 
-This does not use asyncio, because the daemon imports asyncio late (qkilld.startup).
+This module does not use asyncio, because the daemon imports asyncio late (qkilld.startup).
 """
 
 from __future__ import annotations

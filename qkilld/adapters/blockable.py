@@ -97,8 +97,8 @@ class _ReadingThread:
         self.wake.acquire()
 
     def is_blocked(self) -> bool:
-        """Return whether the thread waits for a lock in the kernel. If not, it may just be waiting
-        for a processor."""
+        """Return whether the thread waits for a lock in the kernel, and not only for a
+        processor."""
         if not self.thread_id:
             return False
         try:
@@ -161,7 +161,7 @@ class BlockableReads:
                 raise outcome
             return outcome
         finally:
-            del outcome  # Otherwise, the exception's traceback would refer to the exception.
+            del outcome  # Break the cycle of the exception and its traceback.
 
     def _run(self, batch: _Batch) -> int:
         """Run a batch; return the number of its outcomes. If some outcomes are missing, the read of

@@ -45,7 +45,7 @@ class LocalHost:
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         names = await self._names.names(identities)
-        # In a thread, because reading the units takes long, and a user may have tens of thousands
+        # Use a thread, because reading the units takes long, and a user may have tens of thousands
         # of processes.
         return await run_in_thread(
             lambda: [

@@ -47,7 +47,7 @@ class JobStore:
         stored: dict[str, int],
         open_process: Callable[[int], PidfdProcess] = open_process,
     ) -> None:
-        """`stored`: the manager's descriptors, by name. This object becomes their owner."""
+        """`stored`: the manager's descriptors, by name, which this object then owns."""
         self._directory = directory
         self._manager = manager
         self._journal = journal
@@ -83,8 +83,8 @@ class JobStore:
                 process = self._process(snapshot)
                 job = registry.resume(process, snapshot, monitor, among_many=True)
                 if snapshot.number in self._directory.outdated:
-                    # Write it in the present format, because a later release may not be able to
-                    # read the old one.
+                    # Write the state in the present format, because a later release may not be able
+                    # to read the old one.
                     self.save(job.snapshot())
                 if monitor is not None:
                     self._stored.pop(_monitor_name(snapshot.number))
@@ -92,7 +92,7 @@ class JobStore:
                 self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
                 self._set_aside(snapshot.number)
             except Failed as error:
-                # The next start may succeed.
+                # A later start may succeed in resuming the job.
                 self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
                 kept |= {_name(snapshot.number), _monitor_name(snapshot.number)}
             except Exception as error:

@@ -54,7 +54,7 @@ class QueuedJournal:
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events. It is reset to 0 when it is queued to be logged."""
+        """The number of dropped events. Reset to 0 when this number is queued to be logged."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )

@@ -59,10 +59,11 @@ class _UserQueue:
 
 
 class NameReader:
-    """Use it in a single running loop."""
+    """Use a NameReader in a single running loop."""
 
     def __init__(self, read: Callable[[int], Names]) -> None:
-        """`read` returns the names of a process id. It is called in threads and must not raise."""
+        """`read`, which is called in threads and must not raise, returns the names of a process
+        id."""
         self._read = read
         self._lock = threading.Lock()
         """Protects the queues; never held during a read."""

@@ -1,11 +1,11 @@
 """Find the process that a pidfile names, and check that the file was written for this process.
 
 Anyone who can write to a pidfile, or to a directory on its path, can choose the process. So the
-path is walked step by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE). Only
-root, the caller and the process's user may have been able to replace the file.
+path is walked step by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE). The file
+is refused if anyone except root, the caller and the process's user could have replaced it.
 
-A pidfile may also outlive its process. After a crash or a reboot, its number may be that of any
-other process. So the process must not be younger than the file.
+A pidfile may also outlive its process. After a crash or a reboot, the number in it may be that of
+any other process. So the process must not be younger than the file.
 """
 
 from __future__ import annotations

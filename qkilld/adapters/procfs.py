@@ -100,8 +100,8 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether these credentials permit `wanted` on a file: S_IRUSR (read) or S_IXUSR
-        (execute). Ignores ACLs."""
+        """Return whether these credentials permit `wanted`, S_IRUSR (read) or S_IXUSR (execute), on
+        a file. Ignores ACLs."""
         if self.uid == 0:
             return True
         if self.uid == status.st_uid:
@@ -234,7 +234,7 @@ def _read(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = chunk = os.read(fd, _CHUNK)
-        while len(chunk) == _CHUNK:  # A long status: a process may have 65,536 groups.
+        while len(chunk) == _CHUNK:  # status is long: a process may have 65,536 groups.
             chunk = os.read(fd, _CHUNK)
             text += chunk
         return text

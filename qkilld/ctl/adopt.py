@@ -122,7 +122,7 @@ class _Adopter:
         try:
             after = await self._check_adopted(drop_in, old, report)
         except asyncio.CancelledError:
-            for number in _INTERRUPTS:  # Do not interrupt the undoing.
+            for number in _INTERRUPTS:  # Do not interrupt `_restore`.
                 signal.signal(number, signal.SIG_IGN)
             self._say("Interrupted: taking the drop-in back.")
             await self._restore(drop_in, old)

@@ -130,7 +130,7 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Our drop-ins give scopes and user managers this Before=. Assume it even if it is missing:
+    # Our drop-ins give scopes and user managers this Before=. Assume Before= even if it is missing:
     # systemd may not have read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 

@@ -380,7 +380,8 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether the job has NOWAIT. An older job that the call has joined may not have it."""
+    """Return whether the job has NOWAIT. An older job that the call has joined may not have
+    NOWAIT."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

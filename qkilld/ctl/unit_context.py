@@ -277,7 +277,7 @@ def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterato
 
 def has_own_settings(facts: UnitFacts) -> bool:
     """Return whether an instance has files of its own with settings that matter for the verdict.
-    Such an instance cannot represent its template. True if such a file cannot be read."""
+    Such an instance cannot represent its template. Return True if such a file cannot be read."""
     for path in own_files(facts):
         try:
             with Path(path).open("rb") as file:

@@ -1,7 +1,7 @@
 """Find the processes of units.
 
-systemd could list them, but process 1 would then read their command lines, and a stuck guest can
-block this read. Reading the control group of a process does not block.
+systemd could list these processes, but process 1 would then read their command lines, and a stuck
+guest can block this read. Reading the control group of a process does not block.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ class AgentClient(Channel):
     async def send(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> None:
-        """Run a command. Once it was sent, a late, lost or invalid reply is no error, because the
-        agent may execute the command. Raises CommandRefused; MonitorError if it was not sent."""
+        """Run a command. A late, lost or invalid reply is no error, because the agent may still
+        execute the command. Raises CommandRefused, or another MonitorError if the command was not
+        sent."""
         self._is_sent = False
         try:
             await self.execute(command, arguments, timeout_s=timeout_s)

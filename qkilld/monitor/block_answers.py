@@ -1,7 +1,7 @@
 """Parse the monitor's replies about disks. Pure. Replies are hostile: each may be false or
 malformed.
 
-The forms are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
+The known replies are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
 MonitorProtocolError if a reply is malformed.
 """
 

@@ -213,9 +213,9 @@ async def flush(
 async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
     """Flush a disk while the processors run; QEMU does not report errors of the disk.
 
-    The command names the disk's device if possible. If it named a node, QEMU 8 and later would
-    first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
-    MonitorTimeout, the monitor is blocked until the flush is done.
+    The command names the disk's device if possible. If the command named a node, QEMU 8 and later
+    would first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError.
+    After a MonitorTimeout, the monitor is blocked until the flush is done.
     """
     names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []
     names += [disk.node] if _COMMAND_NAME.fullmatch(disk.node) else []
@@ -237,8 +237,8 @@ async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo everything that `stop_processors` and `flush` have done. Raises MonitorError.
 
     If QEMU's NBD server also has exports of another program, only our exports are removed. If the
-    server has only our exports, it is stopped. If it has none, it is stopped only if qkilld may
-    have started it.
+    server has only our exports, it is stopped. If the server has no exports, it is stopped only if
+    qkilld may have started it.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.

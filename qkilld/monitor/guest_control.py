@@ -358,8 +358,8 @@ class GuestControl:
         return chardevs
 
     async def has_agent(self) -> bool:
-        """Return whether an agent can be asked: qkilld can reach its socket, and its port is not
-        known to be closed in the guest or in use. Raises MonitorError."""
+        """Return whether an agent can be asked. Return False if qkilld cannot reach its socket, or
+        if its port is in use, or closed in the guest. Raises MonitorError."""
         if not self.guest_endpoints.with_role(Role.AGENT):
             return False
         port = await self.agent_port()
@@ -384,8 +384,7 @@ class GuestControl:
                 with contextlib.suppress(CommandRefused, MonitorProtocolError):
                     self._vcpus = await self._find_vcpus()
             totals = await self.block_totals()
-            # Take the time of the counters, because on a busy host, the other replies may take
-            # seconds.
+            # Use the time of the counters: on a busy host, the other replies may take seconds.
             at, vcpus = time.monotonic_ns() // 1000, self._vcpus
             ran, waited = vcpus.times() if vcpus is not None else (None, None)
         signs = self.signs
@@ -470,7 +469,7 @@ class GuestControl:
     async def yank(self, instances: Sequence[YankInstance]) -> None:
         """Cut off all these connections with one command.
 
-        Raises MonitorError, and ValueError if one of them is this monitor's own connection.
+        Raises MonitorError, and ValueError if one of the connections is this monitor's own.
         """
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")

@@ -1,9 +1,9 @@
 """A client for QMP: greeting, in-band commands one at a time, out-of-band commands, events.
 
 Source: QEMU's docs/interop/qmp-spec. While QEMU hangs in its final drain, it answers an out-of-band
-command in 1 to 3 ms if the connection was made before the drain. But it answers none if 8 in-band
-commands wait behind a blocked one (measured, QEMU 7.2 and 10.0). So only one in-band command is
-sent at a time.
+command in 1 to 3 ms if the connection was made before the drain. But QEMU answers no out-of-band
+command if 8 in-band commands wait behind a blocked one (measured, QEMU 7.2 and 10.0). So only one
+in-band command is sent at a time.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from qkilld.adapters import procfs
 from qkilld.model.constants import USEC_PER_SEC
 
 MAX_THREADS: Final = 64
-"""At most this many threads are read, which takes 15 µs for each. A process may have thousands."""
+"""At most this many threads are read, which takes 15 µs for each. A process may have thousands of
+threads."""
 
 
 class Starvation:

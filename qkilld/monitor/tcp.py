@@ -8,8 +8,8 @@ repeats the proof.
 For TCP, the kernel does not report the peer's process. But within a network namespace, only the
 peer's socket has the same two addresses in reverse order. The kernel's table shows the inode of the
 peer's socket, and the process must have a descriptor with this inode. The same table must also
-contain our own socket. Its inode is unique on the host, so this rules out a connection with the
-same addresses in another namespace.
+contain our own socket. The inode of our socket is unique on the host, so this rules out a
+connection with the same addresses in another namespace.
 
 All functions may block. `connect_in_netns` also changes the network namespace of its thread, so run
 it in a separate thread. Sources: proc_pid_net(5), unix(7), setns(2).
