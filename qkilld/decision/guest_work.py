@@ -70,7 +70,7 @@ def has_idle_disks(seen: GuestObservation) -> bool:
 
 def measure(recent: tuple[GuestObservation, ...]) -> Rates:
     """Return the highest rates over periods of at least BASELINE. If there is no such period, idle
-    disks count as no requests, and calm processors as CALM."""
+    disks count as 0 requests, and calm processors as CALM."""
     if not recent:
         return Rates()
     last = recent[-1]

@@ -6,23 +6,29 @@ guest was asked. `judge` interprets the observations at any time. The decisions 
 - QEMU drops a press of the power button if no operating system listens to it. Most machines show
   whether a system listens; on these, the button is pressed only if one does. A guest that does not
   listen may be booting if its processors or disks work; otherwise, it is called deaf.
+
 - A guest that ignores the button may be busy forever, and a guest that shuts down may do no visible
   work for seconds, so neither work nor the lack of work proves anything. Work counts as a shutdown
   only if it exceeds the work before the press and lasts. Short work proves nothing, because an idle
   guest writes its log every few seconds. A shutdown whose work is too short to count ends within
   PowerdownSec= anyway.
+
 - The work of a load varies with the processor time and disks that the host gives it
   (guest_work.py).
+
 - If a load ends after the press, the guest may be shutting down, so all later work that exceeds
   that of an idle guest counts as a shutdown.
+
 - After a sign that only a shutdown gives, all work counts as a shutdown until the sign disappears.
   (For example, the agent's port closes in a shutdown, but opens again if the agent was only
   restarted.) Without such a sign, work that began after the press counts as a shutdown for at most
   UNCERTAIN_MAX, because it may be an unrelated load.
+
 - An agent that does not answer is not a sign, because it may be starved or hang.
   x-query-virtio-status would show whether the guest has reset a device, but is not used: if QEMU
   cannot decode the features of that kind of device, it aborts and loses all data that it holds
   (qmp_decode_features in hw/virtio/virtio-qmp.c).
+
 - A guest that restarts has shut down and booted again, so it is asked once more, like a booting
   guest.
 

@@ -94,7 +94,7 @@ class Sign:
     least: int = 1
     sure: bool = True
     """False if the sign is doubtful: it may also move without progress, because of other processes
-    or of endless repetitions. Its movement proves neither progress nor a standstill."""
+    or of endless repetitions, so its movement leaves open whether there is progress."""
     is_reply: bool = False
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat such a
     request over the next connection."""

@@ -47,7 +47,6 @@ SAMPLE_INTERVAL: Final = USEC_PER_SEC
 """The default interval of samples (µs)."""
 SLACK: Final = 1_500_000
 """A sample may be this late (µs); any further delay counts as time without samples."""
-
 LOG_LINE: Final = 32
 """A line of a log adds at least this many bytes to wchar. Fewer bytes are only from the event loop
 (8 to 16 a second), so the written page is not from a log."""
@@ -241,10 +240,11 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing has moved in the last two samples, and no open wait has signs.
+    """Return whether nothing has moved in the last two samples and no open wait has signs, so that
+    the result stays the same.
 
-    The result then stays the same. This check only saves time: for most idle guests it returns
-    True, and listing their waits again would cost three times as much.
+    This check only saves time: for most idle guests it returns True, and listing their waits again
+    would cost three times as much.
     """
     last = before.last
     return (
@@ -508,16 +508,14 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Only wchar includes writes to tmpfs. An event loop alone writes only 8 to 16 B/s, less than
-    # OWN_IO.
+    # Only wchar includes writes to tmpfs. An event loop alone writes less than OWN_IO.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether the process may only have written a line of a log. write_bytes counts such a
-    line as a page."""
+    """Return whether the writes may be one line of a log, which write_bytes counts as a page."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 

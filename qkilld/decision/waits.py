@@ -374,7 +374,7 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 def _added_storage(sample: Sample) -> list[Wait]:
     """Return a wait for storage that the command line does not name: a monitor may have added it,
-    or it may be the backing file of an image. Nothing shows whether such storage has lost its
+    or it may be the backing file of an image. Nothing shows whether this storage has lost its
     server, so the process may be waiting for it at any time."""
     if is_held_still(sample):
         return []
@@ -496,8 +496,8 @@ def _node_wait(
                 signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
-        # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect,
-        # but only once, because a server that comes and goes makes no progress.
+        # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.
+        # But it counts only once: a server that comes and goes makes no progress.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
         # The connection is unreadable, for example because it is in another network namespace. Only

@@ -80,9 +80,9 @@ class CgroupReader:
     ) -> None:
         """Read the process that has this pid now, and never one that reuses the pid.
 
-        `hierarchies`: those of this host if None. Without `shared`, figures of shared groups are
-        not cached. `directory`: a descriptor of /proc/PID, which the caller closes; None to open
-        one.
+        If `hierarchies` is None, those of this host are used. Without `shared`, figures of shared
+        groups are not cached. `directory`: a descriptor of /proc/PID, which the caller closes; None
+        to open one.
         """
         self._pid = pid
         self._shared = shared

@@ -1,9 +1,9 @@
 """Sample the servers of a guest: the processes at the other end of its local connections, and FUSE
 servers.
 
-nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd, iSCSI targets on this host, and servers of FUSE
-file systems that contain the guest's images do the guest's I/O, so their system calls and disks
-show the guest's progress. Needs the ptrace right for other users' processes.
+On this host, nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd, iSCSI targets, and servers of FUSE
+file systems with the guest's images do the guest's I/O, so their system calls and disks show the
+guest's progress. Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also uses 
 for events. The kernel lists the requests that poll descriptors separately, so they are not counted.
 One more request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11
 uses one ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11
-had such a timer on its ring.
+had a timer on its ring.
 
-The kernel does not show Linux AIO requests in flight. A process can have such requests only if it
+The kernel does not show Linux AIO requests in flight. A process can have AIO requests only if it
 has an AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT,
 io_submit(2) is synchronous. The tail of the ring in the mapping (kernel fs/aio.c) counts
 completions, not requests in flight. Only samples with detail read it (sampler.py), because this
@@ -197,8 +197,8 @@ class RingReader:
 def requests_in_flight(text: bytes) -> RingRequests | None:
     """Return the requests in flight on one ring, from its fdinfo; None if not shown.
 
-    Older kernels do not show the ring. Newer kernels do not show it while another thread holds its
-    lock.
+    Older kernels never show the ring, and newer kernels do not while another thread holds the
+    ring's lock.
     """
     sq_tail = number_after(text, b"\nSqTail:\t")
     answered = number_after(text, b"\nCqTail:\t")

@@ -90,8 +90,8 @@ class Reader:
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
         self._servers: ServerReader | None = None
-        """Created with the first connection or file system without a block device. Most guests have
-        neither."""
+        """Created with the first connection or file system without a block device, because most
+        guests have neither."""
         self._tables = tables
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
