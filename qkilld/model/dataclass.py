@@ -7,7 +7,7 @@ slots gets its `__init__` at its first use, because few classes are used at the 
 methods compare, hash and show objects like those of dataclasses.
 
 Only mypy prevents assignments to fields of a frozen class. Without a `__setattr__` that prevents
-them at run time, making an object takes half the time.
+assignments, making an object takes half the time.
 """
 
 from __future__ import annotations
