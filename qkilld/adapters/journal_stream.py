@@ -1,4 +1,4 @@
-"""Detect whether standard error is connected to the journal. Imports little, to start fast."""
+"""Imports little, to start fast."""
 
 from __future__ import annotations
 

@@ -179,8 +179,7 @@ def _text(path: Path) -> str:
 
 
 def is_writable_by_others(status: os.stat_result) -> bool:
-    """Return whether other users may write to a file. Members of a user's own group do not count as
-    other users: on many systems, each user has a private group, and the user's files are
-    group-writable."""
+    """Members of a user's own group do not count as other users: on many systems, each user has a
+    private group, and the user's files are group-writable."""
     own_group = os.geteuid() != 0 and status.st_gid == os.getegid()
     return bool(status.st_mode & (0o002 if own_group else 0o022))

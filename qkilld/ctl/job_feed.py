@@ -55,7 +55,7 @@ class JobFeed:
             await asyncio.sleep(RETRY_S)
 
     def job(self, path: str) -> JobProxy:
-        """Return a proxy for the job. Raises BusError while there is no connection."""
+        """Raises BusError while there is no connection."""
         if self._connection is None:
             raise BusError("the connection to the bus is lost")
         return JobProxy(self._connection, path, interactive=self._interactive)

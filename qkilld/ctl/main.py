@@ -33,7 +33,7 @@ _MAY_NEED_A_PASSWORD: Final = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run qkillctl and return its exit code. Raises SystemExit for usage errors and --help."""
+    """Raises SystemExit for usage errors and --help."""
     arguments = parse_arguments(argv)
     log_setup.set_up("qkillctl", debug=arguments.debug)
     output = Output()

@@ -48,7 +48,7 @@ def _advice_for(bus: BusAddress) -> str:
 
 
 class NeedsRoot(AccessDenied):
-    """An operation of qkillctl that needs root. The message says what to do."""
+    """The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ async def open_connection(bus: BusAddress) -> AsyncIterator[Connection]:
 
 
 def explain(error: Exception, bus: BusAddress) -> str:
-    """Describe an error for people. For bus errors, name the bus and give advice."""
+    """For bus errors, name the bus and give advice."""
     text = str(error) or type(error).__name__
     if isinstance(error, RefusedByBus):
         return f"{text} ({bus.title}). {POLICY_ADVICE if bus.is_system_bus else _advice_for(bus)}"

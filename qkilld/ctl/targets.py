@@ -36,8 +36,6 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 class AmbiguousTarget(QkilldError):
-    """A target matches more than one guest."""
-
     bus_name = "org.qkilld1.Client.AmbiguousTarget"
     exit_code = ExitCode.NOT_FOUND
 

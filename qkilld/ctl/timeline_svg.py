@@ -41,7 +41,7 @@ _NAME: Final = "fill:#30363d"
 
 @dataclass(frozen=True, slots=True)
 class Milestone:
-    """An action or an event. Times are seconds since the start."""
+    """Times are seconds since the start."""
 
     at: float
     text: str
@@ -62,8 +62,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The content of a drawing. Times are seconds since the job's start. Texts need not be
-    printable."""
+    """Times are seconds since the job's start. Texts need not be printable."""
 
     title: str
     subtitle: str

@@ -32,7 +32,7 @@ class Observation:
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Self:
-        """Parse a reply to Inspect. Other releases of the daemon may omit some keys."""
+        """Other releases of the daemon may omit some keys."""
         group = answer.get("cgroup", {}) if answer.get("cgroup-own") else {}
         written = group.get("written", answer.get("io", {}).get("write_bytes"))
         return cls(

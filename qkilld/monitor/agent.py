@@ -56,7 +56,7 @@ class AgentClient(Channel):
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> Any:
-        """Run a command; return its result. Only one command may run at a time.
+        """Only one command may run at a time.
 
         Raises CommandRefused if the agent refuses. On any other MonitorError, the connection is
         closed.

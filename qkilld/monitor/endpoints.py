@@ -46,8 +46,6 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UnixListener:
-    """A unix socket that the process listens on."""
-
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
@@ -60,8 +58,6 @@ class UnixListener:
 
 @dataclass(frozen=True, slots=True)
 class TcpListener:
-    """A TCP socket that the process listens on."""
-
     inode: int
     host: str
     """A numeric address, perhaps a wildcard."""

@@ -408,8 +408,8 @@ class GuestControl:
     # ---- asking the guest ----
 
     async def press(self) -> None:
-        """Press the power button. Raises MonitorError if it is not pressed. After a timeout, QEMU
-        still executes a QMP command, but drops a line of the human monitor (measured, 7.2)."""
+        """Raises MonitorError if the button is not pressed. After a timeout, QEMU still executes a
+        QMP command, but drops a line of the human monitor (measured, 7.2)."""
         await self.begin_watch()
         if self.qmp is not None:
             await self.qmp.send("system_powerdown", timeout_s=ORDER_S)
@@ -447,8 +447,8 @@ class GuestControl:
         await self._order("system_wakeup")
 
     async def quit(self) -> None:
-        """Tell QEMU to exit. Raises MonitorError if QEMU refuses or does not answer in time, but
-        not if it closes the connection."""
+        """Raises MonitorError if QEMU refuses or does not answer in time, but not if it closes the
+        connection."""
         with contextlib.suppress(MonitorClosed):
             await self._order("quit")
 
