@@ -80,7 +80,7 @@ def risks_of_exit(
     lost server is visible from outside, and only if the server is on this host. A missing
     connection alone proves nothing, because QEMU may have closed the node, so the server must be
     gone, too. Until `reconnect-delay` has passed, QEMU keeps the data and does not exit. So if QEMU
-    exits before, no data was lost, even if no sample has seen the server return.
+    exits earlier, no data was lost, even if no sample has seen the server return.
 
     `flushed`: the monitor has reported all disks as flushed. `started`, `ended`: when the process
     started and ended (CLOCK_MONOTONIC, µs).

@@ -236,8 +236,8 @@ class ServerEnds:
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
-    """For each node, keyed by its name, whether the guest closed the connection before the server
-    did. A node is missing if this is unknown, or if the node is not NBD over TCP (is_nbd_over_tcp).
+    """Keyed by a node's name: whether the guest closed the connection before the server did. A node
+    is missing if this is unknown, or if the node is not NBD over TCP (is_nbd_over_tcp).
 
     For a server on this host, False proves nothing: after QEMU's request to disconnect, a healthy
     server may close the connection before QEMU calls shutdown(2). A server on the host did so in 38
@@ -308,8 +308,8 @@ def _may_lose_data(node: Node) -> bool:
 
 
 def _should_be_connected(node: Node, sample: Sample) -> bool:
-    """Return whether a missing connection means that the node has lost its server. If not, QEMU may
-    have closed the node, or may use a connection that the command line does not name."""
+    """Return whether a missing connection means that the node has lost its server. Otherwise, QEMU
+    may have closed the node, or may use a connection that the command line does not name."""
     return node.served is False or (node.protocol == "nbd" and sample.pluggable is False)
 
 

@@ -73,10 +73,10 @@ class Wait:
     in flight or a call has not returned."""
     holds_sigterm: bool = False
     """Whether the process's first thread is in this wait, so it cannot take SIGTERM before the wait
-    ends. Until then, the guest still runs, and may make other disks move forever."""
+    ends. During the wait, the guest still runs, and may make other disks move forever."""
     connections: frozenset[int] = _NONE
-    """The inodes of the node's connections. If they change, a connection broke, and the process may
-    only repeat its requests (connections.py)."""
+    """The inodes of the node's connections. If these change, a connection broke, and the process
+    may only repeat its requests (connections.py)."""
     threads: tuple[Thread, ...] = ()
     """The threads in this wait; () if it is not a wait in a call."""
 

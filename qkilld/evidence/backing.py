@@ -1,6 +1,6 @@
 """Find the file system under a loop device's backing file or an overlay's upper directory.
 
-The kernel names these only by their paths, and does not report in which mount namespace a path is
+The kernel names both only by their paths, and does not report in which mount namespace a path is
 valid. So a container's "/tmp/image" could be mistaken for a file on the host's root disk. To
 prevent this, a path on a local file system is accepted only if it leads to the right kind of file:
 for a loop device, a block device or a file of the right length; for an overlay, a directory.

@@ -1,9 +1,9 @@
 """Read a process's block graph from its command line and -readconfig files.
 
 Both reads may block, so a separate thread does them. Reading /proc/PID/cmdline takes the process's
-memory lock. If the process's storage hangs, one of its threads may hold this lock all the time. The
--readconfig files may lie on storage that hangs, too. Reading another user's files needs the ptrace
-right.
+memory lock. If the process's storage hangs, one of its threads may hold the memory lock all the
+time. The -readconfig files may lie on storage that hangs, too. Reading another user's files needs
+the ptrace right.
 """
 
 from __future__ import annotations

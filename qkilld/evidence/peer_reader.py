@@ -40,7 +40,7 @@ class PeerReader:
         self._process: ProcessReader | None = None
         """The reader of the process; None if its files are closed."""
         self._start_time: int | None = None
-        """The start of the process, once it was read. It shows whether the process id was reused
+        """The start of the process, once it was read, which shows whether the process id was reused
         while the files were closed."""
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)

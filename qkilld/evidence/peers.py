@@ -104,7 +104,7 @@ class ServerReader:
         self._new_missing_ends: Set[int] = _NONE
         self._new_connections: dict[int, float] = {}
         """The values of `missing_ends` and `_connections` that the present read_all() has found so
-        far. They are kept apart, because search() may run in another thread."""
+        far. The values are kept apart, because search() may run in another thread."""
         self._sampled: dict[int, Peer] = {}
         """The servers that the present read_all() has sampled, without the servers behind them,
         keyed by process id."""
@@ -305,8 +305,8 @@ class ServerReader:
 
     def _children(self, pid: int) -> list[int]:
         """Return processes that the server has started and may wait for, as nbdkit waits for its
-        scripts. Nothing shows whether they work for this guest. Return none if the server has
-        threads that wait for something else."""
+        scripts. Nothing shows whether these processes work for this guest. Return none if the
+        server has threads that wait for something else."""
         server = self._sampled.get(pid)
         if server is None or server.threads:
             return []

@@ -11,16 +11,16 @@ had a timer on its ring.
 The kernel does not show Linux AIO requests in flight. A process can have AIO requests only if it
 has an AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT,
 io_submit(2) is synchronous. The tail of the ring in the mapping (kernel fs/aio.c) counts
-completions, not requests in flight. Only samples with detail read it (sampler.py), because this
-takes the process's memory lock.
+completions, not requests in flight. Only samples with detail read the tail (sampler.py), because
+this takes the process's memory lock.
 
 Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
 REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.
 Reading them costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400
 µs for the mappings. The mappings are read only if a file is open with O_DIRECT and any process on
 the host has an AIO context. Reading the mappings takes the process's memory lock, and may block as
-long as the process's storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S
-the result is unknown.
+long as the process's storage hangs. So a separate thread reads the mappings, and after
+MAPPINGS_TIMEOUT_S the result is unknown.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ _RING_WORK: Final = Call(
 STOPPED: Final = ("T", "t")
 """The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
 MAX_KEPT: Final = 128
-"""The maximum number of threads whose schedstat stays open. For other threads, it is opened for
-each read."""
+"""The maximum number of threads whose schedstat stays open. For other threads, schedstat is opened
+for each read."""
 
 
 class _ThreadEntry:
