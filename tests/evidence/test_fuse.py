@@ -422,8 +422,9 @@ signal.pause()
 """
 
 
+@pytest.mark.parametrize("found_later", [False, True])
 def test_the_servers_of_the_guest_come_before_those_behind_them(
-    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch, found_later: bool
 ) -> None:
     """A server of a socket has started more processes than there is room for."""
     monkeypatch.setattr(peers, "MAX_PEERS", 2)
@@ -441,16 +442,16 @@ def test_the_servers_of_the_guest_come_before_those_behind_them(
         number = store.directory.stat().st_dev
         mount = Mount("fuse.lab", None, None, f"{os.major(number)}:{os.minor(number)}")
 
-        def read() -> tuple[dict[int, Peer], tuple[Mount, ...]]:
+        def read(*mounts: Mount) -> tuple[dict[int, Peer], tuple[Mount, ...]]:
             # The other end is unknown until the server has accepted the connection.
             ends = {end_of(connection): None}
-            return reader.read_all(
-                ends, (mount,), {}, storage=StorageTable(), sockets=SocketTable()
-            )
+            return reader.read_all(ends, mounts, {}, storage=StorageTable(), sockets=SocketTable())
 
         try:
+            if found_later:
+                until(read, lambda found: any(peer.behind for peer in found[0].values()))
             until(
-                read,
+                lambda: read(mount),
                 lambda found: len(found[0]) == 1 and pids_of(found[1][0]) == {store.process.pid},
             )
         finally:
