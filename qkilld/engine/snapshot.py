@@ -21,11 +21,12 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 7
+VERSION: Final = 8
 """Earlier versions can be read, too. Version 1 lacks control. Version 2 lacks error_name,
 Identity.exiting and risks, and its assessment has a different format. Version 3 lacks the state of
 asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote. Versions 5
-and 6 may lack some fields of samples. Any version may lack forced."""
+and 6 may lack some fields of samples. Version 7 may lack OpenWait.certain. Any version may lack
+forced."""
 YANK: Final = "yank"
 """The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1

@@ -446,6 +446,17 @@ def test_those_of_the_versions_before_are_not_refused() -> None:
     assert decode(document).control == Control()
 
 
+def test_a_wait_that_version_7_has_saved(world: World) -> None:
+    world.sampler.shows = WAITS
+    job = world.stop(FakeProcess(), FORCE)
+    world.clock.advance(1)
+    document: dict[str, Any] = {**json.loads(json.dumps(job.snapshot().to_json())), "version": 7}
+    for wait in document["assessment"]["waits"]:
+        del wait["certain"]
+    evidence = decode(document).assessment
+    assert evidence is not None and evidence.waits
+
+
 def test_holds_and_extensions_survive_a_crash(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
