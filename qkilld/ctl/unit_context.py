@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -33,7 +34,7 @@ from qkilld.model.policy import SPANS, Config, Policy, is_qemu
 from qkilld.model.unit import UnitFacts
 from qkilld.monitor.endpoints import NO_MONITOR, UnixListener, find_endpoints
 from qkilld.monitor.reach import read_listeners, read_options
-from qkilld.unitcheck.command import HELPER
+from qkilld.unitcheck.command import HELPER, helper_program, is_helper
 from qkilld.unitcheck.command_text import matching_texts
 from qkilld.unitcheck.context import (
     GUESTS_SERVICE,
@@ -114,6 +115,8 @@ async def gather(
         main_traps=_main_traps(facts),
         guests=len(guests),
         uncovered=tuple(dict.fromkeys(uncovered)),
+        missing=tuple(_missing_helpers(facts)),
+        has_foreign=_has_foreign(facts, guests, user=user),
         is_running=bool(executables),
         are_all_seen="" not in executables.values() and (user or not others_are_hidden()),
         other_unit="" if guests else _other_unit(facts, config),
@@ -132,6 +135,28 @@ async def gather(
         manager=manager,
         manager_timeout=await _manager_timeout(manager) if user else INFINITY,
     )
+
+
+def _missing_helpers(facts: UnitFacts) -> Iterator[str]:
+    """Yield Surroundings.missing. What a unit has in a root directory of its own is not read."""
+    for command in () if facts.root else filter(is_helper, facts.exec_stop):
+        program = helper_program(command)
+        with ignore(f"looking for {program}", OSError):
+            if not Path(shutil.which(program) or program).exists():
+                yield program
+
+
+def _has_foreign(facts: UnitFacts, guests: Iterable[int], *, user: bool) -> bool:
+    """Return Surroundings.has_foreign; False if it is unknown."""
+    with ignore(f"reading the users of {facts.id} and its guests", OSError, KeyError):
+        if user:
+            own = os.getuid()
+        elif facts.user.isdecimal():
+            own = int(facts.user)
+        else:
+            own = pwd.getpwnam(facts.user or "root").pw_uid
+        return own != 0 and any(procfs.read_uid(pid) != own for pid in guests)
+    return False
 
 
 async def with_target(systemd: Systemd, place: Storage) -> Storage:

@@ -41,6 +41,7 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
     findings = [
         *_check_killing(facts, surroundings),
         *_check_unit(facts),
+        *_check_coverage(surroundings),
         *_check_manager(surroundings),
         *check_storage(facts, surroundings.storage),
         *_check_asking(facts, surroundings),
@@ -50,6 +51,19 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
     )
     order = list(Severity)
     return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
+
+
+def _check_coverage(surroundings: Surroundings) -> Iterator[Finding]:
+    """Check a unit with several guests. If qkilld recognises none of them, `compare` says so."""
+    if surroundings.guests:
+        for path in surroundings.uncovered:
+            yield Finding(
+                "executables",
+                _LOSES,
+                f"another QEMU in it is {path}, which Executables= does not cover",
+                "qkilld does not stop it: systemd sends SIGTERM, and SIGKILL at the timeout",
+                (Line("Target", f"Executables=… {path} (in qkilld.conf)", by_hand=True),),
+            )
 
 
 def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:

@@ -28,6 +28,11 @@ def is_helper(command: Command) -> bool:
     )
 
 
+def helper_program(command: Command) -> str:
+    """Return the path, or the name, of qkilld-stop in a line for which `is_helper` is True."""
+    return _without_shell(command).path
+
+
 def _without_shell(command: Command) -> Command:
     words = command.arguments
     is_shell = PurePosixPath(command.path).name in SHELLS and words[1:2] == ("-c",)

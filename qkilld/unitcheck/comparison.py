@@ -374,7 +374,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         main_is_qemu=main_is_qemu(facts, surroundings) and not facts.is_scope,
         main_may_trap=may_trap(facts, surroundings),
         outlives=outlives(facts, surroundings),
-        helper=helper_in_unit(facts, surroundings.policy),
+        helper=helper_in_unit(facts, surroundings),
         guard=surroundings.guard if surroundings.is_guarded else "",
         keepers=tuple(keeper.unit for keeper in surroundings.keepers),
         keeper_timeout=min((keeper.timeout for keeper in surroundings.keepers), default=INFINITY),

@@ -13,7 +13,13 @@ from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.policy import DEFAULT_EXECUTABLES, JOB_SPANS, Policy, Span, is_qemu
 from qkilld.model.unit import Command, UnitFacts
-from qkilld.unitcheck.command import HELPER, helper_options, is_helper, programs_of
+from qkilld.unitcheck.command import (
+    HELPER,
+    helper_options,
+    helper_program,
+    is_helper,
+    programs_of,
+)
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
 from qkilld.unitcheck.stop_line import StopLine, read_line
 from qkilld.unitcheck.stop_outcome import Helper
@@ -64,6 +70,10 @@ class Surroundings:
     """The number of QEMU processes in the unit that match Executables=."""
     uncovered: tuple[str, ...] = ()
     """The paths of QEMU processes in the unit that do not match Executables=."""
+    missing: tuple[str, ...] = ()
+    """The programs in lines of qkilld-stop that do not exist."""
+    has_foreign: bool = False
+    """Whether a guest in the unit runs as another user than the unit's User=."""
     is_running: bool = False
     """Whether the unit's processes could be read. If not, `guests` says nothing."""
     are_all_seen: bool = True
@@ -273,10 +283,20 @@ def _may_run(facts: UnitFacts, place: str) -> bool:
     return allowed >= denied
 
 
-def helper_fault(facts: UnitFacts, command: Command) -> str:
+def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> str:
     """Return why this line of qkilld-stop may not stop the unit's guest; "" if it certainly stops
     the guest. The reason is a clause without a subject."""
-    options = helper_options(command)
+    options, program = helper_options(command), helper_program(command)
+    if program in around.missing:
+        return f"is {program}, which does not exist"
+    started_by_root = any(_is_root(facts, start) for start in facts.exec_start)
+    is_foreign = around.has_foreign or (
+        not around.guests and started_by_root and not around.manager
+    )
+    if is_foreign and (around.manager or not _is_root(facts, command)):
+        return "runs as another user than the guest, and so may not stop it"
+    if "--pid" in options and "no-env-expand" in command.flags and program == command.path:
+        return "gets no process id, because of the prefix :"
     if "--dry-run" in options:
         return "stops nothing, because of --dry-run"
     if "--all" in options:
@@ -292,6 +312,12 @@ def helper_fault(facts: UnitFacts, command: Command) -> str:
     if path and path != facts.pid_file and path not in text and started_qemus(facts):
         return f"reads {path}, which no QEMU in ExecStart= writes"
     return ""
+
+
+def _is_root(facts: UnitFacts, command: Command) -> bool:
+    """Return whether a command of a system unit runs as root."""
+    is_root = facts.user in ("", "root", "0")
+    return is_root or not {"privileged", "no-setuid"}.isdisjoint(command.flags)
 
 
 def helper_limit(command: Command, policy: Policy) -> str:
@@ -344,15 +370,15 @@ def hides_bus(facts: UnitFacts) -> str:
     return ""
 
 
-def helper_in_unit(facts: UnitFacts, policy: Policy) -> Helper:
+def helper_in_unit(facts: UnitFacts, around: Surroundings) -> Helper:
     """Return how well the unit's own qkilld-stop works."""
     own = [command for command in facts.exec_stop if is_helper(command)]
-    if own and all(helper_fault(facts, command) for command in own):
+    if own and all(helper_fault(facts, around, command) for command in own):
         return Helper.INEFFECTIVE
     reach = helper_reach(facts)
     if any("privileged" in command.flags for command in own):
         reach = Helper.EXTENDS
-    limited = [command for command in own if helper_limit(command, policy)]
+    limited = [command for command in own if helper_limit(command, around.policy)]
     if any(map(forces, limited)):
         return Helper.KILLS
     if reach is Helper.EXTENDS and limited:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
-from qkilld.model.policy import Policy
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
@@ -84,7 +83,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
-    yield from _check_arguments(facts, surroundings.policy)
+    yield from _check_arguments(facts, surroundings)
     yield from _check_listening(facts, surroundings)
     yield from _check_sandbox(facts, surroundings)
 
@@ -154,12 +153,14 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         )
 
 
-def _check_arguments(facts: UnitFacts, policy: Policy) -> Iterator[Finding]:
-    plain = (Line("Service", f"ExecStop=/usr/bin/{HELPER}", by_hand=True),)
+def _check_arguments(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
+    policy = surroundings.policy
+    prefix = "+" if facts.user and not _may_be_theirs(facts) else ""
+    plain = (Line("Service", f"ExecStop={prefix}{quoted(surroundings.helper)}", by_hand=True),)
     for command in facts.exec_stop:
         if not is_helper(command):
             continue
-        if fault := helper_fault(facts, command):
+        if fault := helper_fault(facts, surroundings, command):
             yield Finding(
                 "helper-target",
                 _LOSES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,8 @@ POWERDOWN = line("echo system_powerdown | socat - UNIX:/run/m")
 LOOP = line(
     "while test -d /proc/$MAINPID; do echo system_powerdown | socat - UNIX:/run/m; sleep 60; done"
 )
+PRIVILEGED = replace(STOP, flags=("privileged",))
+UNEXPANDED = replace(STOP, arguments=(STOP.path, "--pid", "$MAINPID"), flags=("no-env-expand",))
 UNKNOWN = Command("/opt/vm-stop", ("/opt/vm-stop", "web"))
 NBD = Storage(protocol="nbd", server="lval.service")
 
@@ -89,6 +92,37 @@ def test_a_qemu_that_is_not_covered() -> None:
     for found in (running, stopped):
         assert (found.word, found.writes) == (UnitVerdict.MANUAL, False)
         assert f" {path}" in found.advice and "Executables=/usr/bin/qemu-system-*" in found.advice
+
+
+ROOTS = Command(QEMU, (QEMU,), flags=("privileged",))
+
+
+@pytest.mark.parametrize(
+    ("facts", "settings", "problem"),
+    [
+        ({}, {"uncovered": ("/opt/qemu-kvm",)}, "another QEMU in it is /opt/qemu-kvm"),
+        ({}, {"missing": (STOP.path,)}, "is /usr/bin/qkilld-stop, which does not exist"),
+        ({}, {"missing": ("/opt/qkilld-stop",)}, ""),
+        ({"user": "vm"}, {"has_foreign": True}, "runs as another user than the guest"),
+        ({"user": "vm", "exec_stop": (PRIVILEGED,)}, {"has_foreign": True}, ""),
+        ({}, {"has_foreign": True, "manager": "user@1.service"}, "runs as another user"),
+        (
+            {"user": "vm", "exec_start": (ROOTS,)},
+            {"guests": 0, "is_running": False},
+            "another user",
+        ),
+        ({"user": "vm", "exec_start": (ROOTS,)}, {}, ""),  # -runas vm
+        ({"user": "root", "exec_start": (ROOTS,)}, {"guests": 0, "is_running": False}, ""),
+        ({"exec_stop": (UNEXPANDED,)}, {}, "gets no process id"),
+    ],
+)
+def test_a_guest_that_qkilld_stop_would_not_stop(
+    facts: dict[str, Any], settings: dict[str, Any], problem: str
+) -> None:
+    unit, around = replace(SAFE, **facts), replace(ASKABLE, **settings)
+    problems = [each.problem for each in check(unit, around) if each.is_unsafe]
+    assert len(problems) == bool(problem) and all(problem in each for each in problems)
+    assert (judge(unit, around).word is UnitVerdict.SAFE) is not bool(problem)
 
 
 def test_a_guest_in_another_unit() -> None:

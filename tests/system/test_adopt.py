@@ -420,6 +420,17 @@ def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) ->
         assert "not permitted to see its executable" in said and "Write + before" in said
 
 
+def test_a_line_that_cannot_stop_the_guest(manager: Manager) -> None:
+    helper = "ExecStop=/usr/bin/qkilld-stop"
+    with idle(manager, f"ExecStart=+{IDLE}", "User=nobody", helper, "NotifyAccess=exec") as unit:
+        assert manager.check(unit)["helper-target"] == "loses"
+        manager.systemctl("stop", unit)
+        said = " ".join(str(entry["MESSAGE"]) for entry in manager.system.journal("-u", unit))
+        assert "status=6" in said
+    with idle(manager, f"ExecStart={IDLE}", "ExecStop=/usr/local/qkilld-stop") as unit:
+        assert "which does not exist" in " ".join(manager.ctl("check-unit", unit, code=8).split())
+
+
 def test_a_session_of_pam_is_not_taken_for_a_guest(manager: Manager) -> None:
     """Each command of the unit has a process (sd-pam) of systemd. The unit's user may not read the
     executable of this process."""
