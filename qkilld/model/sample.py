@@ -79,9 +79,9 @@ class Device:
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above the device. A deeper device has more other users. But it may be
-    active while the counters of an upper device, such as a loop device that waits for a flush, do
-    not change."""
+    """The number of layers above the device. A deeper device is shared with more users. But it may
+    be active while the counters of an upper device, such as a loop device that waits for a flush,
+    do not change."""
     own: bool = False
     """Whether the process has opened the device itself, not a file on it, so that other users are
     unlikely."""
@@ -306,7 +306,7 @@ class Sample:
     dumping: bool | None = None
     """Whether the kernel is writing a core dump of the process."""
     completions: int | None = None
-    """The sum of the tails of the process's AIO rings. It changes when requests complete."""
+    """The sum of the tails of the process's AIO rings, which changes when requests complete."""
     nodes: tuple[Node, ...] | None = None
     """The nodes behind connections; () if the command line names none."""
     pluggable: bool | None = None

@@ -208,8 +208,8 @@ def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
 
 
 def is_keeper(other: UnitFacts) -> bool:
-    """Return whether a unit in the Before= of a guest's unit may shut the guest down when that unit
-    is stopped."""
+    """Return whether a unit in the Before= of a guest's unit may, when stopped, shut the guest
+    down."""
     if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
         return False
     return bool(project_of(other)) or bool(other.exec_stop)
