@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import typing
+import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from signal import SIGCONT, SIGKILL, SIGTERM
 from typing import Any
 
@@ -444,6 +446,24 @@ def test_those_of_the_versions_before_are_not_refused() -> None:
     document["version"] = 1
     del document["control"]
     assert decode(document).control == Control()
+
+
+def fields_of(kind: Any, known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the names of the fields of all classes in a type."""
+    for inner in typing.get_args(kind):
+        fields_of(inner, known)
+    if is_dataclass(kind) and isinstance(kind, type) and kind.__name__ not in known:
+        known[kind.__name__] = [one.name for one in fields(kind)]
+        for hint in typing.get_type_hints(kind).values():
+            fields_of(hint, known)
+    return known
+
+
+def test_a_new_field_needs_a_new_version() -> None:
+    """Otherwise, jobs that earlier builds have saved are refused, because they lack the field."""
+    classes = fields_of(Snapshot, {})
+    text = json.dumps({name: sorted(classes[name]) for name in sorted(classes)})
+    assert (VERSION, zlib.crc32(text.encode())) == (8, 4243779245), "increase snapshot.VERSION"
 
 
 def test_a_wait_that_version_7_has_saved(world: World) -> None:
