@@ -50,6 +50,10 @@ class MonitorLink:
         return self._monitor
 
     @property
+    def is_opening(self) -> bool:
+        return self._cancel is not None
+
+    @property
     def is_human(self) -> bool:
         """Whether the open monitor is a human one, which cannot report the state of disks."""
         return (monitor := self.monitor) is not None and not monitor.reads_disks

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank` together. When it expires, SIGKILL
-follows."""
+"""Timeout (µs) for the rest of opening the monitor, and the commands `query-yank` and `yank`. When
+it expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -65,7 +65,8 @@ class YankRung:
     @property
     def possible(self) -> bool:
         """Whether there may be more storage to cut off."""
-        return self._allowed and not self._exhausted and self._link.monitor is not None
+        may_open = self._link.is_opening or self._link.monitor is not None
+        return self._allowed and not self._exhausted and may_open
 
     def resume(self, past: Snapshot) -> None:
         self.at = past.rung_at(YANK)
@@ -92,11 +93,26 @@ class YankRung:
         self._note_unanswered()
         self._attempt += 1
 
+    def note_opened(self) -> None:
+        """Continue an attempt for which the monitor was still being opened, for example because an
+        earlier daemon had opened it."""
+        if self._until is None or not self._job.running:
+            return
+        if self._link.monitor is None:
+            self._give_up()
+            self._job.advance()
+        else:
+            self._query()
+
     def _begin(self) -> None:
+        self._until = self._clock.now() + TIMEOUT
+        if not self._link.is_opening:
+            self._query()
+
+    def _query(self) -> None:
         monitor = self._link.monitor
         assert monitor is not None
         self._attempt += 1
-        self._until = self._clock.now() + TIMEOUT
         attempt = self._attempt
 
         def handle_instances(instances: tuple[YankInstance, ...] | str | Exception) -> None:

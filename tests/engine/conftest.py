@@ -253,6 +253,7 @@ class FakeMonitors:
         self.reads_disks = True
         self.opens = False
         """The monitor opens although the guest cannot be observed."""
+        self.opens_after_s = 0.0
         self.disks: Callable[[int], BlockState | str] = lambda now: "its disks cannot be seen"
         self.flushes: Callable[[], tuple[FlushResult, ...] | str | None] = lambda: ()
         """The result of a flush; None for no reply."""
@@ -287,7 +288,8 @@ class FakeMonitors:
             self.passed.append(passed)
         if kept is not None:
             self.adopted.append(kept)
-        timer = self._clock.call_at(self._clock.now(), lambda: self._open(callback, kept))
+        at = self._clock.now() + int(self.opens_after_s * S)
+        timer = self._clock.call_at(at, lambda: self._open(callback, kept))
         return timer.cancel
 
     def _open(

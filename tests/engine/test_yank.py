@@ -12,6 +12,7 @@ from qkilld.model.access import Rank, Steerer
 from qkilld.model.block_state import YankInstance
 from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId, Priority
+from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.policy import Config, Switches
 from qkilld.model.sample import Io, Node, Peer, Socket
 from tests.engine.conftest import IDLE, FakeProcess, World, make_guest
@@ -186,3 +187,25 @@ def test_the_next_daemon_knows_when_it_was_done() -> None:
     after.clock.advance(56)
     assert process.sent == []
     assert after.registry.get(job.number).facts.yank_at == past.rung_at("yank")
+
+
+@pytest.mark.parametrize(
+    ("opens_after_s", "opens", "cut_off"), [(3, True, True), (3, False, False), (100, True, False)]
+)
+def test_the_next_daemon_waits_for_its_monitor(
+    opens_after_s: float, opens: bool, cut_off: bool
+) -> None:
+    """It is still being opened when SIGKILL is due."""
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.clock.advance(59.5)
+    past = job.snapshot()
+    after, process = stuck_world()
+    after.clock.advance(60)
+    after.monitors.opens, after.monitors.opens_after_s = opens, opens_after_s
+    after.registry.resume(process, past, KeptMonitor(99, ()))
+    after.clock.advance(2)
+    assert process.sent == []
+    after.clock.advance(5)
+    assert after.monitors.yanked == ([["dead"]] if cut_off else [])
+    assert process.sent == ([] if cut_off else [SIGKILL])
