@@ -129,7 +129,7 @@ class StopRun:
             fails = any(stop.code for stop in self._stops)
             others = self.targets.left_to_us(others, main_was_qemu=not shelled, fails=fails)
         if others:
-            say("another QEMU runs in the unit after the guest has exited: stopping it too")
+            say("another QEMU runs in the unit: stopping it too")
         self.begin(others)
         return bool(others)
 

@@ -80,6 +80,7 @@ def is_last_line(facts: UnitFacts, options: Options) -> bool:
     from qkilld.unitcheck.command import helper_options, is_helper
 
     lines = [helper_options(command) for command in facts.exec_stop if is_helper(command)]
+    lines = [line for line in lines if line.keys().isdisjoint(("--unit", "--all", "--dry-run"))]
     if not options.names_one or len(lines) < 2:
         return True
     last = lines[-1]

@@ -287,6 +287,7 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile a"], True, 0),
         ("control-group", A, ["--pidfile a", "--pidfile b"], False, 0),
         ("control-group", A, ["--pidfile b", "--pidfile a"], True, 0),
+        ("control-group", A, ["--pidfile a", "--unit db", "--pidfile=b --dry-run"], True, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID", "--pidfile b"], False, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID"], True, 0),
         ("process", A, ["--pidfile a"], False, 0),
