@@ -24,8 +24,8 @@ from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
 
 _SYNCS: Final = frozenset(("fsync", "fdatasync", "sync_file_range"))
 _READS_SHARE: Final = 16
-"""A client that only reads gets more than this many bytes for each byte that it sends: a request to
-read has 28 bytes in NBD, and its reply at least 528."""
+"""A client that only reads gets more than this many bytes for each byte that it sends: an NBD read
+request has 28 bytes, and its reply at least 528."""
 
 
 def has_client(sample: Sample) -> bool:

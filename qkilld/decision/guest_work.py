@@ -27,18 +27,18 @@ they may only be slow: a guest under load looked idle for 0.8 s (measured)."""
 IDLE_SHARE: Final = 0.05
 """All virtual processors of an idle guest together use at most this share of one processor."""
 GROWTH: Final = 3
-"""New work has begun if the guest does more than this many times as much as before."""
+"""An increase of the guest's work by more than this factor is new work."""
 MORE_TIME: Final = 1.5
-"""New work also makes the virtual processors run for more than this many times as long as
-before."""
+"""More demand for processors is new work only if the virtual processors also run longer, by more
+than this factor."""
 LEAST_REQUESTS: Final = 1
 """Fewer requests per second than this count as no requests."""
 HALF_BUSY: Final = 0.5
-"""A load with at least this demand counts as busy. The end of a smaller load is not visible."""
+"""A load with at least this demand counts as busy. The end of a smaller load cannot be detected."""
 CALM: Final = 0.2
 """A guest is asked at once if its disks are idle and its virtual processors wanted at most this
-share of one processor in the last tenth of a second. This time is too short to measure a rate, so
-later work is compared with CALM instead."""
+share of one processor in the last tenth of a second. A tenth of a second is too short to measure a
+rate, so later work is compared with CALM instead."""
 
 
 @dataclass(frozen=True, slots=True)

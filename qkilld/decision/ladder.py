@@ -50,9 +50,9 @@ PER_JOB: Final = 2_000
 """The interval between samples of a process is at least this time (µs) multiplied by the number of
 jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
-"""Movement that other processes may have caused delays SIGKILL, but at most until this many times
-`storage_stall` after the last progress. The limit is needed because a server that works for others
-may be stuck for this guest."""
+"""Doubtful movement, which other processes may have caused, delays SIGKILL until at most this many
+times `storage_stall` after the last progress. The limit is needed because a server that works for
+others may be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
 

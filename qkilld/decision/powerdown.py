@@ -88,12 +88,13 @@ SILENT: Final = 5 * USEC_PER_SEC
 EFFECT: Final = 10 * USEC_PER_SEC
 """If a way of asking has no effect within this time (µs), the next way is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
-"""Without a sign that only a shutdown gives, work counts as a shutdown for at most this long (µs)
-after the guest was first asked, or for PowerdownSec= if that is longer. The limit is needed because
+"""Without a ShutdownSign, the guest's work counts as a shutdown for at most this long (µs) after
+the guest was first asked. A longer PowerdownSec= replaces this limit. The limit is needed because
 the work may be an unrelated load that runs forever."""
 CLOSING: Final = 300_000
 """The time (µs) reserved between the end of asking and SIGTERM, for an observation and the flush.
-These take 40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
+On a fast disk, the two take 40 to 60 ms (measured). The rest is for a second reading of the
+disks."""
 CUT: Final = 20
 """If a guest does not react, PowerdownSec= may be shortened by at most 1/CUT of its length."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
@@ -101,14 +102,13 @@ BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 RECENT: Final = 10 * USEC_PER_SEC
 """How long (µs) observations are kept."""
 LASTING: Final = RECENT // 2
-"""Work lasts if it fills at least this time (µs) within the kept observations."""
+"""Work is lasting if it takes at least this time (µs) in total within RECENT."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""After a guest was resumed or woken, work that this may have caused is not measured, for at most
-this time (µs)."""
+"""How long (µs) after a guest was resumed or woken it may be too busy to be measured."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
-"""Signs that cannot disappear."""
+"""Signs that are kept even if later observations do not show them."""
 
 
 class AskMethod(StrEnum):
@@ -164,7 +164,7 @@ class AskRecord:
     at: int
     """µs, CLOCK_MONOTONIC."""
     quiet: bool = False
-    """Whether the guest did no work when it was asked, so it had finished booting."""
+    """Whether the guest was idle when it was asked, and so had finished booting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,7 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: Rates = Rates()
-    """The work before the guest was first asked; CALM_RATES once the load of that time has
-    ended."""
+    """The work before the guest was first asked; CALM_RATES after this work has ended."""
     boots: bool = False
     """Whether the guest has booted during this attempt: it has restarted, or did not listen at some
     time before it was asked."""

@@ -29,8 +29,8 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""A sample within this time (µs) after a deadline is used as the one that the decision at the
-deadline needed."""
+"""If a decision at a deadline needs a sample, a sample recorded within this time (µs) after the
+deadline is used."""
 
 _NONE: Final = Flag(0)
 _ENDS: Final = {

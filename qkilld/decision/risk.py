@@ -14,8 +14,8 @@ CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
 """The signals that ask QEMU to exit."""
 _LOST: Final = 2 * USEC_PER_SEC
-"""A node that has had no connection for this long (µs) has lost its server. A QEMU that exits also
-closes its connections, but ends sooner."""
+"""A node that has had no connection for this long (µs) has lost its server. A shorter time proves
+nothing, because an exiting QEMU closes its connections, too."""
 
 
 def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:

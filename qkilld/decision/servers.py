@@ -29,8 +29,8 @@ from qkilld.model.job import Risk
 from qkilld.model.sample import Node, Peer, Sample, Socket
 
 SETTLE: Final = USEC_PER_SEC * 3 // 10
-"""A server that still runs this long (µs) after the guest's end was not being stopped at that time.
-An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
+"""If a server still runs this long (µs) after the guest's end, it was not being stopped when the
+guest ended. An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
 _MAX_NAMES: Final = 4
 
 
@@ -90,8 +90,8 @@ class StorageServers:
     disconnected: tuple[Node, ...] = ()
     """The nodes that should be connected, but were not connected in any sample."""
     unchecked: tuple[Node, ...] = ()
-    """The nodes that were not connected in any sample, and may not need to be. No sample has shown
-    yet whether their servers listen, because only samples with detail show this."""
+    """The nodes that were not connected in any sample, if it is unknown whether they should be.
+    Only samples with detail show whether their servers listen."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of each group, keyed by Node.group."""
 

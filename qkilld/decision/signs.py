@@ -96,8 +96,8 @@ class Sign:
     """False if the sign is doubtful: it may also move without progress, because of other processes
     or of endless repetitions, so its movement leaves open whether there is progress."""
     is_reply: bool = False
-    """Whether the sign moves only if the server has answered a request. QEMU does not repeat such a
-    request over the next connection."""
+    """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
+    answered request over the next connection."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:

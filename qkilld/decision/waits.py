@@ -36,7 +36,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
-"""The name of the sign that counts the connections of a node. Its mark (verdict.Mark) has the time
+"""The name of the sign that counts the connections of a node. Its Mark.at (verdict.py) is the time
 when the number last changed."""
 
 
@@ -72,8 +72,8 @@ class Wait:
     """Whether it is certain that the process cannot exit before the wait ends, because a request is
     in flight or a call has not returned."""
     holds_sigterm: bool = False
-    """Whether the process's first thread is in this wait, so it cannot take SIGTERM before the wait
-    ends. During the wait, the guest still runs, and may make other disks move forever."""
+    """Whether the process's first thread is in this wait and so cannot take SIGTERM. Until the wait
+    ends, the guest runs, and may use other disks forever."""
     connections: frozenset[int] = _NONE
     """The inodes of the node's connections. If these change, a connection broke, and the process
     may only repeat its requests (connections.py)."""
