@@ -23,7 +23,7 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
-"""Timeout for walking a path in a separate thread. In the right namespace, the walk is faster,
+"""Timeout for walking a path in a separate thread. In the right namespace, it takes less time,
 because the kernel has the directories in memory. In a wrong namespace, it may have to wait for a
 disk."""
 MAX_FILES: Final = 256

@@ -42,7 +42,7 @@ _ON: Final = ("on", "yes", "true", "y")
 _READERS: Final = frozenset(("ide-cd", "scsi-cd"))
 """Devices that never write to their drive."""
 _OF_ADDRESS: Final = ("node-name", "reconnect-delay")
-"""Other options of a node whose address is given as a file name."""
+"""If a node's address is given as a file name, these other options of the node are read, too."""
 _MAX_DEPTH: Final = 8
 _MAX_NODES: Final = 256
 

@@ -34,8 +34,8 @@ from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
-"""If more processes than this may serve one connection, only those with an open file that has the
-name of a guest's image are sampled."""
+"""If more processes than this may serve one connection, only those that have a file with the name
+of a guest's image open are sampled."""
 SEARCH_S: Final = 0.02
 """How long a sample may search for servers. It does not wait for a search by another thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
@@ -61,7 +61,7 @@ class FuseServers(NamedTuple):
     pids: tuple[int, ...]
     """The processes that may serve a connection."""
     certain: bool
-    """Whether all of these processes serve the connection."""
+    """Whether all processes in `pids` serve the connection."""
 
 
 def connection_of(mount: Mount) -> int | None:

@@ -34,10 +34,10 @@ from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Mount, Peer
 
 MAX_PEERS: Final = 64
-"""At most this many servers of one guest are sampled, with those behind other servers."""
+"""The maximum number of servers sampled for one guest, including those behind other servers."""
 OWN_PEERS: Final = 16
-"""How many more may be sampled if they are servers of the guest itself. These may be found after
-many servers behind them."""
+"""How many more servers may be sampled if the guest itself uses them. They may be found when
+MAX_PEERS servers are sampled already."""
 MAX_PLACES: Final = 1024
 """The maximum number of servers in one sample that are behind other servers. If a server is behind
 several connections of the guest, it counts once for each, because the sample has a copy for
@@ -47,7 +47,7 @@ MAX_CHILDREN: Final = 4
 KEPT_FILES: Final = 64
 """How many descriptors may stay open between reads for all servers of one guest."""
 HOPS: Final = 4
-"""How many levels of servers behind a server are sampled. A server may only forward requests."""
+"""How many levels of servers behind a server are sampled. Some servers only forward requests."""
 
 _NONE: Final = frozenset[int]()
 
@@ -55,7 +55,7 @@ _NONE: Final = frozenset[int]()
 class _SampledServers(NamedTuple):
     peers: tuple[Peer, ...]
     certain: bool
-    """Whether all of these processes serve the file system."""
+    """Whether all `peers` serve the file system."""
 
 
 class _SampleTables(NamedTuple):
@@ -73,7 +73,7 @@ class _Links(NamedTuple):
     """The FUSE file systems (MAJOR:MINOR) that each server serves or may serve, keyed by its
     process id."""
     uncertain: frozenset[int]
-    """The servers that are not certain to serve these file systems."""
+    """The servers that are not certain to serve the file systems in `mounts`."""
 
 
 class _Match(NamedTuple):
@@ -115,9 +115,10 @@ class ServerReader:
         self._room = 0
         """How many more servers behind other servers fit into this sample."""
         self._limit = 0
-        """The maximum number of readers at the moment."""
+        """The current maximum number of `_readers`."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
-        """For a FUSE mount and names of images: the processes that may serve the mount."""
+        """The processes that may serve a FUSE mount, by the mount and the names of the guest's
+        images."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the

@@ -46,8 +46,8 @@ MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
 """A longer /proc/PID/maps is not examined. This is enough for about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
-"""A larger number of requests in flight counts as unknown, because the process can write to the
-memory that contains the tails. The limit is twice IORING_MAX_CQ_ENTRIES, because completions may
+"""A larger number of requests in flight counts as unknown, because it is computed from tails that
+the process can overwrite. The maximum is twice IORING_MAX_CQ_ENTRIES, because completions may
 overflow."""
 
 _AIO_RING: Final = struct.Struct("=5I")

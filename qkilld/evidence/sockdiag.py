@@ -151,8 +151,8 @@ class TcpSocket(NamedTuple):
     id: bytes
     """The kernel's id, for SocketTable.tcp and tcp_peer: family, then struct inet_diag_sockid."""
     listened: bool
-    """A process listens on the local port, so this connection was accepted. Always False in queries
-    by id, unless the table is crowded."""
+    """A process listens on the local port, so this connection was accepted. Queries by id check
+    this only if the table is crowded; otherwise, it is False."""
     send_queue: int
     """Bytes not yet acknowledged, whether sent or not."""
     receive_queue: int
@@ -174,7 +174,8 @@ class SocketTable:
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
-        """The time (s) spent on single sockets. After SINGLE_S, all others count as unreadable."""
+        """The time (s) spent on single sockets. After SINGLE_S, all other sockets count as
+        unreadable."""
         self._expected: set[int] = set()
         self._tcp_infos: dict[int, bytes] = {}
         self._searched_inodes: set[int] = set()

@@ -38,7 +38,7 @@ Linux 6.1, and of vhost."""
 _RING_WORK: Final = Call(
     "", waits=False, reads=False, submits=True, of_files=False, descriptor=None
 )
-"""Stands for the call of a kernel worker of io_uring that executes a request."""
+"""Stands for the call of an io_uring kernel worker that executes a request."""
 STOPPED: Final = ("T", "t")
 """The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
 MAX_KEPT: Final = 128
@@ -85,8 +85,8 @@ class ThreadReader:
         self._directory, self._most_kept = directory, most_kept
         self._entries: dict[str, _ThreadEntry] = {}
         self._offset = 0
-        """This number is added to the switches of the present threads, so that the sum does not
-        fall when a thread ends."""
+        """This number is added to the context switches of the present threads, so that their sum
+        does not fall when a thread ends."""
         self._last_sum = 0
         self._has_ended = False
         """A thread has ended since the last complete read."""

@@ -16,14 +16,14 @@ from qkilld.engine.fair_shares import FairShares, user_of
 from qkilld.evidence.faults import FaultGuard
 
 STUCK_S: Final = 0.1
-"""A call that takes longer than this counts as blocked. Later calls do not wait for it."""
+"""A call that takes longer than this counts as blocked."""
 MAX_BLOCKED: Final = 128
 """The maximum number of threads that calls may block, for example because storage is dead."""
 RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
-"""See FairShares. If storage is dead, many guests on it often belong to one user."""
+"""See FairShares. Dead storage often blocks many guests of one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One more thread is always left, to run `instead` for calls that find no thread (see submit)."""
+"""One worker is never blocked, so that it can run `instead` (see submit)."""
 
 Call = Callable[[], None]
 
@@ -40,8 +40,8 @@ class Workers:
         self._lock = threading.Lock()
         self._idle = 0
         self._busy: dict[int, tuple[float, int | None]] = {}
-        """For each busy worker, since when it has been busy, and the uid of the process; the uid is
-        None for a worker that has just been started."""
+        """For each busy worker: when it became busy, and the uid of the process; the uid is None
+        for a worker that has just been started."""
         self._count = 0
 
     def submit(self, call: Call, *, uid: int, instead: Call, urgent: bool = False) -> None:
