@@ -53,4 +53,4 @@ class Collaborators(Generic[J]):
     stopping: Callable[[frozenset[int]], frozenset[int]]
     """Returns which of these processes are being stopped by a job (server_watch.is_stopping)."""
     write_down: Callable[[J, Callable[[], None]], None]
-    """Saves the job. Calls back when it is saved, or if saving takes too long."""
+    """Saves the job. Calls back when the job is saved, or if saving takes too long."""

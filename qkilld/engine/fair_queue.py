@@ -24,8 +24,8 @@ have SPARE waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""Also the length of the longest call. A bus allows 2,048 connections, so all together need at most
-32 MiB."""
+"""The longest call has this length, too. A bus allows 2,048 connections, so their spare calls need
+at most 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""

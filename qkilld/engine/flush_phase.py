@@ -39,7 +39,8 @@ READ_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of readings while the job waits for a backup or is held, and of samples during a
 flush."""
 REREAD_INTERVAL: Final = 50_000
-"""The first interval (µs) between readings for stuck requests. Later intervals are longer."""
+"""The first interval (µs) between readings that look for stuck requests. Later intervals are
+longer."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving the intention to stop the processors."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
@@ -82,7 +83,7 @@ class FlushPhase:
         again."""
         self._timer: Timer | None = None
         self._until = self._due = INFINITY
-        """When the current step is abandoned, and the deadline to report."""
+        """`_until`: when the current step is abandoned. `_due`: the deadline to report."""
         self._step = 0
         """The number of the current step. Replies to commands of earlier steps are ignored."""
         self._is_over = False

@@ -38,7 +38,7 @@ _ENDS: Final = {
 }
 _ORDERS: Final = {AskMethod.AGENT: GuestOrder.AGENT, AskMethod.BUTTON: GuestOrder.BUTTON}
 _HELPED_BY: Final = {"paused": GuestOrder.RESUME, "suspended": GuestOrder.WAKE}
-"""For each runstate, the order that makes the guest run."""
+"""For each runstate: the GuestOrder that makes the guest run."""
 
 
 @dataclass(frozen=True, slots=True)

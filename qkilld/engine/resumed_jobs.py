@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 16
 """The maximum number of first samples that are taken at a time."""
 PAUSE: Final = 5_000
-"""The time (µs) that the loop has for other work before more samples are requested."""
+"""How long (µs) the loop may do other work before more samples are requested."""
 
 
 class ResumedJobs:

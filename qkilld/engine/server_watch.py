@@ -52,8 +52,8 @@ MAX_SAMPLES: Final = 4
 as on a busy host or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
 """How long (µs) to ask the kernel which end of each connection was closed first. This takes 20 µs
-for each connection, but up to 20 ms while other threads use the same interface of the kernel. When
-this time is over, the remaining connections are not asked about, so their answer is unknown."""
+for each connection, but up to 20 ms while other threads use the same interface of the kernel. For
+connections that are not reached in this time, the answer is unknown."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"

@@ -71,7 +71,7 @@ class Snapshot:
     processors_stopped: bool
     """Whether the job may have stopped the virtual processors, so that it must start them again."""
     rungs: tuple[Rung, ...]
-    """The executed rungs. They are not repeated."""
+    """The executed rungs, which a resumed job does not repeat."""
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
     asking: Attempt | None

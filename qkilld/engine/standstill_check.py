@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HELD_INTERVAL: Final = USEC_PER_SEC
 """While the job is held, a stopped process is checked again after this time (µs)."""
 MAX_SAMPLES: Final = 5
-"""How many samples to request if they are not taken within sampling.TIMEOUT. On a busy host, the
+"""How many times to request a sample if none is taken within sampling.TIMEOUT. On a busy host, the
 first samples may be late."""
 
 StandstillCallback = Callable[[str, bool], None]

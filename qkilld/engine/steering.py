@@ -17,8 +17,8 @@ from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
 
 OWNER_EXTENSION: Final = 10 * 60 * USEC_PER_SEC
-"""If MaxSec= is infinite, the owner can delay the SIGKILL of somebody else's job by extensions up
-to this time (µs) after the start of the job."""
+"""If MaxSec= is infinite, the owner can extend somebody else's job to at most this time (µs) after
+the start of the job."""
 
 
 def owner_limit(started: int, policy: Policy) -> int:

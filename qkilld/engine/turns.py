@@ -15,11 +15,11 @@ from qkilld.engine.long_replies import LongReplies
 from qkilld.model.errors import Busy, QkilldError
 
 ROUND_S: Final = 0.002
-"""How long calls are started before the loop serves its timers and pidfds."""
+"""How long to start calls before the loop serves its timers and pidfds."""
 CROWDED_S: Final = 0.002
-"""If every user with waiting calls has more than fair_queue.CROWD of them and still sends more, no
-call is started for this time, and messages are only read. Otherwise, another user's call would have
-to wait behind these calls in the socket."""
+"""How long to only read messages, and start no call, if every user with waiting calls has more than
+fair_queue.CROWD of them and more calls arrive. Otherwise, another user's call would wait behind
+these calls in the socket."""
 FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 
