@@ -53,8 +53,8 @@ READS: Final = 4
 2,000 small messages in 10 ms. One call would not be enough: the bus has a single queue for all
 senders, so a sender that fills the queue would block the others."""
 HELD_BACK_S: Final = 0.25
-"""Delay before the refusals of a flood are sent together. Without this delay, each refusal would
-cost two context switches, and a client that waits for each answer before its next call would send
+"""How long the refusals of a flood of calls are collected before they are sent together. Otherwise,
+each refusal would cost two context switches, and a client that waits for each answer would send
 faster."""
 MAX_HELD_BACK: Final = 128 * 1024
 """Delayed refusals are sent at once when they have more bytes than this."""

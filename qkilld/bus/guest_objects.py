@@ -14,7 +14,7 @@ from qkilld.engine.service import Service
 from qkilld.model.constants import GUEST_PATH_PREFIX
 
 MAX_WATCHERS_PER_UID: Final = 16
-"""Connections remembered for each user. The oldest is dropped first."""
+"""The number of connections remembered for each user. The oldest is dropped first."""
 
 
 class GuestObject:

@@ -24,10 +24,10 @@ TIMEOUT_S: Final = 5.0
 INTERACTIVE_TIMEOUT_S: Final = 120.0
 """Time for a person to find and type a password."""
 MAX_PER_UID: Final = 8
-"""Authorization requests open at a time for one user, over any number of connections."""
+"""The maximum number of open authorization requests for one user, over all connections."""
 MAX_IN_ALL: Final = 64
-"""Authorization requests open at a time for all users, well below the 128 pending replies that the
-system bus allows a connection."""
+"""The maximum number of open authorization requests for all users. The system bus allows a
+connection 128 pending replies."""
 
 _NAME: Final = "org.freedesktop.PolicyKit1"
 _PATH: Final = "/org/freedesktop/PolicyKit1/Authority"

@@ -28,13 +28,12 @@ because parsing and checking 64 KiB takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
 """The maximum number of descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20
-"""The maximum input that is not handled yet, in bytes: for one user other than root, over all
-connections of that user."""
+"""The maximum number of unhandled input bytes of one user except root, over all connections."""
 MAX_TOTAL: Final = 16 << 20
-"""The maximum input that is not handled yet, in bytes: for all users except root together."""
+"""The maximum number of unhandled input bytes of all users except root together."""
 MAX_FIRST: Final = 32 << 10
-"""The bytes of each user beyond this number, summed over all users, may take only half of
-MAX_TOTAL. So users with much input leave room for the calls of others."""
+"""Of each user's unhandled bytes, those beyond this number may take only half of MAX_TOTAL, for all
+users together. So users with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
@@ -113,7 +112,7 @@ class VarlinkConnection:
         self.pid, self.uid, _ = _UCRED.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         )
-        """The peer. Its pid is 0 if the process has no id in our PID namespace."""
+        """The peer. The pid is 0 if the process has no id in our PID namespace."""
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()

@@ -23,14 +23,14 @@ from qkilld.varlink.unit_queries import UnitQueries
 
 UNIT_AFTER_S: Final = 0.3
 """Delay before the unit's settings are read. Most idle guests exit earlier, even if many are
-stopped at the same time. But a unit with TimeoutStopSec=1 is still handled in time."""
+stopped at the same time. The delay is short enough for a unit with TimeoutStopSec=1."""
 OPEN_AFTER_S: Final = 0.1
-"""With `byUnit`, the first of several replies is delayed by at most this long, because the jobs may
-end within this time. It is not delayed until the unit's settings are known: if the daemon crashed
+"""With `byUnit`, the first of several replies is delayed by at most this long, because one reply is
+enough if the jobs end within this time. A longer delay would be unsafe: if the daemon crashed
 before this reply, the caller would not know of the job, and would send SIGTERM again."""
 JOBS_OF_WAIT: Final = 4
-"""This many jobs of one call cost as much as one Wait. While the client does not read, the end of
-each job takes 1.5 kB."""
+"""This many jobs of one call count as one Wait. The end of each job takes 1.5 kB until the client
+reads it."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 

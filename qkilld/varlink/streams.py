@@ -146,8 +146,8 @@ class JobStream:
         self._ended_jobs: deque[Job] = deque()
         """Jobs whose end is to be encoded."""
         self._ends: deque[bytes] = deque()
-        """The encoded ends to report. The client may never read them, and a job takes much more
-        memory than its encoded end."""
+        """The encoded ends to report. They replace the jobs, which take much more memory, because
+        the client may never read."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False

@@ -39,8 +39,9 @@ class UnitQueries:
         self._locks: WeakValueDictionary[tuple[int, str, tuple[int, ...]], asyncio.Lock] = (
             WeakValueDictionary()
         )
-        """One query for each combination of user, unit and jobs. Users do not share queries,
-        because a guest's owner may ask a thousand times about a unit that root stops."""
+        """Locks that allow one query at a time for each user, unit and jobs. Users do not share a
+        lock: root's query must not wait for a thousand queries of the guest's owner about the same
+        unit."""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Wait for a place, then do what UnitStops.limit does. A user who has too many queries gets
