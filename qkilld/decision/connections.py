@@ -16,8 +16,8 @@ from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 
 BREAKS: Final = 3
-"""After this many connections of a node have broken without a reply, the next connection may move
-only because of repeated requests."""
+"""After this many connections of a node have broken without a reply, movement on the next
+connection may come only from repeated requests."""
 LASTS: Final = 6 * USEC_PER_SEC
 """If a connection has lasted this long (µs), and twice as long as any that broke without a reply,
 movement on it counts as progress."""
@@ -28,7 +28,7 @@ class Connections:
     """The connections of a node, tracked across samples. Times are CLOCK_MONOTONIC in µs."""
 
     inodes: frozenset[int] = frozenset()
-    """The inodes of the connections in the last sample with at least one."""
+    """The inodes of the connections in the last sample that had connections."""
     since: int = 0
     """When the connections in `inodes` were first seen."""
     seen_at: int = 0

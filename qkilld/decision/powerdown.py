@@ -164,7 +164,7 @@ class AskRecord:
     at: int
     """µs, CLOCK_MONOTONIC."""
     quiet: bool = False
-    """Whether the guest was idle when it was asked, and so had finished booting."""
+    """Whether the guest did no work when it was asked, and so had finished booting."""
 
 
 @dataclass(frozen=True, slots=True)

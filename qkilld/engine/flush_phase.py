@@ -39,8 +39,7 @@ READ_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of readings while the job waits for a backup or is held, and of samples during a
 flush."""
 REREAD_INTERVAL: Final = 50_000
-"""The first interval (µs) between readings that look for stuck requests. Later intervals are
-longer."""
+"""The first interval (µs) between checks for stuck requests. Later intervals are longer."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving the intention to stop the processors."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC

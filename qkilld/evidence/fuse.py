@@ -34,8 +34,8 @@ from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
-"""If more processes than this may serve one connection, only those that have a file with the name
-of a guest's image open are sampled."""
+"""If more processes than this may serve one connection, sample only those with an open file that is
+named like a guest's image."""
 SEARCH_S: Final = 0.02
 """How long a sample may search for servers. It does not wait for a search by another thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
