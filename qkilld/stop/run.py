@@ -469,9 +469,7 @@ class StopRun:
 
     def _stop_substitutes(self, stop: GuestStop, message: str) -> None:
         others = self._substitutes()
-        if not others:
-            self.targets.report_not_qemu(message)
-        self._over(stop, 0 if others else 5)
+        self._over(stop, self.targets.judge_not_qemu(stop.process.pid, message, others))
         self.begin(others)
 
     def _substitutes(self) -> list[ProcessHandle]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 
 from qkilld.adapters import open_files, procfs
-from qkilld.debug_log import note
+from qkilld.debug_log import ignore, note
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
 from qkilld.model.policy import Config
@@ -235,8 +235,14 @@ class Targets:
             reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)
 
-    def report_not_qemu(self, message: str) -> None:
-        """Print that the named process is not a QEMU, and where the guest of the unit runs."""
+    def judge_not_qemu(self, pid: int, message: str, others: Sequence[ProcessHandle]) -> int:
+        """Return the exit code for a named process that is not a QEMU. It is 0 if the process may
+        be a shell that runs the `others`. If not, print where the guest of the unit runs."""
+        if others:
+            if _is_uncovered(pid):
+                say(f"{message}, and is left to systemd")
+                return ExitCode.NOT_QEMU
+            return ExitCode.OK
         unknown = self.finder.unidentified or self.finder.denied
         own = self.finder.in_own_unit and not unknown
         say(f"{message}{', and its unit has no other QEMU' if own else ''}")
@@ -244,6 +250,7 @@ class Targets:
             self.check_elsewhere()
         except GuestElsewhere as error:
             say(str(error))
+        return ExitCode.NOT_QEMU
 
     def _unattended(self) -> list[ProcessHandle]:
         from qkilld.stop.systemd_units import on_bus, unattended
@@ -261,3 +268,15 @@ class Targets:
         if self._config is None:
             self._config = configuration()
         return self._config.executables
+
+
+def _is_uncovered(pid: int) -> bool:
+    """Return whether the process is a QEMU that Executables= does not cover, as far as its name
+    shows."""
+    with ignore(f"reading the executable of process {pid}", OSError):
+        path, _ = procfs.read_executable(pid)
+        if "qemu" in path or "kvm" in path:  # The import takes long.
+            from qkilld.unitcheck.context import looks_like_qemu
+
+            return looks_like_qemu(path)
+    return False

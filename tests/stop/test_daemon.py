@@ -240,7 +240,7 @@ def test_a_process_of_the_unit_that_may_not_be_seen_is_not_taken_for_none(
         targets.substitutes([])
     assert targets.substitutes([4]) == []
     assert targets.substitutes([4]) == []
-    targets.report_not_qemu("Process 4 (sh) is not a QEMU")
+    assert targets.judge_not_qemu(4, "Process 4 (sh) is not a QEMU", []) == 5
     said = capsys.readouterr().err
     assert said.count("not permitted") == 1 and "has no other" not in said
 
@@ -394,6 +394,23 @@ def test_a_substitute_that_begins_after_the_units_were_read(
     run._facts_known(facts, {3: facts})
     assert run._stops[0].forced is forced
     process.close()
+
+
+@pytest.mark.parametrize(("name", "code"), [("/opt/my/qemu-kvm", 5), ("/opt/run-qemu", 0)])
+def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    """It is no shell that runs the other guest of the unit, so it still runs when that is gone."""
+    run, main, other = StopRun(Options(), Notifier(""), Log()), FakeHandle(4), FakeHandle(5)
+    run._stops.append(stop_of(main))
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
+    monkeypatch.setattr(run, "_start", Mock())
+    monkeypatch.setattr(procfs, "read_executable", lambda pid: (name, False))
+    run._stop_substitutes(run._stops[0], "Process 4 is not a QEMU")
+    assert [stop.code for stop in run._stops] == [code, None]
+    assert ("is left to systemd" in capsys.readouterr().err) is bool(code)
+    main.close()
+    other.close()
 
 
 @pytest.mark.parametrize("lines", [["--pidfile a"], ["--pidfile a", "--pidfile b"]])
