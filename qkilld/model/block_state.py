@@ -36,7 +36,8 @@ class GuestDisk:
     connections: tuple[str, ...] = ()
     """The names of the nodes below the disk's node that use a network connection."""
     names: tuple[str, ...] = ()
-    """The printable names of the disk and of its nodes. () unless only statistics were read."""
+    """The printable names of the disk and of its nodes, if only statistics were read; otherwise
+    ()."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class BackgroundJob:
     title: str
     status: str
     progress: int
-    """A number of bytes or of another unit, which grows while the job makes progress."""
+    """A count, normally of bytes, that grows while the job makes progress."""
     migration: bool = False
 
 
@@ -69,14 +70,14 @@ class BlockState:
     """CLOCK_MONOTONIC, µs."""
     runstate: str
     disks: tuple[GuestDisk, ...]
-    """The disks open for writing. If only statistics were read, all disks."""
+    """The disks open for writing, or all disks if only statistics were read."""
     queues: tuple[RequestQueue, ...] | None = None
     """The queues of all virtio disks."""
     foreign: tuple[str, ...] = ()
     """Disks whose requests do not pass through QEMU (vhost-user)."""
     unused: tuple[str, ...] = ()
     """Images open for writing that no disk uses: their device was unplugged, or only an export uses
-    them. These images are not flushed, so QEMU may still hold data for them."""
+    them. These images are not flushed, so QEMU may still have unwritten data for them."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 
@@ -100,6 +101,6 @@ class YankInstance:
     kind: str
     """block-node, chardev or migration."""
     name: str
-    """The printable name. The command needs the name in `wire`."""
+    """The printable name, for display."""
     wire: Mapping[str, Any]
-    """The instance as QEMU sent it."""
+    """The instance as QEMU sent it, for the command `yank`."""

@@ -109,7 +109,7 @@ class MonitorKind(StrEnum):
     QMP = "qmp"
     HMP = "hmp"
     LIBVIRT = "libvirt"
-    """libvirt holds the monitor."""
+    """libvirt uses the monitor."""
     NONE = "none"
     UNKNOWN = "unknown"
 
@@ -118,7 +118,7 @@ class AgentKind(StrEnum):
     """Whether qkilld can reach the port of a guest's agent without the monitor."""
 
     PORT = "port"
-    """The port is on a unix socket of the guest."""
+    """The port is a unix socket on which QEMU listens."""
     NONE = "none"
     UNKNOWN = "unknown"
 
@@ -149,7 +149,7 @@ class ExitCode(IntEnum):
     SURVIVED = 4
     """The guest still runs: the job gave up or was cancelled."""
     NOT_QEMU = 5
-    """The process is not QEMU, or is another process by now."""
+    """The process is not QEMU, or its pid was reused."""
     NOT_PERMITTED = 6
     NOT_FOUND = 7
     """There is no such process, guest, unit or job."""

@@ -51,7 +51,7 @@ class Unit:
 
     system: str = ""
     user: str = ""
-    """The unit of the user manager, if `system` is user@UID.service."""
+    """The process's unit in the user manager, if `system` is user@UID.service."""
 
     @property
     def name(self) -> str:
@@ -83,7 +83,8 @@ class Label:
     """Whether the command line has a QMP monitor that is not libvirt's. False if the command line
     was not read in time."""
     remote: bool = False
-    """Whether the command line names storage on a network. True if it was not read in time."""
+    """Whether the command line names storage on a network. True if the command line was not read in
+    time."""
 
     @property
     def shown_name(self) -> str:
@@ -115,10 +116,9 @@ class AskingWays:
     """How a guest can be asked to shut down."""
 
     texts: tuple[str, ...] = ()
-    """Descriptions of the ways to ask the guest, and of what prevents other ways."""
+    """Descriptions of the ways to ask the guest, and of the obstacles to other ways."""
     may_work: bool = True
-    """Whether one of the ways may work. False only if it is certain that the guest cannot be
-    asked."""
+    """False only if it is certain that the guest cannot be asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Button(StrEnum):
 
     LISTENED = "listened"
     NOT_LISTENED = "not-listened"
-    """No operating system listens, so QEMU would drop a press."""
+    """No operating system listens, so QEMU would ignore the button."""
     NO_REGISTER = "no-register"
     """The machine (arm64 virt, microvm) has no register that shows whether an operating system
     listens."""
@@ -85,7 +85,7 @@ class GuestEvent:
     at: int
     """µs, CLOCK_MONOTONIC."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Hostile data. Callers must check its types and contents."""
+    """Untrusted data. Callers must check all types and contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """Whether a press of the button still waits for the guest to notice it, or somebody else
-    pressed the button in the last seconds before the guest was asked; None if unknown."""
+    """Whether the guest has not noticed a press of the button yet; None if unknown. Before the
+    guest is asked, also True if somebody else pressed the button in the last 10 s."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     request_time: int | None = None
@@ -127,5 +127,5 @@ class GuestObservation:
     agent_open: bool | None = None
     """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs since the guest was first asked, without those that have disappeared. POWERED_OFF
-    is included even if it came earlier."""
+    """The signs seen since the guest was first asked, except those disproved later. POWERED_OFF is
+    included even if it was seen earlier."""

@@ -27,8 +27,8 @@ class Request:
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
-    """If the guest is asked first, asking ends at the latest this long (µs) after the start of the
-    job."""
+    """If the guest is asked first: the time after the start of the job (µs) at which asking must
+    end."""
 
     @property
     def asks_alone(self) -> bool:
@@ -47,7 +47,7 @@ class Control:
     held_until: int = INFINITY
     """When the hold expires (CLOCK_MONOTONIC, µs)."""
     hold_outranks: bool = False
-    """Whether root or an authorized user holds the job, not the owner."""
+    """Whether root or an authorized user, not the owner, holds the job."""
     outranking: int = 0
     """The latest `not_before` that root or an authorized user has requested; 0 for none."""
 
@@ -79,7 +79,7 @@ class Risk:
     """A reason why data may be lost."""
 
     code: str
-    """A word of the interface: killed-io, unknown, qcow2-open, …"""
+    """The code in `at-risk` of the receipt: killed-io, unknown, qcow2-open, …"""
     text: str
     """Printable."""
 
@@ -93,7 +93,7 @@ class FlushReport:
     reason: str = ""
     """The printable reason why the flush is not complete."""
     proven: bool = False
-    """Whether it is proven that QEMU held no data of the guest after the flush, and that the guest
+    """Whether it is proven that QEMU had no unwritten data after the flush, and that the guest
     could not write any more."""
 
 

@@ -59,7 +59,8 @@ _STATES: Final[dict[str, str]] = {
 _GIVES_UP: Final = "gives up"
 _SHOWN_RISKS: Final = 3
 MOVES_FOR: Final = 6 * USEC_PER_SEC
-"""Progress within this time (µs) is current: disks write data back in bursts up to 5 s apart."""
+"""Progress this recent (µs) counts as current, because disks write back in bursts up to 5 s
+apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class JobStatus:
     bytes_pending: int | None = None
     held: bool = False
     not_before: int = 0
-    """Extend has forbidden SIGKILL before this time; 0 if the job was never extended."""
+    """The time before which Extend forbids SIGKILL; 0 if the job was never extended."""
     guest_asked: str = GuestAsked.NOT_ASKED
     """The result of asking the guest, as in `guest-asked` of the receipt; `asked` until the result
     is known. Printable."""

@@ -59,7 +59,7 @@ class Span(NamedTuple):
     of_job: bool = True
     """Whether a request can override the configured value."""
     word: str = ""
-    """The word for command lines, if it is not the name of the field."""
+    """The word for command lines, if it differs from `field`."""
 
     @property
     def words(self) -> str:
@@ -123,7 +123,7 @@ class Config:
 
     policy: Policy = field(default_factory=Policy)
     executables: tuple[str, ...] = DEFAULT_EXECUTABLES
-    """Globs. `*` does not match `/`."""
+    """Globs in which `*` does not match `/`."""
     guests: dict[str, Policy] = field(default_factory=dict)
     """The complete policy of each guest with its own `[Guest NAME]` section."""
     switches: Switches = field(default_factory=Switches)

@@ -20,8 +20,8 @@ class Io:
     syscw: int
     read_bytes: int
     write_bytes: int
-    """Bytes dirtied in the page cache, or written without the page cache. Dirtied bytes need not
-    have reached the disk."""
+    """Bytes dirtied in the page cache, or written without the page cache. Dirtied bytes may not
+    have reached the disk yet."""
     cancelled_write_bytes: int
 
 
@@ -79,9 +79,9 @@ class Device:
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above the device. A deeper device is shared with more users. But it may
-    be active while the counters of an upper device, such as a loop device that waits for a flush,
-    do not change."""
+    """The number of layers above the device. A deeper device is shared with more users. But its
+    counters may change while those of the device above it do not, for example if a loop device
+    waits for a flush."""
     own: bool = False
     """Whether the process has opened the device itself, not a file on it, so that other users are
     unlikely."""
@@ -91,11 +91,11 @@ class Device:
     """MAJOR:MINOR of the devices with depth 0 that lie on this device; () if its own depth is 0, or
     if they are unknown."""
     accounting: bool | None = None
-    """Whether the kernel counts the device's requests: an administrator can disable this, and some
-    drivers do not count. None if unknown, as in older traces."""
+    """Whether the kernel counts the device's requests. Some drivers prevent this, and an
+    administrator can disable it. None if unknown, as in older traces."""
     only_reads: bool = False
-    """Whether reads are in flight, but no visible writes. Nothing shows whether a flush is also in
-    flight. This is read only for devices with layers below them."""
+    """Whether reads are in flight, but no writes. A flush may also be in flight. Always False for
+    devices without a layer below them."""
     hides_flush: bool = False
     """Whether the device may be flushing although it shows no request in flight. This is true of
     loop devices before Linux 6.16. A flush of such a device may write the whole backing file."""
@@ -160,15 +160,15 @@ class Peer:
     """Whether `behind` may lack servers: the process at the other end of a connection was not
     found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
-    """If the peer is part of `behind` of another peer: MAJOR:MINOR of the FUSE file systems that it
-    serves to that peer; () if it also serves others."""
+    """For a peer in the `behind` of another: MAJOR:MINOR of the FUSE file systems that it serves to
+    the other peer; () if it also serves further processes."""
     certain: bool = True
-    """If the peer is part of `behind` of another peer: whether it certainly works for that peer. If
-    not, the kernel does not show which process serves a file system, or the other peer has only
-    started this one."""
+    """For a peer in the `behind` of another: whether it certainly works for the other peer. This is
+    uncertain if the kernel does not show which process serves a file system, or if the other peer
+    has only started this one."""
     unseen_requests: bool | None = None
-    """Whether the peer may have requests to files in flight for which no thread waits: on an
-    io_uring, or in Linux AIO."""
+    """Whether the peer may have file requests in flight, on an io_uring or in Linux AIO, for which
+    no thread waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +217,8 @@ class Node:
     export: str = ""
     """For NBD: the export that QEMU requests from the server. Printable."""
     reconnect: int | None = None
-    """For how many seconds QEMU keeps requests if it has lost the server: the reconnect-delay of
-    NBD; for iSCSI, almost infinite. None if unknown."""
+    """How long (s) QEMU keeps requests after it has lost the server: for NBD, the reconnect-delay;
+    for iSCSI, almost infinite. None if unknown."""
     served: bool | None = None
     """Whether a process on this host listens at the server's address; None if unknown."""
     read_only: bool = False
@@ -262,8 +262,7 @@ class ImagePlace:
     """The names of the nodes that use the image, according to the command line; () if the image was
     added later, or if the command line names a link to it."""
     mount: str
-    """MAJOR:MINOR of the image's file system, if this has no block device; "" if the image lies on
-    block devices."""
+    """MAJOR:MINOR of the image's file system; "" if the image lies on block devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +276,7 @@ class Sample:
     threads. All other values are unknown then, and the time since the last sample proves
     nothing."""
     term_pending: bool | None = None
-    """Whether the process has got SIGTERM and has not taken it yet (ShdPnd in /proc/PID/status)."""
+    """Whether the process has a pending SIGTERM (ShdPnd in /proc/PID/status)."""
     tracer: int | None = None
     """The process id of the debugger; 0 for none."""
     cpu: int | None = None
@@ -293,7 +292,7 @@ class Sample:
     rings: int | None = None
     """Requests in flight on the process's io_urings; 0 if it has no io_uring."""
     timers: int = 0
-    """How many of `rings` may be timers instead of requests to disks."""
+    """How many of the requests in `rings` may be timers."""
     direct: bool | None = None
     """Whether the process has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None
@@ -323,5 +322,5 @@ class Sample:
     """Whether a search for the servers of connections is in progress, so that a later sample may
     have servers that are missing in this one."""
     ringless: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices to which no io_uring has requests, according to the command line.
-    () also if no ring has requests at all, or if this is unknown."""
+    """MAJOR:MINOR of the devices that no io_uring is used for, according to the command line; () if
+    unknown, or if no ring has requests."""

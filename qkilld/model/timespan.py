@@ -9,7 +9,7 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.text import printable
 
 ENDLESS: Final = 100 * 365 * 86_400 * USEC_PER_SEC
-"""A time span of this length (µs) or more is infinite in a call."""
+"""In a call, a time span of this length (µs) or more means infinity."""
 
 _US: Final = {
     "us": 1,
@@ -45,9 +45,9 @@ _PART: Final = re.compile(
     rf"(?P<space>[{_BLANKS}]*)(?:(?P<unit>{_UNIT})[{_BLANKS}]*)?"
 )
 _LONG_MAX: Final = 2**63 - 1
-"""The greatest number before a unit, because systemd reads it with strtoll(3)."""
+"""The greatest number allowed before a unit: systemd reads it with strtoll(3)."""
 _SHOWN: Final = 80
-"""The maximum number of characters of a wrong text that a message repeats."""
+"""The maximum number of characters that a message quotes from an invalid text."""
 
 
 def parse(text: str) -> int:

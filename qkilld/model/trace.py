@@ -30,7 +30,7 @@ from qkilld.model.sample import Sample
 FORMAT: Final = "qkilld-trace"
 VERSION: Final = 2
 """The only version that can be read. Version 1 lacks facts that the verdict needs: which sockets
-are for storage according to the command line, and for which descriptors threads wait."""
+are for storage according to the command line, and which descriptors threads wait for."""
 MAX_BYTES: Final = 64 * 1024 * 1024
 """The maximum size of a trace in bytes."""
 

@@ -48,9 +48,9 @@ class UnitFacts:
     drop_ins: tuple[str, ...] = ()
     transient: bool = False
     after: tuple[str, ...] = ()
-    """The units after which this unit is started. It is stopped before them."""
+    """The units that are started before this unit, and stopped after it."""
     before: tuple[str, ...] = ()
-    """The units that are started after this unit. They are stopped before it."""
+    """The units that are started after this unit, and stopped before it."""
     default_dependencies: bool = True
     job_timeout: int = INFINITY
     """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
@@ -88,8 +88,8 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. For a deny list, only
-    AF_UNIX matters: this is None if AF_UNIX is allowed, otherwise some list without it."""
+    """The families that RestrictAddressFamilies= allows; None for all. A deny list is reduced to
+    whether AF_UNIX is allowed: None if so, otherwise some list without AF_UNIX."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     noexec_paths: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class UnitFacts:
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     other_commands: tuple[tuple[str, Command], ...] = ()
-    """The lines of ExecStartPre=, ExecStartPost= and ExecStopPost=, each after the name of its
+    """The lines of ExecStartPre=, ExecStartPost= and ExecStopPost=, each with the name of its
     setting."""
     runtime_max: int = INFINITY
     """RuntimeMaxUSec: systemd stops the unit after this time (µs)."""
