@@ -46,14 +46,13 @@ class UnitVerdict(StrEnum):
     """The verdict, as in --json."""
 
     SAFE = "safe"
-    """After adoption (or now, if adopt would write nothing), every stop keeps the data that the
-    guest's disks have acknowledged, and no stop keeps less than now."""
+    """After adoption, every stop keeps the data that the guest's disks have acknowledged, and no
+    stop keeps less data than now. If adopt would write nothing, the unit is safe already."""
     WORSE = "worse"
-    """After adoption, a stop would keep less data, or end guests that are meant to keep running, or
-    instances would lose settings of their own."""
+    """After adoption, a stop would keep less data, guests that are meant to keep running would end,
+    or instances would lose settings of their own."""
     NO_BETTER = "no-better"
-    """The unit is not safe, and no lines of adopt would make it keep more, so adopt writes
-    nothing."""
+    """The unit is not safe, but adopt can write nothing that keeps more data."""
     UNKNOWN = "unknown"
     """It is unknown which data a stop keeps, or the unit has no known guest."""
     MANUAL = "manual"

@@ -46,7 +46,7 @@ _ELSEWHERE: Final = re.compile(
 _MAY_LEAVE: Final = re.compile(
     r"(?<![\w.-])(?:tmux|screen|byobu|sudo|doas|pkexec|run0|machinectl|at|batch|cgexec)\s"
 )
-"""Programs that may start a command in another unit: the unit of their server, or of a session."""
+"""Programs that may start a command in another unit, such as that of a server or session."""
 _NEEDED: Final = ("/proc", "/usr/bin/qkilld-stop", "/usr/lib/qkilld")
 """The paths that qkilld-stop needs to run and to find its guest."""
 _EXECUTED: Final = ("/usr/bin/qkilld-stop", "/usr/bin/python3")

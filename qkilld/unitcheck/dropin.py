@@ -68,9 +68,9 @@ class Override:
 
     path: str
     keys: tuple[str, ...]
-    """The settings of ours that this drop-in overrides, such as `KillSignal=`."""
+    """The settings of our drop-in that this one overrides, such as `KillSignal=`."""
     adds_stop: bool = False
-    """The drop-in adds lines to ExecStop=, which systemd runs after ours."""
+    """This drop-in adds ExecStop= lines, which systemd runs after our lines."""
 
     def __str__(self) -> str:
         return (

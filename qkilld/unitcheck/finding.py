@@ -33,11 +33,11 @@ class Line:
     """adopt does not write the line, because it changes how the unit runs, and only the owner can
     judge that."""
     repeats: int | None = field(default=None, compare=False)
-    """The index of the unit's ExecStop= command that this line repeats. A repeated qkilld-stop may
-    have other prefixes."""
+    """The index of the unit's ExecStop= command that this line repeats. If the command is
+    qkilld-stop, the line may have other prefixes."""
     is_resolved: bool = field(default=False, compare=False)
-    """The line contains a text of the unit in which systemd has replaced the specifiers. So the
-    line is right only for one instance of a template."""
+    """The line contains text in which systemd has replaced the specifiers, so it is right for only
+    one instance of a template."""
 
     def __str__(self) -> str:
         return f"[{self.section}] {self.text}" if self.section else self.text

@@ -20,8 +20,8 @@ class StoppedBy(StrEnum):
     GUESTS_SERVICE = "guests-service"
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
-    """qkilld-guests.service and systemd's SIGTERM at the same time: the guest's unit is a service
-    without ExecStop=, and not ordered before qkilld-guests.service."""
+    """qkilld-guests.service and systemd's SIGTERM at the same time, because the guest's unit is a
+    service without ExecStop= that is not ordered before qkilld-guests.service."""
     UNCOVERED = "uncovered"
     """Only systemd, because Executables= does not match the guest."""
 

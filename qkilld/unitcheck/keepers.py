@@ -68,7 +68,8 @@ PROGRAMS: Final = {
     "vdsmd": "VDSM",
     "kubelet": "kubelet",
 }
-"""The programs that keepers run, with their projects. The names of the keepers do not matter."""
+"""The programs that keepers run, with their projects. A keeper with an unknown name is recognised
+by its program."""
 _MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
 """Programs that shut down only the guests of their own unit, with their projects."""
 MANAGERS: Final = frozenset(
@@ -77,8 +78,8 @@ MANAGERS: Final = frozenset(
      "ganeti-noded", "vdsmd", "nova-compute", "pacemakerd", "pacemaker-remoted", "pve-ha-lrm",
      "pvedaemon", "systemd", "systemd-machined", "systemd-logind", "sshd"]
 )  # fmt: skip
-"""Programs that start guests in other units. Stopping or restarting the service of such a program
-does not stop these guests. The service's name does not matter. `x.y` is an app of a snap."""
+"""Programs that start guests in other units. Stopping or restarting the service of such a program,
+whatever its name is, does not stop these guests. A name with a dot is an app of a snap."""
 _OWNERS: Final = (
     ("machine-qemu", ("libvirt-guests.service",)),
     ("docker-", ("docker.service", "snap.docker.dockerd.service")),

@@ -42,7 +42,8 @@ class Act:
     if_failed: bool = False
     """The act runs only if the previous one has failed (`||`)."""
     changes: bool = False
-    """For NOTHING: the program changes something else, such as a file or the network."""
+    """For NOTHING: the program changes something besides the guest, such as a file or the
+    network."""
 
 
 def act(kind: ActKind, usec: int = INFINITY, *, by_name: bool = False) -> tuple[Act, ...]:

@@ -27,9 +27,9 @@ class Patience(IntEnum):
 
     NONE = 0
     TIMED = 1
-    """Until a fixed timeout."""
+    """The stop waits until a fixed timeout."""
     PATIENT = 2
-    """As long as the guest makes progress, or without a limit."""
+    """The stop waits as long as the guest makes progress, or without a limit."""
     UNTOUCHED = 3
     """The guest keeps running, as intended."""
 
@@ -50,9 +50,10 @@ class Outcome:
     """How long a stop waits for each kind of data."""
 
     guest: Patience
-    """For data that is still only in the memory of the guest's operating system."""
+    """How long the stop waits for data that is only in the memory of the guest's operating
+    system."""
     disks: Patience
-    """For data that the guest's disks have acknowledged."""
+    """How long the stop waits for data that the guest's disks have acknowledged."""
     steps: tuple[StopStep, ...] = ()
 
     def __ge__(self, other: Outcome) -> bool:
@@ -119,7 +120,7 @@ class StopSettings:
     kill_mode: str = "control-group"
     kill_signal: int = signal.SIGTERM
     restart_kill_signal: int = 0
-    """RestartKillSignal=, sent at a restart; 0 for KillSignal=."""
+    """RestartKillSignal=; 0 if it equals KillSignal=."""
     sends_sigkill: bool = True
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
@@ -130,7 +131,7 @@ class StopSettings:
     main_may_trap: bool = False
     """The main process is not QEMU, and may do anything when it gets KillSignal=."""
     outlives: bool = False
-    """The unit is a manager, and its guests are meant to keep running when it is stopped."""
+    """The unit manages guests that are meant to keep running when it is stopped."""
     helper: Helper = Helper.EXTENDS
     """How well qkilld-stop works in an ExecStop= of the unit, or in its guard."""
     guard: str = ""
@@ -145,7 +146,8 @@ class StopSettings:
     guests_service: bool = False
     """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
-    """A server on this host that serves the guest's disks may be stopped at the same time."""
+    """A server on this host that serves the guest's disks may be stopped at the same time as the
+    unit."""
     storage_goes_first: bool = False
     """At shutdown, the storage may be gone before the unit is stopped."""
     can_ask: bool | None = None

@@ -76,7 +76,7 @@ class Storage:
     device: str = ""
     """The path of a block device. `protocol` is its kind."""
     text: str = ""
-    """For a template: the mount point or the server, with specifiers so that it is right for every
+    """For a template: the mount point or the server, written with specifiers to suit every
     instance; "" if no specifier is needed."""
     may_differ: bool = False
     """For a template: other instances may have another mount point."""
