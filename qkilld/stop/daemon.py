@@ -26,7 +26,7 @@ USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 300
 """The maximum number of processes in one call. Each takes up to 45 bytes, and the daemon accepts
-calls up to 16 KiB (of root, up to 64 KiB)."""
+calls up to 16 KiB (64 KiB from root)."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies within milliseconds, or within a second if systemd has to
@@ -35,7 +35,8 @@ BUSY_TIMEOUT_S = 12.0
 """The additional time for a reply if the daemon has read the call. Such a daemon is busy, but stops
 the guests sooner than the helper could by itself."""
 RETURN_TIMEOUT_S = 3.0
-"""How long to wait for the next daemon. systemd restarts a crashed daemon within a second."""
+"""If the daemon is gone, how long to wait for it to return. systemd restarts a crashed daemon
+within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
 """After this time without a message, check that the daemon is alive. (The daemon sends the state of
@@ -45,8 +46,8 @@ EXIT_TIMEOUT_S = 1.0
 """How long our pidfd may take to confirm an exit that the daemon has reported. Normally our pidfd
 becomes readable at the same time as the daemon's."""
 ENDING_S = 1.0
-"""After a job was cancelled, wait this long for the daemon to close the connection. If the daemon
-closes it, the daemon is exiting."""
+"""How long to wait, after a job was cancelled, for the daemon to close the connection, as it does
+when it exits."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
 """The ioctl that returns how many sent bytes the peer has not read: Linux, unix(7)."""

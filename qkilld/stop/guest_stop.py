@@ -39,15 +39,15 @@ class GuestStop:
         self.monitor = -1
         """A connection to the guest's monitor that is passed to the daemon; -1 for none."""
         self.state: dict[str, Any] | None = None
-        """The last State (org.qkilld1.varlink) of its job, which runs in the daemon or in this
-        process."""
+        """The last State (org.qkilld1.varlink) of the guest's job, which runs in the daemon or in
+        this process."""
         self.code: int | None = None
         """The exit code; None while the stop is running."""
         self.denial = ""
         self.is_exit_noted = False
         self.leave_at: float | None = None
-        """When to give up, time.monotonic(). Set if the process is exiting, so that nothing more
-        can be done."""
+        """When to give up (time.monotonic()), if the process is exiting and nothing more can be
+        done."""
 
     def force_if_allowed(self) -> None:
         """Send FORCE with further calls, unless the daemon would refuse them because this program

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TICK_S: Final = 1.0
 TIMEOUT_S: Final = 2.0
 STALL_S: Final = 10.0
-"""A guest makes no progress if it has written nothing for this long."""
+"""A guest that has written nothing for this long counts as stalled."""
 LONGEST_S: Final = 20 * 60.0
 """The limit for each keeper, whatever its timeout is, because systemd limits a host shutdown to 30
 minutes."""
@@ -71,7 +71,7 @@ class KeeperWatch:
         self._read_at: dict[str, float] = {}
         self._own: UnitFacts | None = None
         self._services: dict[frozenset[str], dict[str, str]] = {}
-        """For each set of programs: the services in which they run, each with its program."""
+        """The result of services_that_run() for each set of programs."""
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
         """Wait until the process is gone, until none of its keepers is being stopped, or until the
@@ -179,7 +179,7 @@ async def leave_all(
 
     watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
     events = {process: asyncio.Event() for process in processes}
-    """Set once it is known whether a keeper of the process is being stopped."""
+    """Each event is set once it is known whether a keeper of its process is being stopped."""
     remaining = set(processes)
 
     async def leave(process: ProcessHandle) -> None:

@@ -17,15 +17,15 @@ refusal."""
 NO_STATE = "Asking qkilld to stop the guest"
 """The status until a job has begun."""
 STEP = 20 * USEC_PER_SEC
-"""The longest extension, without MARGIN. The helper sends an extension every second."""
+"""The longest extension before MARGIN is added. The helper sends an extension every second."""
 MARGIN = 5 * USEC_PER_SEC
 """An extension ends this long after the time of the job's next step."""
 ASK_ALL = 20 * 60 * USEC_PER_SEC
 """Time limit for asking all guests of a host. systemd limits a host shutdown to 30 minutes, and
 qkilld-guests.service uses at most 25 of them."""
 MAX_RESTARTS = 3
-"""How often to search for another QEMU of the unit when the guest has exited. A later QEMU is
-stopped by systemd's own signals."""
+"""How many times to search for another QEMU of the unit after the guest has exited. systemd's own
+signals stop any later QEMU."""
 RESTART_S = 1.0
 """How long (s) to wait for a shell to start another QEMU."""
 

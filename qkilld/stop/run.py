@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 EXITING_TIMEOUT_S = 60.0
 """The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""The unit's settings are read after this time, because an idle guest exits earlier."""
+"""The delay before the unit's settings are read: an idle guest exits sooner and does not need
+them."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""
@@ -67,8 +68,8 @@ class StopRun:
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(socket_paths(options)) + 1)
-        """In the order in which they are tried; None until needed. The last one is the local
-        engine."""
+        """The stoppers in the order in which they are tried; each is None until needed. The last
+        one is the local engine."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
         self._place: dict[GuestStop, int] = {}
         """For each stop, the index of its stopper in `_stoppers`."""
