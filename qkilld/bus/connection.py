@@ -17,7 +17,14 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from qkilld.bus.framing import Frames, IncomingMessage, MessageKind, error_reply, reply_header
+from qkilld.bus.framing import (
+    Frames,
+    IncomingMessage,
+    MessageKind,
+    error_reply,
+    reply_header,
+    signal_header,
+)
 from qkilld.bus.library import (
     AuthError,
     InvalidAddressError,
@@ -26,6 +33,7 @@ from qkilld.bus.library import (
     NameFlag,
     RequestNameReply,
     encode,
+    encode_body,
 )
 from qkilld.bus.transport import open_socket
 from qkilld.bus.values import parse
@@ -132,17 +140,18 @@ class Connection:
         self._queue(message)
         self._schedule_write()
 
-    def send_now(self, message: Message) -> None:
-        """Write all queued messages and then this one, as soon as the socket has room. Does nothing
-        if the connection is lost."""
+    def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+        """Send a signal, as `send` does. Does nothing if the connection is lost."""
         if self.connected:
-            self._queue(message)
-            if not self._blocked:
-                self._write()
+            encoded = encode_body(signature, body)
+            serial, length = self._next_serial(), len(encoded)
+            self._unsent += signal_header(path, interface, member, serial, signature, length)
+            self._unsent += encoded
+            self._schedule_write()
 
-    def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
-        """Write the reply to a call, as `send_now` does. `body` is encoded
-        (library.encode_body)."""
+    def reply(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
+        """Write all queued messages and then the reply to a call, as soon as the socket has room.
+        Does nothing if the connection is lost. `body` is encoded (library.encode_body)."""
         if self.connected:
             self._unsent += reply_header(call, self._next_serial(), signature, len(body))
             self._unsent += body

@@ -200,17 +200,33 @@ def reply_header(call: IncomingMessage, serial: int, signature: str, length: int
     fields = (
         struct.pack("<B3sI", 5, b"\1u\0", call.serial)
         + _string_field(6, b"s", call.sender)
-        + struct.pack("<B3sB", 8, b"\1g\0", len(signature))
-        + signature.encode()
-        + b"\0"
+        + _signature_field(signature)
     )
     return _header(MessageKind.REPLY, serial, fields, length)
+
+
+def signal_header(
+    path: str, interface: str, member: str, serial: int, signature: str, length: int
+) -> bytes:
+    """Encode the header of a signal. `length`: as for `reply_header`."""
+    fields = (
+        _string_field(1, b"o", path)
+        + _string_field(2, b"s", interface)
+        + _string_field(3, b"s", member)
+        + _signature_field(signature)
+    )
+    return _header(MessageKind.SIGNAL, serial, fields, length)
 
 
 def _header(kind: MessageKind, serial: int, fields: bytes, length: int) -> bytes:
     """Encode a header, padded for a body of this length."""
     fixed = struct.pack("<cBBBIII", b"l", kind, 1, 1, length, serial, len(fields))
     return fixed + fields + b"\0" * (-len(fields) & 7)
+
+
+def _signature_field(signature: str) -> bytes:
+    """Encode the last header field."""
+    return struct.pack("<B3sB", 8, b"\1g\0", len(signature)) + signature.encode() + b"\0"
 
 
 def _string_field(code: int, kind: bytes, text: str) -> bytes:

@@ -16,6 +16,8 @@ from qkilld.model.constants import MANAGER_PATH
 if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob
 
+REPLIES_FIRST_S: Final = 0.001
+"""The delay of signals, so that the replies for which callers wait are sent before them."""
 MIN_INTERVAL_S: Final = 0.2
 """The shortest time between two PropertiesChanged signals of a job."""
 
@@ -58,10 +60,10 @@ class Announcer:
             self._announce_soon(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        """Schedule the signals about the end. They are not sent now, because thousands of jobs may
-        end at a time, and this must not delay the SIGKILL of other jobs."""
+        """Schedule the signals about the end. They are not sent now, because they must not delay
+        the replies of Wait and, if thousands of jobs end at a time, the SIGKILL of other jobs."""
         self._ended.append(job)
-        self._schedule()
+        self._schedule(REPLIES_FIRST_S)
 
     def job_forgotten(self, job: ObservedJob) -> None:
         self._server.emit_removed(job_path(job), interfaces.job())
@@ -101,18 +103,17 @@ class Announcer:
     def _announce_soon(self, job: ObservedJob) -> None:
         self._pauses.pop(job.number, None)
         self._due[job.number] = job
-        self._schedule()
+        self._schedule(REPLIES_FIRST_S)
 
-    def _schedule(self) -> None:
+    def _schedule(self, delay_s: float) -> None:
         loop = asyncio.get_running_loop()
         if self._round is not None or not (self._ended or self._due):
             return
-        if self._ended or self._server.has_room:
-            self._round = loop.call_soon(self._announce_due)
-        else:
+        if not self._ended and not self._server.has_room:
             # The bus does not read at the moment. Try again later; clients then get only the newest
             # values.
-            self._round = loop.call_later(MIN_INTERVAL_S, self._announce_due)
+            delay_s = MIN_INTERVAL_S
+        self._round = loop.call_later(delay_s, self._announce_due)
 
     def _announce_due(self) -> None:
         """Announce ends and changes for at most STEP_S, because thousands of jobs may end or change
@@ -132,7 +133,7 @@ class Announcer:
                 if time.monotonic() >= end:
                     break
         finally:
-            self._schedule()
+            self._schedule(0)
 
     def _announce_end(self, job: ObservedJob) -> None:
         self._due.pop(job.number, None)

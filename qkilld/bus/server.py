@@ -18,7 +18,7 @@ from qkilld.bus import interfaces
 from qkilld.bus.connection import CallFailed, Connection
 from qkilld.bus.framing import MAX_CALL, Flags, IncomingMessage
 from qkilld.bus.interfaces import Interface, introspection
-from qkilld.bus.library import Message, MessageType, Variant
+from qkilld.bus.library import Variant, encode_body
 from qkilld.bus.listing import Listing, Listings
 from qkilld.bus.values import parse
 from qkilld.engine.call_limits import Cost
@@ -204,7 +204,8 @@ class Server:
             return
         self._noticed.add(sender)
         try:
-            await self._connection.request_bus("AddMatch", "s", _disconnect_rule(sender))
+            # The bus answers in order, so AddMatch needs no reply of its own.
+            self._connection.tell_bus("AddMatch", "s", _disconnect_rule(sender))
             (exists,) = await self._connection.request_bus("NameHasOwner", "s", sender)
         except QkilldError:
             self._forget(sender)
@@ -214,9 +215,8 @@ class Server:
 
     def emit(self, path: str, interface: Interface, member: str, *body: Any) -> None:
         """Send a signal. Does nothing if the connection is lost."""
-        self._send(
-            Message.new_signal(path, interface.name, member, interface.signals[member], list(body))
-        )
+        signature = interface.signals[member]
+        self._connection.emit(path, interface.name, member, signature, list(body))
 
     def emit_added(self, path: str, interface: Interface, values: Mapping[str, Any]) -> None:
         """Broadcast InterfacesAdded."""
@@ -235,15 +235,8 @@ class Server:
         """Broadcast PropertiesChanged. `invalidated`: properties that are named without their
         values."""
         self._listings.announced(path)
-        self._send(
-            Message.new_signal(
-                path,
-                _PROPERTIES,
-                "PropertiesChanged",
-                "sa{sv}as",
-                [interface.name, variants(interface, values), list(invalidated)],
-            )
-        )
+        body = [interface.name, variants(interface, values), list(invalidated)]
+        self._connection.emit(path, _PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
 
     @property
     def busy(self) -> bool:
@@ -511,15 +504,7 @@ class Server:
 
     def _reply(self, call: IncomingMessage, signature: str, body: list[Any]) -> None:
         if call.wants_reply:
-            self._connection.send_now(
-                Message(
-                    message_type=MessageType.METHOD_RETURN,
-                    reply_serial=call.serial,
-                    destination=call.sender,
-                    signature=signature,
-                    body=body,
-                )
-            )
+            self._connection.reply(call, signature, encode_body(signature, body))
 
     async def _reply_listing(
         self, call: IncomingMessage, uid: int, signature: str, listing: Listing
@@ -531,7 +516,7 @@ class Server:
             async with self._turns.long_replies.turn(uid) as pace:
                 if self._connection.has_room:
                     body = await self._listings.encode(signature, listing, pace)
-                    self._connection.reply_encoded(call, signature, body)
+                    self._connection.reply(call, signature, body)
                     return
 
     def refuse(self, call: IncomingMessage, error: QkilldError, *, later: bool = False) -> None:
@@ -539,12 +524,7 @@ class Server:
         refuse(call, error.bus_name, str(error))
 
     def _send_from_manager(self, member: str, signature: str, body: list[Any]) -> None:
-        name = interfaces.OBJECT_MANAGER
-        self._send(Message.new_signal(MANAGER_PATH, name, member, signature, body))
-
-    def _send(self, message: Message) -> None:
-        if self._connection.connected:
-            self._connection.send(message)
+        self._connection.emit(MANAGER_PATH, interfaces.OBJECT_MANAGER, member, signature, body)
 
 
 def variants(interface: Interface, values: Mapping[str, Any]) -> dict[str, Variant]:

@@ -25,7 +25,7 @@ from qkilld.bus.framing import IncomingMessage, MessageKind
 from qkilld.bus.guest_objects import GuestSignals
 from qkilld.bus.interfaces import OBJECT_MANAGER, OBJECT_MANAGER_GIVES
 from qkilld.bus.job_signals import Announcer
-from qkilld.bus.library import encode
+from qkilld.bus.library import encode_body
 from qkilld.bus.manager_object import ManagerObject, ManagerTree
 from qkilld.bus.server import Server
 from qkilld.bus.values import parse
@@ -131,15 +131,9 @@ class FakeBus:
 
     def tell_bus(self, *_: object) -> None: ...
 
-    def send_now(self, reply: Any) -> None:
-        reply.serial = 1
-        self.replies.append((reply.reply_serial, reply.signature, bytes(encode(reply))))
-
-    def send(self, message: Any) -> None:
-        """Send a signal."""
-        message.serial = 1
-        encode(message)
-        self.changed.append(message.path)
+    def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+        encode_body(signature, body)
+        self.changed.append(path)
 
     async def uid_of(self, name: str) -> int:
         return UID
@@ -151,7 +145,7 @@ class FakeBus:
     async def wait_for_room(self) -> None:
         await self.room.wait()
 
-    def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
+    def reply(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
         self.replies.append((call.serial, signature, bytes(body)))
 
 
@@ -517,6 +511,38 @@ def test_changes_and_ends_of_many_jobs(world: World) -> None:
         assert await longest_share(announce_ends()) < MAX_SHARE
         assert {path for path in bus.changed if path != MANAGER_PATH} == set(paths)
         assert bus.changed.count(MANAGER_PATH) >= len(jobs)  # JobRemoved.
+        announcer.close()
+
+    asyncio.run(work())
+
+
+def test_the_end_of_a_job_is_announced_after_the_reply_to_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signals take long to encode, and nobody waits for them."""
+    monkeypatch.setattr(job_signals, "REPLIES_FIRST_S", 0.1)  # The machine may be busy.
+    bus, process = FakeBus(), FakeProcess()
+
+    async def work() -> None:
+        service = cast(Service, SimpleNamespace(registry=world.registry))
+        tree = ManagerTree(ManagerObject(service), service)
+        server = Server(cast(Connection, bus), tree, fault, Turns(frozenset({0})))
+        announcer = Announcer(server)
+        world.registry.observer = announcer
+        world.stop(process)
+        call = call_of(1, "org.qkilld1.Job", "Wait", sender=":1.1")
+        call.path = "/org/qkilld1/job/1"
+        bus.on_call(call)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not bus.replies
+        bus.changed.clear()
+        process.die()
+        while not bus.replies:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert not bus.changed
+        await announcer.drain()
+        assert bus.changed.count(MANAGER_PATH)  # JobRemoved.
         announcer.close()
 
     asyncio.run(work())

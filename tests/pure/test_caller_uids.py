@@ -37,8 +37,8 @@ class FakeConnection:
         await asyncio.sleep(0)
         return UID
 
-    def send_now(self, message: Any) -> None:
-        self.answered.append((message.destination, message.reply_serial))
+    def reply(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
+        self.answered.append((call.sender, call.serial))
 
     def call(self, sender: str) -> None:
         """Receive a call of Ping."""
