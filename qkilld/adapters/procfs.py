@@ -33,6 +33,7 @@ from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
+_MAX_CGROUP: Final = 256 << 10
 _MAX_CMDLINE: Final = 256 << 10
 """The maximum number of bytes of a command line that are read. A process can make its command line
 arbitrarily long."""
@@ -368,16 +369,11 @@ def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
     Users choose the names of cgroups below user@UID.service. A name that no unit can have becomes
     "?".
     """
-    try:
-        # Do not use read_text(), which would turn a carriage return in a name into a line break.
-        cgroups, init = (
-            (proc / str(one) / "cgroup").read_bytes().decode("utf-8", "surrogateescape")
-            for one in (pid, 1)
-        )
-    except OSError as error:
-        note_once(f"looking for the unit of process {pid}", error)
+    own, init = (read_bounded(f"{proc}/{one}/cgroup", _MAX_CGROUP) for one in (pid, 1))
+    if own is None or init is None:
         return None
-    unit = unit_of(cgroups, init, lambda: _systemd_uses_v2(proc))
+    cgroups, roots = (text.decode("utf-8", "surrogateescape") for text in (own, init))
+    unit = unit_of(cgroups, roots, lambda: _systemd_uses_v2(proc))
     if unit is None:
         note_once("looking for units", "it is not known which cgroup hierarchy systemd uses")
         return None
