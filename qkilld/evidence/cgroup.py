@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.debug_log import note_once
-from qkilld.evidence.hierarchies import Group, Hierarchies, hierarchies_of, is_alone
+from qkilld.evidence.hierarchies import Group, Hierarchies, hierarchies_of
 from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
 from qkilld.model.sample import Cgroup
 
@@ -66,7 +66,7 @@ class CgroupReader:
     __slots__ = (
         "_clock", "_directory", "_freezers", "_freezers_known", "_hierarchies", "_io",
         "_io_own", "_last_cgroup", "_membership", "_memory", "_memory_own", "_owns_directory",
-        "_pid", "_proc", "_refresh_at", "_shared", "_text",
+        "_pid", "_refresh_at", "_shared", "_text",
     )  # fmt: skip
 
     def __init__(
@@ -86,7 +86,6 @@ class CgroupReader:
         """
         self._pid = pid
         self._shared = shared
-        self._proc = proc
         self._clock = clock
         self._hierarchies = hierarchies or hierarchies_of(proc)
         self._directory = -1 if directory is None else directory
@@ -179,7 +178,8 @@ class CgroupReader:
 
     def _find_owners(self) -> None:
         self._memory_own, self._io_own = (
-            reader is not None and is_alone(reader.group, reader.directory, self._pid, self._proc)
+            reader is not None
+            and self._hierarchies.is_alone(reader.group, reader.directory, self._pid)
             for reader in (self._memory, self._io)
         )
 

@@ -20,6 +20,10 @@ from qkilld.evidence.kept_file import read_once
 from qkilld.model.named_tuple import NamedTuple
 
 _RELOAD_S: Final = 60.0
+CROWDED_S: Final = 1.0
+"""How long a group that has too many processes is not listed again, because thousands of guests may
+be in it."""
+_MAX_CROWDED: Final = 256
 _MAX_MOUNTINFO: Final = 4 << 20
 _MAX_DEPTH: Final = 32
 _MAX_GROUPS: Final = 64
@@ -57,11 +61,14 @@ class Hierarchies:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`root` is prepended to mount points."""
+        self._proc = proc
         self._mountinfo = proc / "self/mountinfo"
         self._root = root
         self._clock = clock
         self._reload_at = 0.0
         self._mounts: list[tuple[frozenset[str], str, str]] = []
+        self._crowded: dict[str, float] = {}
+        """For directories of groups with too many processes: until when they are not listed."""
 
     def groups(self, membership: bytes) -> dict[str, Group]:
         """Return groups by controller ("memory", "blkio", "name=systemd"); the key of v2 is "".
@@ -82,6 +89,23 @@ class Hierarchies:
             group = Group("" in names, path, self._ways(names, path))
             by_controller.update(dict.fromkeys(names, group))
         return by_controller
+
+    def is_alone(self, group: Group, directory: str, pid: int) -> bool:
+        """Return whether the group in `directory` (one of group.ways) contains only this process
+        and its descendants, or is in the scope of a machine (_MACHINE). Return False if there are
+        too many groups or processes. Costs 10 µs for each group and each process."""
+        if group.is_root:
+            return False
+        if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):
+            return True
+        if self._clock() < self._crowded.get(directory, 0.0):
+            return False
+        if (members := _members(directory)) is None:
+            if len(self._crowded) >= _MAX_CROWDED:
+                self._crowded.clear()
+            self._crowded[directory] = self._clock() + CROWDED_S
+            return False
+        return pid in members and all(_descends(member, pid, self._proc) for member in members)
 
     def _ways(self, names: frozenset[str], path: str) -> tuple[str, ...]:
         for controllers, mounted, point in self._mounts:
@@ -125,33 +149,26 @@ def hierarchies_of(proc: Path) -> Hierarchies:
     return Hierarchies(proc)
 
 
-def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
-    """Return whether the group in `directory` (one of group.ways) contains only this process and
-    its descendants, or is in the scope of a machine (_MACHINE). Return False if there are too many
-    groups or processes. Costs 10 µs for each group and each process."""
-    if group.is_root:
-        return False
-    if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):
-        return True
+def _members(directory: str) -> set[int] | None:
+    """Return the processes in a group and in the groups below it; None if there are too many groups
+    or processes, or if the group is unreadable."""
     members: set[int] = set()
     for count, (path, _, files) in enumerate(os.walk(directory)):
-        if count >= _MAX_GROUPS:
-            return False
-        if "cgroup.procs" not in files:
-            return False
+        if count >= _MAX_GROUPS or "cgroup.procs" not in files:
+            return None
         try:
             listed = read_once(Path(path, "cgroup.procs"), most=_MAX_BYTES)
             if len(listed) == _MAX_BYTES:
-                return False
+                return None
             members.update(map(int, listed.split()))
         except (OSError, ValueError):
             # cgroup.procs of a threaded v2 group cannot be read. Ignore the group, because the
             # group above it lists its processes, too.
             if path == directory:
-                return False
+                return None
         if len(members) > _MAX_PROCESSES:
-            return False
-    return pid in members and all(_descends(member, pid, proc) for member in members)
+            return None
+    return members
 
 
 def _descends(pid: int, ancestor: int, proc: Path) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from qkilld.evidence import cgroup
 from qkilld.evidence.cgroup import CgroupReader
-from qkilld.evidence.hierarchies import Hierarchies
+from qkilld.evidence.hierarchies import CROWDED_S, Hierarchies
 from qkilld.model.sample import Cgroup
 from tests.evidence.until import until
 from tests.lab import needs
@@ -274,6 +274,24 @@ def test_own_takes_the_groups_below_along(tree: Tree) -> None:
     tree.put(f"{directory}/below/cgroup.procs", "")
     found = tree.reader().read()
     assert found is not None and not found.own, "there are too many to look"
+
+
+def test_a_crowded_group_is_not_listed_for_each_guest(tree: Tree) -> None:
+    path = f"{put_v2(tree)}/cgroup.procs"
+    tree.put(path, "".join(f"{pid}\n" for pid in range(7, 107)))
+    hierarchies = Hierarchies(tree.proc, tree.top, lambda: tree.now)
+
+    def is_own() -> bool:
+        tree.readers.append(CgroupReader(7, tree.proc, hierarchies, lambda: tree.now))
+        found = tree.readers[-1].read()
+        assert found is not None
+        return found.own
+
+    assert not is_own()
+    tree.put(path, "7\n")
+    assert not is_own()
+    tree.now += CROWDED_S
+    assert is_own()
 
 
 def test_a_scope_of_machined_is_own_with_helpers_in_it(tree: Tree) -> None:
