@@ -107,12 +107,11 @@ def _own_bytes(sample: Sample) -> int | None:
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:
         local = group.written
-    acked = [
-        socket.acked
-        for socket in sample.sockets or ()
-        if is_storage(socket) and socket.acked is not None
-    ]
-    return None if local is None else local + sum(acked)
+    if local is None or not sample.sockets:
+        return local
+    return local + sum(
+        socket.acked for socket in sample.sockets if is_storage(socket) and socket.acked is not None
+    )
 
 
 def _served_bytes(sample: Sample) -> list[tuple[int, int]]:

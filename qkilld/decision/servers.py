@@ -120,7 +120,7 @@ class StorageServers:
         return _chain(one.peer for one in self.connected.values())
 
 
-_NO_SERVERS: Final = StorageServers()
+NO_SERVERS: Final = StorageServers()
 
 
 def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServers | None:
@@ -133,8 +133,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if sample.nodes is None:
         return before
     groups = _groups_that_may_lose_data(sample.nodes)
-    if not groups and (before is None or before == _NO_SERVERS):
-        return _NO_SERVERS
+    if not groups and (before is None or before == NO_SERVERS):
+        return NO_SERVERS
     if sample.sockets is None:
         return before
     known = dict(before.connected) if before is not None else {}

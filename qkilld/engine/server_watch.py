@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.debug_log import note_once
 from qkilld.decision.servers import (
+    NO_SERVERS,
     ServerEnds,
     StorageServers,
     follow_servers,
@@ -119,6 +120,8 @@ class ServerWatch:
 
     def note_sample(self, sample: Sample) -> None:
         """Note the connections in any sample of the guest."""
+        if self._servers is NO_SERVERS and not sample.nodes:
+            return
         with self._failures():
             before, self._servers = self._servers, follow_servers(self._servers, sample)
             if self._servers is None or self._exits is None:

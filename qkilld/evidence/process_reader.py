@@ -135,7 +135,7 @@ class ProcessReader:
         known = None if has_run or not detail else self._last_values
         if known and call("reading /proc/PID/status", self._is_status, self._text):
             into.update(zip(_WHOLE, known, strict=True))
-            call("reading rings", self._read_rings, into, opened)
+            call("reading rings", self._read_rings, into, opened, False)
             return
         self._last_values = self._text = None
         threads, exiting = call("reading /proc/PID/stat", self._read_stat, into) or (None, False)
@@ -145,7 +145,7 @@ class ProcessReader:
             if threads is not None:
                 call("reading threads", self._read_threads, into, threads, exiting)
             self._remember(into)
-            call("reading rings", self._read_rings, into, opened)
+            call("reading rings", self._read_rings, into, opened, True)
 
     def read_completions(self) -> int | None:
         """See RingReader. May block briefly."""
@@ -194,8 +194,8 @@ class ProcessReader:
             # them.
             into["state"], into["exiting"] = living.state, False
 
-    def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:
-        requests, into["direct"] = self._rings.read(opened)
+    def _read_rings(self, into: dict[str, Any], opened: int | None, has_run: bool) -> None:
+        requests, into["direct"] = self._rings.read(opened, has_run)
         if requests is not None:
             into["rings"], into["timers"] = requests.in_flight, requests.timers
 

@@ -15,12 +15,12 @@ completions, not requests in flight. Only samples with detail read the tail (sam
 this takes the process's memory lock.
 
 Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
-REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.
-Reading them costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400
-µs for the mappings. The mappings are read only if a file is open with O_DIRECT and any process on
-the host has an AIO context. Reading the mappings takes the process's memory lock, and may block as
-long as the process's storage hangs. So a separate thread reads the mappings, and after
-MAPPINGS_TIMEOUT_S the result is unknown.
+REFRESH_S (IDLE_REFRESH_S if the process has not run since), and when the number of descriptors
+changes, the descriptors and mappings are read again. Reading them costs 3 µs for each descriptor, 9
+µs more for each file (0.6 ms for 100), and 40 to 400 µs for the mappings. The mappings are read
+only if a file is open with O_DIRECT and any process on the host has an AIO context. Reading the
+mappings takes the process's memory lock, and may block as long as the process's storage hangs. So a
+separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S the result is unknown.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from qkilld.evidence.kept_file import EXITED, number_after, open_directory, read
 from qkilld.model.dataclass import dataclass
 
 REFRESH_S: Final = 10.0
+IDLE_REFRESH_S: Final = 30.0
+"""Replaces REFRESH_S while no thread of the process runs, because only other processes could then
+change what its descriptors refer to."""
 MAPPINGS_TIMEOUT_S: Final = 0.05
 MAX_DESCRIPTORS: Final = 1024
 """A process with more descriptors is not examined."""
@@ -70,8 +73,8 @@ class RingRequests:
 
 class RingReader:
     __slots__ = (
-        "_clock", "_count", "_direct", "_directory", "_mappings", "_proc", "_refresh_at",
-        "_rings",
+        "_clock", "_count", "_direct", "_directory", "_has_run", "_mappings", "_proc",
+        "_refreshed_at", "_rings",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +88,9 @@ class RingReader:
         self._proc = proc
         self._clock = clock
         self._mappings = _Mappings(directory)
-        self._refresh_at = 0.0
+        self._refreshed_at = -IDLE_REFRESH_S
+        self._has_run = True
+        """Whether the process may have run since its descriptors were last listed."""
         self._count = -1
         self._rings: list[str] | None = None
         self._direct: bool | None = None
@@ -96,12 +101,15 @@ class RingReader:
         memory lock."""
         return self._mappings.tails()
 
-    def read(self, opened: int | None = None) -> tuple[RingRequests | None, bool | None]:
+    def read(
+        self, opened: int | None = None, has_run: bool = True
+    ) -> tuple[RingRequests | None, bool | None]:
         """Return the requests in flight on all rings, and whether AIO requests may be in flight.
 
         `opened`: st_size of /proc/PID/fd, if the caller has just read it. This is the number of
-        descriptors, or 0 before Linux 6.2.
+        descriptors, or 0 before Linux 6.2. `has_run`: the process may have run since the last call.
         """
+        self._has_run = self._has_run or has_run
         if self._descriptors_changed(self._opened() if opened is None else opened):
             self._refresh()
         in_flight = self._in_flight()
@@ -120,7 +128,9 @@ class RingReader:
     def _descriptors_changed(self, opened: int) -> bool:
         changed = opened != self._count
         self._count = opened
-        return changed or self._clock() >= self._refresh_at
+        is_known = self._rings is not None and self._direct is not None
+        interval = IDLE_REFRESH_S if is_known and not self._has_run else REFRESH_S
+        return changed or self._clock() - self._refreshed_at >= interval
 
     def _in_flight(self) -> RingRequests | None:
         if self._rings is None:
@@ -139,7 +149,7 @@ class RingReader:
         return total
 
     def _refresh(self) -> None:
-        self._refresh_at = self._clock() + REFRESH_S
+        self._refreshed_at, self._has_run = self._clock(), False
         self._rings = self._direct = None
         try:
             links = self._links()

@@ -55,9 +55,10 @@ class Workers:
         """Add a worker if calls wait and all workers are blocked. If no worker can be started, and
         this program may block (qkilld-stop), run the calls in this thread."""
         with self._lock:
+            if self._idle or self._count >= MAX_WORKERS or not self.waiting:
+                return
             now = time.monotonic()
-            stuck = all(now - since > STUCK_S for since, _ in self._busy.values())
-            if self._idle or not stuck or self._count >= MAX_WORKERS or not self.waiting:
+            if any(now - since <= STUCK_S for since, _ in self._busy.values()):
                 return
             number = self._count + 1
             try:
@@ -108,8 +109,10 @@ class Workers:
 
     def _has_room(self, uid: int) -> bool:
         """Return whether a call for a process of this user may block one more worker."""
+        if not (blocking := self._blocking()):
+            return True
         shares = FairShares(MAX_BLOCKED, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
-        for user in self._blocking():
+        for user in blocking:
             shares.take(user)
         return shares.has_room(uid)
 

@@ -15,6 +15,8 @@ def printable(text: str, limit: int = MAX_TEXT) -> str:
     not UTF-8) and unassigned code point becomes U+FFFD. Text that is longer than `limit` characters
     is cut, and ends in an ellipsis.
     """
+    if len(text) <= limit and text.isprintable():
+        return text
     cleaned = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
     return cleaned[: limit - 1] + "…" if len(text) > limit else cleaned
 

@@ -186,6 +186,31 @@ def test_descriptors_are_looked_at_again_after_a_while(lab_dir: Path, reader: Re
     assert reading.read() == (RingRequests(0), True)
 
 
+def test_descriptors_of_a_process_that_has_not_run_are_looked_at_more_rarely(
+    lab_dir: Path, reader: Reader
+) -> None:
+    (lab_dir / "7/maps").write_text(AIO)
+    put_descriptor(lab_dir, 3, "/a", BUFFERED)
+    now = 100.0
+    reading = reader(lambda: now)
+    assert reading.read() == (RingRequests(0), False)
+    (lab_dir / "7/fdinfo/3").write_text(DIRECT)
+    now += rings.REFRESH_S
+    assert reading.read(has_run=False) == (RingRequests(0), False)
+    # It ran at some time since then.
+    assert reading.read(has_run=True) == (RingRequests(0), True)
+    (lab_dir / "7/fdinfo/3").write_text(BUFFERED)
+    now += rings.IDLE_REFRESH_S
+    assert reading.read(has_run=False) == (RingRequests(0), False)
+    # What is unknown may become known.
+    (lab_dir / "7/fdinfo/3").write_text("")
+    now += rings.IDLE_REFRESH_S
+    assert reading.read(has_run=False) == (RingRequests(0), None)
+    (lab_dir / "7/fdinfo/3").write_text(BUFFERED)
+    now += rings.REFRESH_S
+    assert reading.read(has_run=False) == (RingRequests(0), False)
+
+
 def test_a_ring_that_became_another_file(lab_dir: Path, reader: Reader) -> None:
     put_ring(lab_dir, 3, 2)
     reading = reader()
