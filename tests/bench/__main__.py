@@ -28,6 +28,7 @@ from tests.bench import (
     progress,
     rest,
     start,
+    whole_stop,
 )
 from tests.bench.figures import Figure
 from tests.lab import needs
@@ -40,6 +41,7 @@ class Rounds:
     libvirt: int
     libvirt_reaped_late: int
     units: int
+    stops: int
     guests: int
     """The number of guests of each kind that run beside the measured guest."""
     rest_s: int
@@ -57,6 +59,7 @@ FULL: Final = Rounds(
     libvirt=10,
     libvirt_reaped_late=3,
     units=20,
+    stops=100,
     guests=200,
     rest_s=30,
     jobs=1000,
@@ -70,6 +73,7 @@ QUICK: Final = Rounds(
     libvirt=2,
     libvirt_reaped_late=1,
     units=3,
+    stops=10,
     guests=20,
     rest_s=5,
     jobs=50,
@@ -126,6 +130,7 @@ def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
             lambda: beside_libvirt.measure(rounds.libvirt, rounds.libvirt_reaped_late),
         ),
         ("Beside systemd", lambda: beside_systemd.measure(rounds.units)),
+        ("From Terminate to the answer", lambda: [whole_stop.measure(rounds.stops)]),
         ("From a guest's exit to the answer", lambda: [answer.measure(rounds.guests)]),
         (
             "Asking a guest",
