@@ -88,7 +88,7 @@ class FlushResult:
     node: str
     title: str
     error: str = ""
-    """A printable description; "" if the disk was flushed."""
+    """The printable error; "" if the disk was flushed."""
     refused: bool = False
     """The flush was not tried, for example because QEMU did not export the node. So `error` says
     nothing about the disk."""

@@ -37,7 +37,7 @@ class Ancestor:
     """A process of root that runs a guest, such as the supervisor of the guest's container."""
 
     program: str
-    """The file name of its executable."""
+    """The file name of the executable."""
     words: tuple[str, ...]
     """Its command line."""
     service: str

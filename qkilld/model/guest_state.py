@@ -18,8 +18,8 @@ POWERED_OFF: Final = "shutdown"
 """The runstate after the guest has powered off, if QEMU was started with -no-shutdown or -action
 shutdown=pause."""
 PAUSED: Final = frozenset({"paused", "io-error", "save-vm", "restore-vm", "finish-migrate"})
-"""The runstates in which a guest may run again soon: QEMU or somebody else has paused it, for
-example for a snapshot, or because a disk was full."""
+"""The runstates of a guest that was paused and may run again soon, for example because of a
+snapshot or a full disk."""
 
 
 class Button(StrEnum):
@@ -122,8 +122,8 @@ class GuestObservation:
     vcpus: int | None = None
     """The number of virtual processors; None if unknown."""
     vcpu_load: float | None = None
-    """How many processors the virtual processors wanted in the last tenth of a second. Read only
-    before the guest is asked."""
+    """How many host processors the virtual processors could have used in the last tenth of a
+    second. Read only before the guest is asked."""
     agent_open: bool | None = None
     """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()

@@ -91,8 +91,8 @@ class Device:
     """MAJOR:MINOR of the devices with depth 0 that lie on this device; () if its own depth is 0, or
     if they are unknown."""
     accounting: bool | None = None
-    """Whether the kernel counts the device's requests. Some drivers prevent this, and an
-    administrator can disable it. None if unknown, as in older traces."""
+    """Whether the kernel counts the device's requests, which some drivers do not support and an
+    administrator can disable. None if unknown, as in older traces."""
     only_reads: bool = False
     """Whether reads are in flight, but no writes. A flush may also be in flight. Always False for
     devices without a layer below them."""
@@ -160,7 +160,7 @@ class Peer:
     """Whether `behind` may lack servers: the process at the other end of a connection was not
     found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
-    """For a peer in the `behind` of another: MAJOR:MINOR of the FUSE file systems that it serves to
+    """For a peer in the `behind` of another, the FUSE file systems (MAJOR:MINOR) that it serves to
     the other peer; () if it also serves further processes."""
     certain: bool = True
     """For a peer in the `behind` of another: whether it certainly works for the other peer. This is
@@ -250,7 +250,7 @@ class Mount:
     """FUSE: the processes that serve the file system; None if they were not searched for or not
     found."""
     certain: bool = False
-    """Whether all of `servers` serve the file system. If not, it is unknown which of them do."""
+    """Whether all of `servers` serve the file system; if not, it is unknown which of them do."""
 
 
 @dataclass(frozen=True, slots=True)

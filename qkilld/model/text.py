@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_TEXT: Final = 256
-"""At most this many characters of a string from an untrusted process are kept."""
+"""The maximum number of characters kept of a string from an untrusted process."""
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:

@@ -88,10 +88,10 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. A deny list is reduced to
-    whether AF_UNIX is allowed: None if so, otherwise some list without AF_UNIX."""
+    """The families that RestrictAddressFamilies= allows; None for all. A deny list is checked only
+    for AF_UNIX: this is None if AF_UNIX is allowed, otherwise some list without it."""
     hidden_paths: tuple[str, ...] = ()
-    """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
+    """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from the unit's processes."""
     noexec_paths: tuple[str, ...] = ()
     """NoExecPaths=: files below these paths cannot be executed, except those below `exec_paths`."""
     exec_paths: tuple[str, ...] = ()

@@ -73,7 +73,7 @@ class Surroundings:
     missing: tuple[str, ...] = ()
     """The programs in lines of qkilld-stop that do not exist."""
     has_foreign: bool = False
-    """Whether a guest in the unit runs as another user than the unit's User=."""
+    """Whether a guest in the unit runs as a user other than the unit's User=."""
     is_running: bool = False
     """Whether the unit's processes could be read. If not, `guests` says nothing."""
     are_all_seen: bool = True

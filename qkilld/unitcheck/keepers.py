@@ -91,7 +91,7 @@ _OWNERS: Final = (
 """Prefixes of scopes that have no keeper in Before=, with the services that may be their
 keepers."""
 _SHIM: Final = re.compile(r"(?:docker-)?containerd-shim.*")
-"""The supervisor of a container in containerd, which docker uses, too."""
+"""The supervisor of a container in containerd, or in docker, which uses containerd."""
 _PROGRAMS_BY_NAMESPACE: Final = {
     "moby": frozenset({"dockerd", "docker.dockerd"}),
     "k8s.io": frozenset({"kubelet", "containerd"}),

@@ -75,8 +75,8 @@ class StopLine:
     shown: str = ""
     """The program of the line, for display."""
     changes: bool = False
-    """The line changes something besides the guest, such as a file. It may have to run after the
-    guest has exited."""
+    """The line changes something besides the guest, such as a file. Such a line may have to run
+    after the guest has exited."""
 
     def has(self, *kinds: ActKind) -> bool:
         return any(each.kind in kinds for each in self.acts)

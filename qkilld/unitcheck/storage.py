@@ -74,7 +74,7 @@ class Storage:
     unseen: str = ""
     """Why the unit of a server on this host is not known."""
     device: str = ""
-    """The path of a block device. `protocol` is its kind."""
+    """The path of a block device, whose kind is `protocol`."""
     text: str = ""
     """For a template: the mount point or the server, written with specifiers to suit every
     instance; "" if no specifier is needed."""
