@@ -101,7 +101,7 @@ class Connection:
         self._handlers: dict[_Subscription, list[tuple[str, Callable[[list[Any]], None]]]] = {}
         """The signature and the callback of each subscription."""
         self.on_call: Callable[[IncomingMessage], None] = self._refuse
-        """Called with each method call that comes in."""
+        """Called with each method call."""
         self._held_back = bytearray()
         """Delayed refusals."""
         self.is_remote = False

@@ -18,9 +18,9 @@ MAX_CALL: Final = 16 << 10
 """The maximum size of a method call, in bytes. The body of a longer call is dropped, and the call
 is refused."""
 MAX_MESSAGE: Final = 1 << 20
-"""The maximum size of any other message, in bytes. The body of a longer one is dropped."""
+"""The maximum size of any other message, in bytes. The body of a longer message is dropped."""
 MAX_FIELDS: Final = 8 << 10
-"""The maximum size of the header fields, in bytes. A message with more is skipped."""
+"""The maximum size of the header fields, in bytes. A message with larger fields is skipped."""
 
 _FIXED_HEADER: Final = 16
 _FIELDS: Final = {
@@ -35,7 +35,7 @@ _FIELDS: Final = {
 """By field code: the index in the result of `_fields`, and the type."""
 _SHORT: Final = 512
 """Parsed header fields are cached if they have at most this many bytes, because clients repeat
-them. Those of replies are not cached."""
+them. The fields of replies are not cached."""
 _STRINGS: Final = frozenset(b"so")
 _SIGNATURE: Final = ord("g")
 _NUMBER: Final = ord("u")

@@ -81,7 +81,7 @@ class Signature:
     takes: str
     gives: str
     shown: str
-    """The arguments with their names, for error messages: `u pid, t flags`."""
+    """The arguments with their names, such as `u pid, t flags`, for error messages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,6 @@ class Announcer:
         self._ended: deque[ObservedJob] = deque()
         """Jobs whose end is to be announced now."""
         self._round: asyncio.Handle | None = None
-        """The next round of announcements."""
         self._pauses: dict[int, asyncio.Handle] = {}
         """For each job: the timer of the pause after its last announcement."""
         self._announced_count = 0

@@ -31,7 +31,7 @@ from qkilld.model.text import printable
 MAX_NAMES: Final = 4096
 """The number of connections whose uid is cached."""
 MAX_ASKING: Final = 32
-"""Connections whose uid may be requested from the bus at a time."""
+"""How many uids of connections may be requested from the bus at a time."""
 MAX_DEPTH: Final = 3
 """Nesting depth of values in a call, enough for an option that is a list."""
 

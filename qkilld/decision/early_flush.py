@@ -29,8 +29,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The key of a wait for a call to storage begins with this. The numbers of the disks and mounts
-follow."""
+"""The key of a wait for a call to storage begins with this, followed by the numbers of the disks
+and mounts."""
 
 
 @dataclass(frozen=True, slots=True)

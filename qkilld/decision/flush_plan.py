@@ -37,10 +37,10 @@ _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unsee
 @dataclass(frozen=True, slots=True)
 class FlushPlan:
     stop: bool
-    """Stop the processors if they run, then flush over NBD, which reports errors. False if the
-    disks are flushed without `stop`."""
+    """Stop the processors if they run, then flush over NBD, which reports errors. False to flush
+    without `stop`."""
     running: bool
-    """The processors run now. If they are stopped for the flush but no signal follows, they must be
+    """The processors run now. If no signal follows a flush with stopped processors, they must be
     started again."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str

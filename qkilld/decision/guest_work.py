@@ -23,7 +23,7 @@ BASELINE: Final = 1 * USEC_PER_SEC
 """For comparison, the work before the guest is asked is measured over at least this time (µs)."""
 IDLE_DISKS: Final = 2 * USEC_PER_SEC
 """Disks count as idle if they have completed no request for this long (µs). After a shorter time,
-they may only be slow: a guest under load looked idle for 0.8 s (measured)."""
+disks may only be slow: a guest under load looked idle for 0.8 s (measured)."""
 IDLE_SHARE: Final = 0.05
 """All virtual processors of an idle guest together use at most this share of one processor."""
 GROWTH: Final = 3

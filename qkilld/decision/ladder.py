@@ -94,10 +94,10 @@ class JobFacts:
     """Whether QEMU may have storage that can be cut off."""
     assessment: Assessment | None = None
     jobs: int = 1
-    """The number of running jobs. The more there are, the more rarely each is sampled."""
+    """The number of running jobs. With more jobs, each is sampled more rarely."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """When SIGKILL is due according to the last decision. Later decisions never make it due
+    """When SIGKILL is due according to the last decision. Later decisions never make SIGKILL due
     earlier."""
 
     @property

@@ -92,9 +92,8 @@ UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 the guest was first asked. A longer PowerdownSec= replaces this limit. The limit is needed because
 the work may be an unrelated load that runs forever."""
 CLOSING: Final = 300_000
-"""The time (µs) reserved between the end of asking and SIGTERM, for an observation and the flush.
-On a fast disk, the two take 40 to 60 ms (measured). The rest is for a second reading of the
-disks."""
+"""The time (µs) reserved between the end of asking and SIGTERM. An observation and the flush take
+40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
 CUT: Final = 20
 """If a guest does not react, PowerdownSec= may be shortened by at most 1/CUT of its length."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC

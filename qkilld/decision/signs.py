@@ -32,13 +32,13 @@ TALK: Final = 256
 """QEMU's threads exchange at least this many bytes in a WINDOW only if replies arrive. Without
 replies, they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
-"""If a server reads or writes fewer bytes than this in a WINDOW, they show no progress: they may be
-for its log."""
+"""Fewer bytes than this, read or written by a server in a WINDOW, show no progress: they may be for
+its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""If a page cache shrinks by fewer bytes than this, they show no progress: they may be a page of a
+"""A page cache that shrinks by fewer bytes than this shows no progress: they may be a page of a
 log."""
 OWN_IO: Final = 512
-"""If the process itself reads or writes fewer bytes than this, they show no progress."""
+"""Fewer bytes than this, read or written by the process itself, show no progress."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" stands for an unknown

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IDENTITY_TIMEOUT_S: Final = 3.0
-"""How long to retry if a process cannot be identified. On a busy host, this may happen for a moment
-while the process executes a program."""
+"""How long to retry if a process cannot be identified. On a busy host, identifying it may fail for
+a moment while it executes a program."""
 _FIRST_PAUSE_S: Final = 0.05
 
 

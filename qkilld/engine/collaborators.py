@@ -46,8 +46,8 @@ class Collaborators(Generic[J]):
     on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
     """Called when a job has opened its guest's monitor, or lost it. The number is the descriptor of
-    the connection if systemd should keep a copy for the next daemon. If it is None, systemd must
-    drop its copy: QEMU serves no other client while a copy is open."""
+    the connection if systemd should keep a copy for the next daemon. If the number is None, systemd
+    must drop its copy: QEMU serves no other client while a copy is open."""
     server_exits: Callable[[Process], ServerExits] | None
     """If None, the servers of network disks are not watched."""
     stopping: Callable[[frozenset[int]], frozenset[int]]

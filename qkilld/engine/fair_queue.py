@@ -19,8 +19,8 @@ MAX_CALLS: Final = 1024
 MAX_BYTES: Final = 256 << 10
 """The maximum number of bytes in the bodies of one uid's waiting calls."""
 MAX_TOTAL: Final = 4096
-"""The maximum number of calls that may wait in total. When it is reached, each connection may still
-have SPARE waiting calls with SPARE_BYTES in all."""
+"""The maximum number of calls that may wait in total. When this number is reached, each connection
+may still have SPARE waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10

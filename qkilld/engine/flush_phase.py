@@ -43,8 +43,8 @@ REREAD_INTERVAL: Final = 50_000
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving the intention to stop the processors."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
-"""Timeout (µs) for stopping the processors and flushing. It is short, because the job cannot be
-held while the processors are stopped."""
+"""Timeout (µs) for stopping the processors and flushing. The timeout is short, because the job
+cannot be held while the processors are stopped."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
 """A flush that does not stop the processors is abandoned after this time (µs) without progress, and
 in any case after StorageStallSec=. Disks write data back in bursts up to 5 s apart."""
@@ -78,8 +78,8 @@ class FlushPhase:
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether the processors may be stopped. Unless a signal is sent, they must be started
-        again."""
+        """Whether the processors may be stopped. Unless a signal is sent, the processors must be
+        started again."""
         self._timer: Timer | None = None
         self._until = self._due = INFINITY
         """`_until`: when the current step is abandoned. `_due`: the deadline to report."""

@@ -29,8 +29,8 @@ TIMEOUT_S: Final = 0.05
 """How long saving may delay SIGKILL. Saving usually takes 0.1 ms, but /run may be full or
 locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
-"""How long saving may delay the reply to a caller. It is longer than TIMEOUT_S, because even on a
-busy host a job should be saved before its caller relies on it."""
+"""How long saving may delay the reply to a caller. This limit is longer than TIMEOUT_S, because
+even on a busy host a job should be saved before its caller relies on it."""
 
 
 class _SavedValues(NamedTuple):

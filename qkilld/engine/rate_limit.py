@@ -27,8 +27,8 @@ LIMITED: Final = frozenset(
         MessageId.INTERNAL_ERROR,
     )
 )
-"""The kinds of entries that a caller can cause without limit. All others are limited by the number
-of jobs."""
+"""The kinds of entries that a caller can cause without limit. All other kinds are limited by the
+number of jobs."""
 
 _Key = tuple[MessageId, str]
 

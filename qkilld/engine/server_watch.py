@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 
 TIMEOUT: Final = USEC_PER_SEC * 3
-"""How long (µs) SIGTERM waits until the servers are found. This usually takes 30 ms."""
+"""How long (µs) SIGTERM waits until the servers are found. Finding them usually takes 30 ms."""
 RETRY: Final = USEC_PER_SEC // 10
 """The second sample, for servers that the first did not find, follows after this time (µs)."""
 MAX_RETRY: Final = USEC_PER_SEC * 4 // 10
@@ -52,8 +52,8 @@ MAX_SAMPLES: Final = 4
 """After this many samples, SIGTERM waits only if the search for the servers is still in progress,
 as on a busy host or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""How long (µs) to ask the kernel which end of each connection was closed first. This takes 20 µs
-for each connection, but up to 20 ms while other threads use the same interface of the kernel. For
+"""How long (µs) to ask the kernel which end of each connection was closed first. Each connection
+takes 20 µs, but up to 20 ms while other threads use the same interface of the kernel. For
 connections that are not reached in this time, the answer is unknown."""
 
 _UNWATCHED: Final = Risk(

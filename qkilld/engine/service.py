@@ -104,13 +104,14 @@ class Service:
         self._host = host
         self._access = Access(config, host, lambda key: registry.running_for(key) is not None)
         self.units = units
-        """None if there is no bus. It is replaced with each new connection to a bus."""
+        """None if there is no bus. `units` is replaced with each new connection to a bus."""
         self._clock = clock
         self._sampler = sampler
         self._monitors = monitors
         self._guests = SharedRun(self._find_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-        """A semaphore of MAX_AT_ONCE for each calling user. It is kept while calls use it."""
+        """A semaphore of MAX_AT_ONCE for each calling user. A semaphore is kept while calls use
+        it."""
 
     @property
     def monitors(self) -> Monitors | None:

@@ -44,7 +44,6 @@ class Turns:
         """The time of the last call, by time.monotonic()."""
         self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)
         self._round: asyncio.Handle | None = None
-        """The handle of the next round of turns."""
         self._has_new_calls = False
         """Whether calls have arrived since the last round."""
 

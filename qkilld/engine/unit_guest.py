@@ -20,7 +20,7 @@ from qkilld.model.unit import UnitFacts
 
 MAX_NAMED: Final = 10
 _NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,247}\.(service|scope)")
-"""systemd.unit(5): at most 255 characters with the suffix."""
+"""systemd.unit(5): a name has at most 255 characters, including its suffix."""
 
 
 def check_unit_name(name: str) -> None:

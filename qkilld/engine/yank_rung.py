@@ -56,7 +56,7 @@ class YankRung:
         """The names of the yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
         """The connections for which `yank` has no reply yet. If QEMU exits before its reply is
-        read, they count as cut off."""
+        read, such connections count as cut off."""
         self._exhausted = False
         self._until: int | None = None
         """The deadline of the current attempt; None if no attempt is in progress."""

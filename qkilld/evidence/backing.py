@@ -23,8 +23,8 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
-"""Timeout for walking a path in a separate thread. In the right namespace, it takes less time,
-because the kernel has the directories in memory. In a wrong namespace, it may have to wait for a
+"""Timeout for walking a path in a separate thread. A walk is faster in the right namespace, because
+the kernel has the directories in memory. In a wrong namespace, a walk may have to wait for a
 disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""

@@ -32,13 +32,13 @@ class Block(NamedTuple):
     name: str
     """The kernel's name, unchecked."""
     below: tuple[str, ...]
-    """MAJOR:MINOR of each device directly below it (partition, dm, md, bcache)."""
+    """MAJOR:MINOR of each device directly below this device (partition, dm, md, bcache)."""
     backing: bytes | None
     """For a loop device, the path of its backing file, as the kernel shows it; else None."""
     backing_sizes: range
     """The possible sizes of the backing file in bytes, given the size of the device."""
     stats: tuple[str, ...]
-    """The files with the device's counters. A multipath NVMe disk has one for each path to it,
+    """The files with the device's counters. A multipath NVMe disk has one file for each path,
     because older kernels do not count requests to the disk itself."""
 
 

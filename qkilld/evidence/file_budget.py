@@ -44,7 +44,7 @@ class FileBudget:
         """The guests that may keep files open. The guest that has kept files longest comes
         first."""
         self.jobs: Callable[[], int] = lambda: 0
-        """A function that returns the number of running jobs."""
+        """Returns the number of running jobs."""
 
     def admit(self, keeper: Keeper) -> bool:
         """Return whether this guest's files may stay open after its next sample."""

@@ -37,7 +37,8 @@ MAX_SERVERS: Final = 8
 """If more processes than this may serve one connection, sample only those with an open file that is
 named like a guest's image."""
 SEARCH_S: Final = 0.02
-"""How long a sample may search for servers. It does not wait for a search by another thread."""
+"""How long a sample may search for servers. A sample does not wait for a search by another
+thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
 """How long a search between samples may take, because no sample waits for it."""
 PAUSE_FACTOR: Final = 19

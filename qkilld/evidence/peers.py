@@ -36,7 +36,7 @@ from qkilld.model.sample import Mount, Peer
 MAX_PEERS: Final = 64
 """The maximum number of servers sampled for one guest, including those behind other servers."""
 OWN_PEERS: Final = 16
-"""How many more servers may be sampled if the guest itself uses them. They may be found when
+"""How many more servers may be sampled if the guest itself uses them. These may be found when
 MAX_PEERS servers are sampled already."""
 MAX_PLACES: Final = 1024
 """The maximum number of servers in one sample that are behind other servers. If a server is behind

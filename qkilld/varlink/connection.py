@@ -23,8 +23,8 @@ from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 MAX_CALL: Final = 64 << 10
 """The maximum size of a call in bytes, without its NUL."""
 MAX_CALL_OF_USER: Final = 16 << 10
-"""The maximum size of a call from a user who has limits, in bytes. It is less than MAX_CALL,
-because parsing and checking 64 KiB takes 10 ms."""
+"""The maximum size of a call from a user who has limits, in bytes. This limit is less than
+MAX_CALL, because parsing and checking 64 KiB takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
 """The maximum number of descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20
@@ -128,7 +128,7 @@ class VarlinkConnection:
         meanwhile; the rest stays in the socket."""
         self._reading = False
         self._ended = False
-        """Whether the client has closed its sending side. It may still read."""
+        """Whether the client has closed its sending side. The client may still read."""
         self._when_sent: list[Callable[[], None]] = []
         self.closed = False
         self._read_on(True)

@@ -136,8 +136,8 @@ class JobStream:
         self._is_opening = False
         """Whether the first reply may be sent."""
         self._more: dict[str, Any] = {}
-        """Parameters to send with the first reply. If that was sent already, they are sent
-        alone."""
+        """Parameters to send with the first reply. If that reply was sent already, the parameters
+        are sent alone."""
         self._changed_jobs: dict[int, ObservedJob] = {}
         self._due_changes: dict[int, ObservedJob] = {}
         """The changed jobs to report now."""
