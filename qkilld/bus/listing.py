@@ -24,7 +24,7 @@ SPARE: Final = 64
 change often."""
 LAST: Final = 32
 """The number of elements at the end that are encoded in one step, so that none of them can change
-meanwhile. With all properties of a job, this takes about 3 ms."""
+meanwhile. If the elements are jobs with all properties, the step takes about 3 ms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,8 +304,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         else:
             signs += disk_signs(d for d in sample.devices or () if d.writable and d.own)
         text = "it has, or may have, asynchronous requests to a disk"
-        # If a disk is stuck, its requests are most likely the process's own. Even if they are not,
-        # the process cannot exit without that disk.
+        # If a disk is stuck, its requests are most likely the process's own. If not, the
+        # process still cannot exit without that disk.
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
 
@@ -497,7 +497,7 @@ def _node_wait(
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
         # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.
-        # But it counts only once: a server that comes and goes makes no progress.
+        # But a return counts only once: a server that comes and goes makes no progress.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
         # The connection is unreadable, for example because it is in another network namespace. Only

@@ -244,7 +244,7 @@ class GuestMonitor(Protocol):
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
         """Cut off these connections. Call back with "", with the reason of a refusal, or with None
-        if no reply came. In the last case, the connections may be cut off."""
+        if no reply came. Without a reply, the connections may be cut off."""
 
     def close(self) -> None:
         """May be called twice."""

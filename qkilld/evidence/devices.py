@@ -54,8 +54,8 @@ class Counters(NamedTuple):
 
 
 def _counts_flushes(release: str) -> bool:
-    """Return whether the kernel includes flushes of stacked devices, such as logical volumes, in
-    the number of requests in flight. Linux has done so since 6.16."""
+    """Return whether the kernel (since 6.16) includes flushes of stacked devices, such as logical
+    volumes, in the number of requests in flight."""
     major, _, rest = release.partition(".")
     minor = re.match(r"\d*", rest)
     assert minor is not None

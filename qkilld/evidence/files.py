@@ -144,9 +144,9 @@ def read_images(
 
 
 class _Tables:
-    """The mounts of the process, those of process 1, and our own. All are needed, because an
-    inherited descriptor may belong to a mount that the process does not have. For example, systemd
-    opens /dev/null before the process gets its own mounts."""
+    """The mounts of the process, those of process 1, and our own. An inherited descriptor may
+    belong to a mount that the process does not have. For example, systemd opens /dev/null before
+    the process gets its own mounts."""
 
     def __init__(self, pid: int, proc: Path) -> None:
         self._pids = (pid, "1", "self")

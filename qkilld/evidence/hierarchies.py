@@ -52,7 +52,7 @@ class Group(NamedTuple):
 
 
 class Hierarchies:
-    """The mounted cgroup file systems. They are read again once a minute."""
+    """The mounted cgroup file systems, read again once a minute."""
 
     def __init__(
         self,
