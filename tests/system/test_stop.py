@@ -539,6 +539,29 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
     assert "failed with exit status 4" in said(system, unit)
 
 
+def test_a_main_process_that_exits_by_itself(system: Container, start_unit: StartUnit) -> None:
+    """systemd then runs ExecStop= without $MAINPID."""
+    unit = start_unit(helper=f"{HELPER} --pid $MAINPID")
+    system.run("systemctl", "kill", "--kill-who=main", unit)
+    until(lambda: system.property(unit, "ActiveState"), {"inactive", "failed"}.__contains__)
+    assert system.property(unit, "Result") == "success", said(system, unit)
+    assert "there is nothing to stop" in said(system, unit)
+
+
+def test_a_pidfile_in_a_sandbox(system: Container, start_unit: StartUnit) -> None:
+    """ProcSubset=pid hides /proc/stat, which has the boot time."""
+    unit = start_unit(
+        "ProcSubset=pid",
+        command=f"{QEMU} -pidfile /run/sandboxed.pid",
+        helper=f"{HELPER} --pidfile /run/sandboxed.pid",
+    )
+    until(
+        lambda: system.run("test", "-s", "/run/sandboxed.pid", check=False).returncode, (0).__eq__
+    )
+    stop(system, unit)
+    assert "Therefore" not in said(system, unit)
+
+
 def test_a_line_for_each_guest(system: Container, start_unit: StartUnit) -> None:
     """The first line is not for the main process."""
     unit = start_unit(
