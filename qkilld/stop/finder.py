@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from qkilld.adapters import blockable, procfs
 from qkilld.debug_log import ignore, note
@@ -106,7 +107,7 @@ class ProcessFinder:
 
         inside, hidden = [], []
         for process, unit in self._qemus(globs, lambda unit: unit in units or is_unknown(unit)):
-            if unit in units:
+            if unit in units or (unit is None and name is None and _in_own_cgroup(process.pid)):
                 inside.append(process)
                 continue
             if is_unknown(unit):
@@ -195,6 +196,15 @@ class ProcessFinder:
         """Call the function `_qemus`, and set `unidentified` and `denied`."""
         self.unidentified, self.denied = [], []
         yield from _qemus(globs, concerns, self.unidentified, self.denied)
+
+
+def _in_own_cgroup(pid: int, proc: Path = procfs.PROC) -> bool:
+    """Return whether a process is known to be in our own control groups, and so in our own service.
+    procfs.read_unit() also needs those of process 1, which may be hidden."""
+    with ignore(f"reading the control groups of process {pid}", OSError):
+        own, its = ((proc / name / "cgroup").read_bytes() for name in ("self", str(pid)))
+        return own == its and b".service\n" in own
+    return False
 
 
 def _is_pam_session(pid: int) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from qkilld.adapters import procfs
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.guest import Unit
+from qkilld.stop import finder
 from qkilld.stop.finder import ProcessFinder
 from qkilld.stop.options import Options
 from qkilld.stop.process import has_others, open_process
@@ -108,6 +109,26 @@ def test_every_guest_but_those_of_unknown_units(
     assert f"process {hidden.pid} is not stopped" in capsys.readouterr().err
     with pytest.raises(Failed, match="cannot tell whose"):
         find(there, None).of_manager(globs)
+
+
+@pytest.mark.parametrize(
+    ("own", "its", "same"),
+    [
+        ("0::/a.slice/web.service\n", "0::/a.slice/web.service\n", True),
+        ("0::/a.slice/web.service\n", "0::/a.slice/db.service\n", False),
+        ("0::/web.service/.control\n", "0::/web.service\n", False),
+        ("0::/\n", "0::/\n", False),  # Control groups are hidden.
+        ("0::/web.service\n", None, False),
+    ],
+)
+def test_a_process_in_our_own_control_group(
+    tmp_path: Path, own: str, its: str | None, same: bool
+) -> None:
+    for name, text in (("self", own), ("7", its)):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "cgroup").write_text(text)
+    assert finder._in_own_cgroup(7, tmp_path) is same
 
 
 @pytest.mark.parametrize(
