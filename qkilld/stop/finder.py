@@ -203,7 +203,8 @@ def _in_own_cgroup(pid: int, proc: Path = procfs.PROC) -> bool:
     procfs.read_unit() also needs those of process 1, which may be hidden."""
     with ignore(f"reading the control groups of process {pid}", OSError):
         own, its = ((proc / name / "cgroup").read_bytes() for name in ("self", str(pid)))
-        return own == its and b".service\n" in own
+        # With Delegate=, systemd runs ExecStop= in a control group below that of the service.
+        return own.replace(b"/.control\n", b"\n") == its and b".service\n" in its
     return False
 
 

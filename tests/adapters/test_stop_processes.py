@@ -116,7 +116,8 @@ def test_every_guest_but_those_of_unknown_units(
     [
         ("0::/a.slice/web.service\n", "0::/a.slice/web.service\n", True),
         ("0::/a.slice/web.service\n", "0::/a.slice/db.service\n", False),
-        ("0::/web.service/.control\n", "0::/web.service\n", False),
+        ("0::/web.service/.control\n", "0::/web.service\n", True),
+        ("0::/web.service/.control\n", "0::/web.service/own\n", False),
         ("0::/\n", "0::/\n", False),  # Control groups are hidden.
         ("0::/web.service\n", None, False),
     ],

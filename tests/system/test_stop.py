@@ -592,10 +592,8 @@ def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: S
     # Each shell runs as long as its guest.
     state = system.run("systemctl", "is-active", *units[1:]).stdout.split()
     assert state == ["active", "active"]
-    # With Delegate=, systemd 252 runs ExecStop= in a control group of its own.
-    unit = start_unit(*sandbox, "Delegate=yes", command=command)
-    system.run("systemctl", "stop", unit, timeout=120)
-    assert "cannot tell whether" in said(system, unit)
+    # With Delegate=, systemd runs ExecStop= in a control group of its own.
+    stop(system, start_unit(*sandbox, "Delegate=yes", command=command))
     assert [story(system, unit) for unit in units[1:]] == [[], []]
 
 
