@@ -36,7 +36,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""The maximum number of threads that close sockets, and of threads that close files."""
+"""The maximum number of threads that close sockets. As many others may close files."""
 MAX_PENDING: Final = 1024
 """How many files may wait to be closed."""
 STUCK_S: Final = 0.1
@@ -144,7 +144,7 @@ def closes_files() -> bool:
 
 
 def close_later(fd: int) -> None:
-    """Close a descriptor that came from a stranger, in a thread."""
+    """In a thread, close a descriptor that came from a stranger."""
     (_sockets if is_socket(fd) else _files).put(fd)
 
 
@@ -215,8 +215,8 @@ def take_over(sock: socket.socket) -> ForeignSocket:
 
 
 def keep_urgent_data(sock: socket.socket) -> None:
-    """Receive bytes sent with MSG_OOB like all others. Otherwise, the kernel drops these bytes and
-    closes their descriptors, which may block."""
+    """Make bytes sent with MSG_OOB arrive in order with all others. Otherwise, the kernel drops
+    these bytes and closes their descriptors, which may block."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 

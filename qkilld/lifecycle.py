@@ -399,7 +399,7 @@ class RunningDaemon:
         """Exit because the daemon is idle. Return the exit code, or None to continue to serve.
 
         systemd is notified first. If the bus wants to activate our name after that, systemd starts
-        a new daemon. Connections to the socket wait for it.
+        a new daemon. Connections to the socket wait for that daemon.
         """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()

@@ -6,10 +6,11 @@ The checks come in an order that reveals nothing that the caller may not know:
 2. If the caller is root or the process's own user, only the process is checked.
 3. For all other callers, polkit is asked, whatever the process is. A denial has the same text for
    QEMU and for any other program. If the process is not QEMU, or not the requested one, polkit is
-   asked without a dialog, so that nobody types a password in vain. Anybody can learn from
-   ListGuests what a missing dialog reveals.
+   asked without a dialog, so that nobody types a password in vain. A missing dialog reveals only
+   what anybody can learn from ListGuests.
 4. The checks are then repeated, because polkit may take minutes. The process must still be QEMU and
-   in the named unit. Unless the caller is root, it must still belong to the same user.
+   in the named unit. Unless the caller is root, the process must still belong to the same
+   user.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class Access:
         start_time  refuse a process that started at another time (clock ticks since boot)
         unit        refuse a process that is not in this unit
         answer      polkit's answer, if it was asked before
-        until       when to stop retrying to identify the process (the loop's time); None for
-                    IDENTITY_TIMEOUT_S after each beginning
+        until       when to stop retrying to identify the process (the loop's time); if None,
+                    IDENTITY_TIMEOUT_S after each first attempt
 
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied,
         InteractiveAuthorizationRequired, Busy, Failed.
@@ -132,8 +133,8 @@ class Access:
     ) -> Steerer:
         """Authorize steering a job. Raises AccessDenied, InteractiveAuthorizationRequired, Busy.
 
-        The owner of the process may steer a job that the owner requested (see steering.py) or, with
-        `owner`, any job for the process.
+        The owner of the process may steer a job that the owner requested (see steering.py) and, if
+        `owner` is set, every other job for the process.
         """
         uid = await caller.uid()
         identity = job.guest.identity

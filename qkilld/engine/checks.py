@@ -32,9 +32,10 @@ _SAFE_MARK: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 def check_qemu(identity: Identity, globs: Iterable[str], own_pid: int) -> None:
-    """Raise NotQemu unless the process is known to be QEMU. qkilld itself (`own_pid`) is not QEMU.
+    """Raise NotQemu unless the process is known to be QEMU. Also raise it for qkilld itself
+    (`own_pid`).
 
-    Raises ExitInProgress if the process is exiting, so that it can no longer be identified.
+    Raises ExitInProgress if the process can no longer be identified because it is exiting.
     """
     pid = identity.pid
     if pid == 1:

@@ -20,12 +20,12 @@ MAX_BYTES: Final = 256 << 10
 """The maximum number of bytes in the bodies of one uid's waiting calls."""
 MAX_TOTAL: Final = 4096
 """The maximum number of calls that may wait in total. When this number is reached, each connection
-may still have SPARE waiting calls with SPARE_BYTES in all."""
+may still have SPARE waiting calls, of at most SPARE_BYTES together."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""The longest call has this length, too. A bus allows 2,048 connections, so their spare calls need
-at most 32 MiB."""
+"""This is also the maximum length of one call. A bus allows 2,048 connections, so their spare calls
+need at most 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
@@ -69,7 +69,7 @@ class FairQueue(Generic[Item]):
 
     @property
     def crowded(self) -> bool:
-        """Whether each user with waiting calls has a limit, and more than CROWD of them."""
+        """Whether every user with waiting calls has a limit and more than CROWD waiting calls."""
         return all(
             group.count > CROWD and uid not in self._unlimited
             for uid, group in self._groups.items()

@@ -1,5 +1,5 @@
 """Divide a limited number of places, such as threads that may block, among users. Programs that
-must start quickly use this module, so it imports nothing (stop.main)."""
+must start quickly (stop.main) use this module, so it imports nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FairShares:
     Root may take all `places`, and only root may take the last `of_root`. Each other user gets a
     first place if one is free. All further places are limited to `shared`, divided equally among
     the users who have places. So some places stay free for users who have none. Uids that may be
-    subordinate can together take at most `shared` places and half of the others.
+    subordinate can together take at most half of (`places` - `of_root` + `shared`).
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

@@ -78,8 +78,8 @@ class FlushPhase:
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether the processors may be stopped. Unless a signal is sent, the processors must be
-        started again."""
+        """Whether the processors are possibly stopped: set before QEMU is told to stop them. Unless
+        a signal is sent, they must be started again."""
         self._timer: Timer | None = None
         self._until = self._due = INFINITY
         """`_until`: when the current step is abandoned. `_due`: the deadline to report."""
@@ -90,7 +90,7 @@ class FlushPhase:
         self.disks: tuple[GuestDisk, ...] = ()
         """The disks at the last reading."""
         self.stuck: tuple[str, ...] = ()
-        """The names of the network nodes of stuck disks."""
+        """The names of stuck disks' block nodes that have a network connection."""
         self._first: BlockState | None = None
         self._is_early_flush = False
         """Whether healthy disks are flushed before QEMU asks the file systems."""
@@ -121,7 +121,7 @@ class FlushPhase:
             self._open()
 
     def lasts(self, not_before: int) -> bool:
-        """Return whether SIGTERM must wait. The job may end in this call.
+        """Return whether SIGTERM must wait. This call may end the job.
 
         `not_before`: unless a flush has proven that all data is safe, SIGTERM waits until this time
         (µs, CLOCK_MONOTONIC), but not longer than MaxSec= allows.
@@ -154,8 +154,8 @@ class FlushPhase:
     # ---- ending ----
 
     def close(self, *, ending: bool) -> None:
-        """End the phase, because the job ends. Unless SIGTERM or SIGKILL was sent (`ending`), start
-        stopped processors again. May be called twice."""
+        """End the phase, because the job ends. If the processors are stopped, start them again,
+        unless SIGTERM or SIGKILL was sent (`ending`). May be called twice."""
         self._step += 1
         self._stop_timer()
         self._sampler.close()
@@ -182,7 +182,7 @@ class FlushPhase:
 
     def _start(self, timeout: int, due: int = 0) -> int:
         """Begin a step with this timeout (µs); return its number. `due`: the deadline (µs) to
-        report, if later."""
+        report, if it is later than the timeout."""
         self._step += 1
         self._stop_timer()
         self._until = min(self._clock.now() + timeout, INFINITY)
@@ -196,13 +196,13 @@ class FlushPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM, so that GraceSec= (at most half of MaxSec=) remains
-        until MaxSec= has passed."""
+        """Return the latest time for SIGTERM: the end of MaxSec= minus the shorter of GraceSec= and
+        half of MaxSec=."""
         policy = self._job.policy
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
     def _is_current(self, step: int) -> bool:
-        """Return whether this step is in progress. Force or the job's end may have stopped it."""
+        """Return whether this step is in progress. `force` or the job's end may have stopped it."""
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:
@@ -376,7 +376,7 @@ class FlushPhase:
         return state if self._first is not None else None
 
     def _waits_for_jobs(self, state: BlockState) -> bool:
-        """Return whether SIGTERM must wait, because backups or other background jobs progress."""
+        """Return whether SIGTERM must wait because background jobs of QEMU make progress."""
         job, now = self._job, self._clock.now()
         before, self._jobs = self._jobs, self._jobs.after(state.jobs, now)
         if self._jobs.progress:
@@ -458,7 +458,7 @@ class FlushPhase:
 
     def _flush(self, plan: FlushPlan, state: BlockState) -> None:
         if plan.running:
-            # Let the flush time out before the step, so that its results so far are reported.
+            # The flush times out before the step does, so that the results so far are reported.
             step, timeout = self._start(FLUSH_TIMEOUT), FLUSH_TIMEOUT * 9 // 10
         else:
             step, timeout = self._start_flush()
@@ -496,7 +496,7 @@ class FlushPhase:
             monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
-        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if QEMU remains."""
+        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if it does not exit."""
         monitor = self._link.monitor
         if not self._powered_off or monitor is None or self._job.control.held:
             self._finish()

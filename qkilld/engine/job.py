@@ -169,7 +169,7 @@ class Job:
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:
-        """The labels of the open or kept monitor connection; () if there is none."""
+        """The labels of the connection to the monitor; () if there is none."""
         return self._link.own_chardevs
 
     @property
@@ -188,7 +188,7 @@ class Job:
 
     def offer_monitor(self, passed: int) -> None:
         """Use this connection to the guest's monitor. Call this before `start`. If `start`
-        succeeds, it takes ownership."""
+        succeeds, the job owns the connection."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
@@ -317,9 +317,9 @@ class Job:
         FORCE.
 
         A request of higher rank takes the job over and replaces the former request. The guest gets
-        all the help (Request.help) that either request allows. The flags and spans stay unless the
-        owner requested the job. In that case, the new request sets the spans and FIXED, the owner's
-        hold ends, and the owner's extensions are cut to `owner_limit`.
+        all the help (Request.help) that either request allows. If the owner had requested the job,
+        the new request also sets the spans and FIXED, the owner's hold ends, and the owner's
+        extensions are cut to `owner_limit`.
 
         If the job and the request both only ask the guest, no signal follows. The job ends right
         after asking only if both have NOWAIT.

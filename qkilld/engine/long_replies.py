@@ -19,7 +19,7 @@ from qkilld.engine.fair_shares import user_of
 STEP_S: Final = 0.002
 """How long a step may take before the loop serves its timers and pidfds."""
 MAX_STEP_S: Final = 0.016
-"""How long `Pace.lengthen` can make a step."""
+"""The longest step that `Pace.lengthen` can set."""
 
 
 class Pace:

@@ -60,15 +60,15 @@ def _before_signals(job: ObservedJob) -> Outlook:
 
 
 def _standstill(facts: JobFacts, deadline: int) -> int:
-    """Return how long (µs) the process may make no progress before the deadline comes. Return 0 if
-    the deadline depends only on GraceSec=, MaxSec= or an extension."""
+    """Return how long (µs) the process can go without progress before the deadline comes. Return 0
+    if the deadline depends only on GraceSec=, MaxSec= or an extension."""
     evidence, policy = facts.assessment, facts.policy
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0
     if deadline == INFINITY:
         return 0  # There is no deadline that progress could delay.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # Compute the deadline that progress alone would set, to see whether the job has that deadline.
+    # Compute the deadline that progress alone would set, to see whether it is the job's deadline.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

@@ -1,7 +1,7 @@
 """The engine's interfaces to the outside, and the readable part of a job.
 
-Other packages implement these protocols; tests fake them. The daemon never imports this module, so
-import it for types only (TYPE_CHECKING).
+Other packages implement these protocols; tests fake them. Import this module for types only
+(TYPE_CHECKING): the running daemon never loads it.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ class Host(Protocol):
         """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
-        """Return the names of a guest within a second. If reading blocks, the guest's name is
+        """Return the names of a guest within a second. If reading them blocks, the guest's name is
         None."""
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
-        """Return the names of many guests, in this order. Takes at most a second, even if reading
-        some blocks."""
+        """Return the names of many guests, in this order. Takes at most a second, even if some
+        cannot be read without blocking."""
 
     async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
         """Return every process whose executable is visible, and the processes that cannot be
@@ -142,8 +142,8 @@ class Watch(Protocol):
 
     @property
     def lacks_thread(self) -> bool:
-        """Return whether processes of other users block all threads that take samples, so that the
-        requested sample has not begun."""
+        """Return whether other users' processes block all threads that take samples, and so delay
+        the requested sample."""
 
     def close(self) -> None:
         """No callback follows."""
@@ -169,7 +169,7 @@ class GuestMonitor(Protocol):
 
     @property
     def lost(self) -> bool:
-        """Return whether the connection has ended. Then another one may be opened."""
+        """Return whether the connection has ended. Another one can then be opened."""
 
     @property
     def adopted(self) -> bool:
@@ -215,7 +215,8 @@ class GuestMonitor(Protocol):
         stop: bool,
         timeout: int,
     ) -> None:
-        """With `stop`, stop the processors. Then flush the disks, all within `timeout` (µs).
+        """Stop the processors if `stop` is set, and then flush the disks. All this takes at most
+        `timeout` (µs).
 
         Calls back with the result of each flush, or with the reason why nothing was flushed.
         """
@@ -244,7 +245,7 @@ class GuestMonitor(Protocol):
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
         """Cut off these connections. Call back with "", with the reason of a refusal, or with None
-        if no reply came. Without a reply, the connections may be cut off."""
+        if no reply came. Without a reply, it is unknown whether the connections are cut off."""
 
     def close(self) -> None:
         """May be called twice."""
@@ -276,7 +277,7 @@ class Monitors(Protocol):
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         """After QEMU's exit, read the rest of a kept connection, and return the signs of a shutdown
-        in it. Signs that an earlier daemon has read are missing. Does not block.
+        in it. Signs that an earlier daemon has already read are not included. Does not block.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
@@ -344,7 +345,7 @@ class JobState(Protocol):
 
 
 class Store(Protocol):
-    """Stores jobs beyond the end of this program. Nothing here blocks or raises."""
+    """Stores jobs so that they outlast this program. Nothing here blocks or raises."""
 
     def store_fd(self, number: int, process: Process) -> None:
         """Store the pidfd of the job's process in systemd."""

@@ -130,7 +130,7 @@ class PowerdownPhase:
             self._asker.start()
 
     def lasts(self) -> bool:
-        """Return whether the next rung must wait. The job may end in this call."""
+        """Return whether the next rung must wait. This call may end the job."""
         job, now = self._job, self._clock.now()
         if self._process.exited():
             job.note_gone()
@@ -194,8 +194,8 @@ class PowerdownPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM, so that GraceSec= (at most half of MaxSec=) remains
-        until MaxSec= has passed. Without signals, return the time at which MaxSec= has passed."""
+        """Return the latest time for SIGTERM: the end of MaxSec= minus the shorter of GraceSec= and
+        half of MaxSec=. Without signals, return the end of MaxSec=."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)

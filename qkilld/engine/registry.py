@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
 """How long (µs) a job's object outlives the job, so that a late Wait still gets its reply."""
 UNDO_S: Final = 2.0
-"""How long to wait until processors run again. QEMU needs a millisecond, unless a disk blocks its
+"""How long to wait for processors to run again. QEMU needs a millisecond, unless a disk blocks its
 main loop."""
 MAX_JOBS_PER_UID: Final = 2048
 """The maximum number of running and ended jobs of one user, so that no user can fill the memory.
@@ -126,7 +126,7 @@ class Registry:
             job.join(request)
             if passed is not None:
                 close_later(passed)
-            # The request may have taken the job over. It then counts for the new requester.
+            # If the request has taken the job over, the job counts for the new requester.
             self._per_user -= Counter((before,))
             self._per_user[user_of(job.request.uid)] += 1
             return job
@@ -371,14 +371,15 @@ class Registry:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _forget_entirely(self, job: Job) -> None:
-        """Remove the saved state of a job, and stop counting the job for its user. If the process
-        survived the job, keep the job until the process is gone or has a new job."""
+        """Remove the saved state of a job, and stop counting the job for its user. Call this when
+        the job's object is gone and, if the process survived the job, the process is gone or has a
+        new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Call the observer. Exceptions in it must not affect a job."""
+        """Call the observer. The observer's exceptions must not affect a job."""
         if self.observer is None:
             return
         try:

@@ -6,8 +6,8 @@ until the servers are found, but at most TIMEOUT. This is done only for guests w
 names storage on a network.
 
 On a busy host or after a restart of the daemon, QEMU may have been told to exit before the first
-usable sample. A node without a connection then proves nothing: QEMU may have closed it, or may have
-lost its server.
+usable sample. A node without a connection then proves nothing: QEMU may have closed the connection,
+or lost the server.
 
 If servers cannot be watched, for example because no descriptor is free, the job reports a risk.
 Whatever fails here, the job continues.
@@ -52,9 +52,9 @@ MAX_SAMPLES: Final = 4
 """After this many samples, SIGTERM waits only if the search for the servers is still in progress,
 as on a busy host or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""How long (µs) to ask the kernel which end of each connection was closed first. Each connection
-takes 20 µs, but up to 20 ms while other threads use the same interface of the kernel. For
-connections that are not reached in this time, the answer is unknown."""
+"""The time limit (µs) for asking the kernel which end of each connection was closed first. Each
+connection takes 20 µs, but up to 20 ms while other threads use the same interface of the kernel.
+For connections that are not reached in this time, the answer is unknown."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"
@@ -68,8 +68,8 @@ _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
 def is_stopping(job: ObservedJob) -> bool:
-    """Return whether the job's process may be closing its disks and exports. This begins when it is
-    told to exit or its guest powers off, and ends when its exit is noticed."""
+    """Return whether the job's process may be closing its disks and exports. It may do so from the
+    time when it is told to exit, or its guest powers off, until its exit is noticed."""
     if job.result in (Result.EXITED, Result.KILLED):
         return False
     was_told = any(rung.action in _ENDING for rung in job.rungs)
@@ -153,7 +153,7 @@ class ServerWatch:
 
     def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
         """Return the risks after the guest has exited at `ended`. Call this once, after `note_exit`
-        and before `close`. `settled`: SETTLE has passed, or `note_exit` returned False."""
+        and before `close`. `settled`: whether SETTLE has passed, or `note_exit` returned False."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
                 risks = self._risks(self._exits, ended)

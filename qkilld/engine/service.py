@@ -128,7 +128,7 @@ class Service:
     ) -> Job:
         """Start the job that stops a process, or join the running one.
 
-        `passed` is a connection to the monitor that the caller has made. It is closed if it is not
+        `passed` is a connection that the caller has made to the monitor. It is closed if it is not
         used. Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy,
         Failed.
         """
@@ -514,7 +514,7 @@ def _spans(given: Mapping[str, object]) -> dict[str, int]:
 
 
 def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, object]:
-    """Check the options. Return their values by name; OPTION_TYPES has their types."""
+    """Check the options. Return the value of each by its name; OPTION_TYPES has the types."""
     for name, option in options.items():
         shown = printable(name, 64)
         if (expected := OPTION_TYPES.get(name)) is None:

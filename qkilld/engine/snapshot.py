@@ -70,7 +70,8 @@ class Snapshot:
     guest_asked: GuestAsked
     flush: FlushReport
     processors_stopped: bool
-    """Whether the job may have stopped the virtual processors, so that it must start them again."""
+    """Whether the job may have stopped the virtual processors, and must therefore start them
+    again."""
     rungs: tuple[Rung, ...]
     """The executed rungs, which a resumed job does not repeat."""
     history: tuple[VerdictChange, ...]
@@ -162,12 +163,12 @@ class Snapshot:
 
     @property
     def may_be_killed(self) -> bool:
-        """Whether SIGKILL was about to be sent, so that it may have been sent."""
+        """Whether SIGKILL was about to be sent, and may have been sent."""
         return self.phase is Phase.KILL
 
     def without_kill(self) -> Snapshot:
-        """Return the snapshot without its last rung, a SIGKILL that was not sent. If SIGKILL was
-        forced, it stays forced."""
+        """Return the snapshot without its last rung, which is a SIGKILL that was not sent. If
+        SIGKILL was forced, it stays forced."""
         risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 

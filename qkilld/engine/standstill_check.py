@@ -1,4 +1,5 @@
-"""Before a guest is asked, check whether its process can run at all, and continue it if allowed.
+"""Before a guest is asked, check whether its process can run at all, and continue the process if
+that is allowed.
 
 While SIGSTOP, a debugger or the freezer stops QEMU, its monitor does not answer. SIGTERM would take
 effect as soon as QEMU runs again. The data in the caches of the guest's operating system would then
@@ -47,9 +48,9 @@ class StandstillCheck:
 
     def begin(self, callback: StandstillCallback, *, may_continue: bool, ask_until: int) -> None:
         """Take a sample, and call back. If only SIGSTOP stops the process and `may_continue` is
-        set, send SIGCONT first, but not while the job is held. If MAX_SAMPLES requests, or a third
-        of the time until `ask_until`, bring no sample, call back that the guest can be asked. No
-        callback follows `close` or the exit of the process."""
+        set, send SIGCONT first, but not while the job is held. If no sample is taken with
+        MAX_SAMPLES requests, or in a third of the time until `ask_until`, call back that the guest
+        can be asked. No callback follows `close` or the exit of the process."""
         self._timer = None
         taken, now = 0, self._parts.clock.now()
         latest = now + (ask_until - now) // 3 - TIMEOUT

@@ -1,4 +1,4 @@
-"""Divide work that grows with the number of jobs into steps, so that the loop can do other work
+"""Do long work, such as that for thousands of jobs, in steps, so that the loop can do other work
 between them.
 
 A user can make thousands of jobs end or change at a time. The signals of other jobs must still be
@@ -30,8 +30,8 @@ class Steps:
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
-        """Call `work` soon. Repeat this until it returns False. Other work of the same user waits
-        until then."""
+        """Call `work` soon, and again and again until it returns False. Other work of the same user
+        waits until then."""
         self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
 

@@ -17,9 +17,9 @@ from qkilld.model.errors import Busy, QkilldError
 ROUND_S: Final = 0.002
 """How long to start calls before the loop serves its timers and pidfds."""
 CROWDED_S: Final = 0.002
-"""How long to read messages without starting calls if every user with waiting calls has more than
-fair_queue.CROWD of them and more calls arrive. Otherwise, another user's call would wait behind
-these calls in the socket."""
+"""If calls still arrive while the queue is crowded (FairQueue.crowded), read messages for this long
+without starting calls. Without this pause, another user's call would wait behind these calls in the
+socket."""
 FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 

@@ -43,7 +43,7 @@ class UnitStops:
         user: bool,
     ) -> None:
         """`describe` returns the ControlProcess of a process id, or None if it is unreadable.
-        `user`: qkilld runs in a user manager."""
+        `user`: whether qkilld runs in a user manager."""
         self._service = service
         self._describe = describe
         self._user = user
@@ -62,9 +62,9 @@ class UnitStops:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner of the process. Once the jobs are saved, return the limits that
-        apply to all of them. In these limits, `force` says whether systemd would send SIGKILL to
-        all guests. It does not say whether the jobs have FORCE.
+        caller is root or the owner of the guest's process. Once the jobs are saved, return the
+        limits that apply to all of them. In these limits, `force` says whether systemd would send
+        SIGKILL to all guests. It does not say whether the jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -101,7 +101,7 @@ class UnitStops:
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
         if Flag.NOWAIT in job.flags:
-            return  # The job ends right after one signal or one request to the guest.
+            return  # No limit matters: the job ends right after one signal or one request.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the rest of opening the monitor, and the commands `query-yank` and `yank`. When
-it expires, SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank`, including the wait for a monitor that is
+still being opened. When it expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -94,8 +94,8 @@ class YankRung:
         self._attempt += 1
 
     def note_opened(self) -> None:
-        """Continue an attempt for which the monitor was still being opened, for example because an
-        earlier daemon had opened it."""
+        """Continue an attempt that had to wait for the monitor, for example after a restart of the
+        daemon. If the monitor could not be opened, end the attempt."""
         if self._until is None or not self._job.running:
             return
         if self._link.monitor is None:
