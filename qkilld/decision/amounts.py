@@ -1,6 +1,6 @@
 """Count the bytes that a process has written, to disks and through storage servers. Pure.
 
-The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
+The process's own counters cover writes to its disks, and bytes that servers acknowledged over TCP.
 A unix socket has no counter. Instead, the bytes that its server writes are counted, if the server
 has no other client. Only some samples read the servers, so each reading of a server adds the bytes
 that the server has written since its previous reading.
@@ -79,8 +79,8 @@ def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
 
 
 def counts_of(first: Sample) -> Sample:
-    """Return the first sample without large fields. Only its time and its counts of written bytes
-    are used later."""
+    """Remove large fields from the first sample: only its time and its counts of written bytes are
+    used later."""
     return replace(first, threads=None, devices=None, mounts=None, host=None, rings=None)
 
 

@@ -49,8 +49,8 @@ def may_hang(sample: Sample) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
-    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
-    whether they are stuck."""
+    """Return whether requests are in flight. Only another reading, OLD µs later, can show whether
+    they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 
 
@@ -86,8 +86,8 @@ def plan_early_flush(
         # query-block would hang, so this is the only flush: include the disks on a network.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # Try the stuck disks on block devices, too: some may be healthy, and only share a
-        # controller's queues with disks that do not answer.
+        # Try the stuck disks on block devices, too: some may be healthy, but share a controller's
+        # queues with disks that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 

@@ -1,7 +1,7 @@
 """Plan the flush before SIGTERM, and decide what it proves. Pure.
 
 A flush before SIGTERM shows errors that QEMU hides after SIGTERM. If the guest's processors are
-stopped during the flush, it also proves that QEMU holds no data back. But the QMP command `stop`
+stopped, the flush also proves that QEMU holds no data back. But the QMP command `stop`
 waits for all requests of all disks: if one disk does not answer, `stop` blocks the monitor. So
 `stop` is sent only if no request seems older than OLD. `stop` is not sent to a running guest that
 has a vhost-user disk, or a network disk whose requests QEMU does not report. Without `stop`, the
@@ -62,8 +62,8 @@ def wants_evidence(state: BlockState) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight, so that only another reading (`is_second_reading`) can
-    show whether they are stuck."""
+    """Return whether requests are in flight. Only another reading (`is_second_reading`) can show
+    whether they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
     return evidence is not None and bool(_requests(evidence))
@@ -72,9 +72,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment | None = None) 
 def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
-    """Return whether `state` shows which requests are stuck: it was read OLD µs after `first`, or
-    none is stuck. None is stuck if every queue with requests in flight has completed one since
-    `first`, and `evidence` has no wait for a request."""
+    """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
+    `first`, or if no request is stuck: every queue with requests in flight has completed a request
+    since `first`, and `evidence` has no wait for a request."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):

@@ -20,7 +20,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import GuestObservation
 
 BASELINE: Final = 1 * USEC_PER_SEC
-"""For comparison, the work before the guest is asked is measured over at least this time (µs)."""
+"""Before the guest is asked, its work is measured for at least this time (µs), for comparison."""
 IDLE_DISKS: Final = 2 * USEC_PER_SEC
 """Disks count as idle if they have completed no request for this long (µs). After a shorter time,
 disks may only be slow: a guest under load looked idle for 0.8 s (measured)."""
@@ -52,7 +52,7 @@ class Rates:
     ran: float | None = None
     """How many processors the host gave to the virtual processors."""
     in_flight: float = 0.0
-    """The average number of requests to disks in flight; 0 if unknown."""
+    """The average number of disk requests in flight; 0 if unknown."""
 
     @property
     def demand(self) -> float:
@@ -156,9 +156,9 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
 
 
 def share_growth(now: Rates, baseline: Rates) -> float:
-    """The guest gets a share of the processor time that it wants: return the factor by which this
-    share has grown since the baseline. The factor is at least 1, and is 1 if the guest wanted
-    little in the baseline, because its share is then too uncertain.
+    """Return the factor by which the guest's share has grown since the baseline: the processor time
+    that it gets, divided by the time that it wants. The factor is at least 1, and is 1 if the guest
+    wanted little in the baseline, because its share is then too uncertain.
 
     The number of requests per second of processor time may grow by the same factor, because QEMU's
     threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as

@@ -50,8 +50,8 @@ PER_JOB: Final = 2_000
 """The interval between samples of a process is at least this time (µs) multiplied by the number of
 jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
-"""Doubtful movement, which other processes may have caused, delays SIGKILL until at most this many
-times `storage_stall` after the last progress. The limit is needed because a server that works for
+"""After the last progress, doubtful movement, which other processes may have caused, delays SIGKILL
+for at most `storage_stall` times this number. The limit is needed because a server that works for
 others may be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
@@ -97,8 +97,8 @@ class JobFacts:
     """The number of running jobs. With more jobs, each is sampled more rarely."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """When SIGKILL is due according to the last decision. Later decisions never make SIGKILL due
-    earlier."""
+    """When SIGKILL is due according to earlier decisions. Only a shorter `max` or `grace` can make
+    SIGKILL due before that."""
 
     @property
     def by_evidence(self) -> bool:
@@ -186,8 +186,7 @@ def _last(flags: Flag) -> Action:
 
 
 def _deadline(facts: JobFacts, due: int) -> int:
-    """Return when SIGKILL is sent, or the job gives up, if the evidence allows this from `due`
-    on."""
+    """Return when SIGKILL is sent, or the job gives up. `due`: when the ladder allows SIGKILL."""
     due = max(due, facts.control.not_before)
     deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
     return max(deadline, facts.control.held_until) if facts.control.held else deadline
@@ -196,7 +195,8 @@ def _deadline(facts: JobFacts, due: int) -> int:
 def kill_due(facts: JobFacts) -> int:
     """Return when the evidence so far allows SIGKILL, if nothing changes.
 
-    Time without samples is not counted. The result is never earlier than `promised`.
+    Time without samples is not counted. Only a shorter `max` or `grace` can make the result earlier
+    than `promised`.
     """
     assert facts.term_at is not None
     policy, evidence = facts.policy, facts.assessment
@@ -275,8 +275,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """SIGKILL is due: return whether to cut off storage first, that is, whether I/O may be
-    outstanding, `max` is not over, and QEMU may have storage that can be cut off."""
+    """Return whether to cut off storage before sending SIGKILL. This requires that I/O may be
+    outstanding, that `max` is not over, and that QEMU may have storage that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

@@ -26,7 +26,7 @@ guest was asked. `judge` interprets the observations at any time. The decisions 
 
 - An agent that does not answer is not a sign, because it may be starved or hang.
   x-query-virtio-status would show whether the guest has reset a device, but is not used: if QEMU
-  cannot decode the features of that kind of device, it aborts and loses all data that it holds
+  cannot decode the features of the device's type, it aborts and loses all data that it holds
   (qmp_decode_features in hw/virtio/virtio-qmp.c).
 
 - A guest that restarts has shut down and booted again, so it is asked once more, like a booting
@@ -95,7 +95,7 @@ CLOSING: Final = 300_000
 """The time (µs) reserved between the end of asking and SIGTERM. An observation and the flush take
 40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
 CUT: Final = 20
-"""If a guest does not react, PowerdownSec= may be shortened by at most 1/CUT of its length."""
+"""If a guest does not react, PowerdownSec= is shortened by at most 1/CUT of its length."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """The time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
@@ -103,7 +103,7 @@ RECENT: Final = 10 * USEC_PER_SEC
 LASTING: Final = RECENT // 2
 """Work is lasting if it takes at least this time (µs) in total within RECENT."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""How long (µs) after a guest was resumed or woken it may be too busy to be measured."""
+"""A guest may be too busy to be measured for this long (µs) after it was resumed or woken."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -247,8 +247,8 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken: work and silence of the monitor before that no
-    longer count."""
+    """Note that the guest was resumed or woken: earlier work, and earlier silence of the monitor,
+    no longer count."""
     return replace(attempt, started=at, recent=(), helped_at=at, answered_at=at)
 
 
@@ -297,8 +297,8 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
     """Return a new attempt after a restart: the guest is booting.
 
-    More resets before the guest is asked again belong to the same restart: Linux tries several ways
-    to reset a machine (five resets in 0.3 s were measured), and firmware may reset it, too.
+    Further resets belong to the same restart until the guest is asked again: Linux tries several
+    ways to reset a machine (five resets in 0.3 s were measured), and firmware may reset it, too.
     """
     return Attempt(
         started=observation.at if attempt.asked else attempt.started,
@@ -427,8 +427,8 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
     SIGTERM should follow within PowerdownSec= + BASELINE after the start, even if measuring took
-    longer than BASELINE. So the wait ends CLOSING before that time, if this cuts PowerdownSec= by
-    no more than CUT allows.
+    longer than BASELINE. So the wait ends when only CLOSING is left of that time, unless this would
+    cut PowerdownSec= by more than CUT allows, or the guest has booted.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -442,8 +442,8 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
 
     The power button is tried after the agent. A second press cancels the shutdown of some systems
     (illumos), so the button is pressed again only if no register shows whether the guest has
-    noticed the first press. While a guest boots, the button is pressed repeatedly, because its
-    kernel listens seconds before the program starts that acts on a press.
+    noticed the first press. While a guest boots, the button is pressed repeatedly, because the
+    kernel listens seconds before a program is ready to act on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -530,15 +530,15 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether the guest has worked more than in the baseline for LASTING in total since it
-    was asked."""
+    """Return whether, since it was asked, the guest has worked more than before for at least
+    LASTING in total."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
-    """Return whether the guest was busy in the baseline, and its demand has since been less than
-    half of that for LASTING. The end of a boot does not count.
+    """Return whether a load has ended: the guest was busy in the baseline, but its demand in the
+    last LASTING µs was less than half of the baseline's. The end of a boot does not count.
 
     If the guest still makes as many requests as before, its load has not ended: the demand may have
     fallen only because the host's disks have become faster.

@@ -166,7 +166,7 @@ class _Walk:
         )
 
     def take(self, moment: _Moment) -> None:
-        """Apply one record. If it is a sample, decide."""
+        """Apply one record of the trace. After a sample, decide."""
         self.now = moment.at
         if isinstance(moment, ChangeRecord):
             flags, policy = self._overrides.override(moment.flags, moment.policy)

@@ -78,9 +78,9 @@ def risks_of_exit(
     When QEMU exits, it has normally written its data. But QEMU also exits with 0 if its storage has
     reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Only a
     lost server is visible from outside, and only if the server is on this host. A missing
-    connection alone proves nothing, because QEMU may have closed the node, so the server must be
-    gone, too. Until `reconnect-delay` has passed, QEMU keeps the data and does not exit. So if QEMU
-    exits earlier, no data was lost, even if no sample has seen the server return.
+    connection is a risk only if the server is gone, too; otherwise, QEMU may have closed the node.
+    Until `reconnect-delay` has passed, QEMU does not exit with unwritten data. So an earlier exit
+    proves that no data was lost, even if no sample has seen the server return.
 
     `flushed`: the monitor has reported all disks as flushed. `started`, `ended`: when the process
     started and ended (CLOCK_MONOTONIC, µs).

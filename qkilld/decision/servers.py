@@ -9,8 +9,8 @@ ends soon after the guest (SETTLE) is a risk, too. For TCP, the kernel may show 
 closed the connection first. If the server is on another host, this is the only evidence.
 
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
-ordinary stop, so its end proves nothing. Nor does the end of a process that a server has forked for
-the connection: the parent is watched instead, because it continues to run.
+ordinary stop, so its end proves nothing. The same is true of a process that a server has forked for
+the connection: its parent is watched instead, because the parent continues to run.
 
 If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
 Each connection is assigned to any of these nodes, so a risk of one node may really be a risk of
@@ -249,8 +249,8 @@ class ServerEnds:
 
 
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
-    """Return whether only a wait for SETTLE can show if a server was being stopped when the guest
-    ended. `closed_first`: see ServerEnds."""
+    """Return whether to wait SETTLE µs, because nothing else can show whether a server was being
+    stopped when the guest ended. `closed_first`: see ServerEnds."""
     known = servers.connected if servers is not None else {}
     return any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()

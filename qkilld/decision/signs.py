@@ -134,8 +134,8 @@ def works(peer: Peer | None) -> bool:
     work on."""
     if peer is None or peer.shared is not False:
         return False
-    # A process without disks behind the server may be a client of the server's monitor, and may
-    # never read.
+    # Unread data of a process without disks proves nothing: the process may be a client of the
+    # server's monitor that never reads.
     behind = any(
         other.certain and ((other.unread and (other.devices or other.behind)) or works(other))
         for other in peer.behind
@@ -327,8 +327,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
             # back, which shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         # If `peer` has other clients, it may use `other` for them, unless `other` stores the
-        # guest's image. If this is unknown, as for a FUSE server, the signs of `other` stay sure: a
-        # kill would be worse than a long wait.
+        # guest's image. If it is unknown whether `peer` has other clients, as for a FUSE server,
+        # the signs of `other` stay sure: a kill would be worse than a long wait.
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs
@@ -347,15 +347,15 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
     of the disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign
     that the server runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
-    # If one of the server's calls is stuck, its reads and writes may be its own work, such as a
-    # backup job.
+    # If one of the server's calls is stuck, the server's reads and writes may be its own work,
+    # such as a backup job.
     is_stuck = _is_stuck(working, before)
     signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
-    # NBD has no keepalives, so an NBD server that runs serves requests, even if no sample finds it
-    # in a call.
+    # NBD has no keepalives, so if an NBD server runs, it serves requests, even if no sample finds
+    # it in a call.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
         name = f"{_of(peer)}{_RUNS}"

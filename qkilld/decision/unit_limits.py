@@ -43,7 +43,7 @@ def limits_of(facts: UnitFacts, own_pid: int, pid: int, guest_unit: UnitFacts | 
     `facts` to stop process `pid`. `guest_unit`: the unit of `pid`, such as the scope that a
     qkilld-scope@.service guards; None if unknown."""
     if pid == facts.main_pid:
-        guest_unit = facts  # systemd kills the main process whatever its control group.
+        guest_unit = facts  # systemd kills the main process whatever its control group is.
     stay, ask, warnings = INFINITY, INFINITY, []
     if facts.timeout_stop != INFINITY and (why := _cannot_extend(facts, own_pid)):
         stay = facts.timeout_stop - _margin(facts.timeout_stop)
@@ -85,8 +85,8 @@ def would_be_killed(facts: UnitFacts, pid: int) -> bool:
 
 
 def _is_stopping(facts: UnitFacts) -> bool:
-    # If an active unit has a job, this can only be a stop or a restart that waits for another
-    # unit's ExecStop=.
+    # The job of an active unit can only be a stop or a restart that waits for another unit's
+    # ExecStop=.
     return facts.active_state == "deactivating" or facts.job != 0
 
 

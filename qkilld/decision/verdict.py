@@ -48,8 +48,8 @@ SAMPLE_INTERVAL: Final = USEC_PER_SEC
 SLACK: Final = 1_500_000
 """A sample may be this late (µs); any further delay counts as time without samples."""
 LOG_LINE: Final = 32
-"""A line of a log adds at least this many bytes to wchar. If wchar grows less, only the event loop
-wrote (8 to 16 bytes a second), so a written page is not from a log."""
+"""A line of a log adds at least this many bytes to wchar. If wchar grows by less, only the event
+loop wrote (8 to 16 bytes a second), so a written page is not from a log."""
 STUCK: Final = 30 * USEC_PER_SEC
 """If a certain wait (Wait.certain) has not moved for this time (µs), it may never end. Single
 requests to slow servers take up to 25 s (measured)."""
@@ -183,7 +183,7 @@ class Assessment:
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
-    """Return whether a value has changed that affects a deadline or that callers see (_NEWS)."""
+    """Return whether a value that callers see, or that affects a deadline, has changed."""
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
@@ -449,8 +449,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """A server that is sampled for the first time may have made progress that no sample has shown.
-    Return for how long (µs): since its wait began or, if that is later, since the last progress."""
+    """Return how long (µs) servers that are now sampled for the first time may have made progress
+    that no sample has shown: since their wait began, but not before the last progress."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -486,8 +486,8 @@ def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
 
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
-    """Return whether a wait that is no longer listed was for storage and has certainly ended. If it
-    may only be unreadable now, return False."""
+    """Return whether a wait that is no longer listed was for storage and has certainly ended; False
+    if the wait may have become unreadable instead."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     if wait.key.startswith("call:"):

@@ -75,8 +75,8 @@ class Wait:
     """Whether the process's first thread is in this wait and so cannot take SIGTERM. Until the wait
     ends, the guest runs, and may use other disks forever."""
     connections: frozenset[int] = _NONE
-    """The inodes of the node's connections. If these change, a connection broke, and the process
-    may only repeat its requests (connections.py)."""
+    """The inodes of the node's connections. If these change, a connection broke, and the process is
+    perhaps only repeating its requests (connections.py)."""
     threads: tuple[Thread, ...] = ()
     """The threads in this wait; () if it is not a wait in a call."""
 
@@ -140,7 +140,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     for thread in sample.threads or ():
         kind = WaitKind.STORAGE if waits_for_storage(thread) else WaitKind.CALL
         if kind is WaitKind.CALL and frozen:
-            continue  # The freezer of cgroup v1 puts every thread into state D.
+            continue  # Not a wait: the freezer of cgroup v1 puts every thread into state D.
         place = (*thread.disks, thread.mount) if thread.target in ("disk", "mount") else ()
         if kind is WaitKind.CALL:
             place = (thread.call, thread.target)
@@ -215,8 +215,8 @@ def _call_signs(
 
 
 def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices. Set only_reads if it was set in this sample or the previous one: a read
-    that is not dispatched yet looks like a flush, but seldom in two samples in a row."""
+    """Return the devices. Set only_reads if it was set in this sample or the previous one, because
+    one sample may miss it: a read that is not dispatched yet looks like a flush."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return [
         replace(device, only_reads=True)
@@ -237,9 +237,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for the writes and reads of the process while calls wait for these devices.
 
     If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    and as long as the guest runs, the process may write to other disks. If the devices count
-    requests and have none in flight, the signs are doubtful, because a layer above the devices may
-    hold a request back.
+    and the process's own reads and writes say nothing about it, because as long as the guest runs,
+    they may go to other disks. If the devices count requests and have none in flight, the signs are
+    doubtful, because a layer above the devices may hold a request back.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -304,8 +304,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         else:
             signs += disk_signs(d for d in sample.devices or () if d.writable and d.own)
         text = "it has, or may have, asynchronous requests to a disk"
-        # If a disk is stuck, its requests are most likely the process's own. If not, the
-        # process still cannot exit without that disk.
+        # If a disk is stuck, its requests are most likely the process's own. Even if others made
+        # them, the process cannot exit without that disk.
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
 
@@ -334,8 +334,8 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     If one of these disks is stuck, assume that the process waits for this disk: only completions of
     this disk and of disks below it count, and the process's I/O is a doubtful sign.
 
-    `sure`: whether the requests cannot be timers. If they may be, perhaps only other processes use
-    the disks.
+    `sure`: whether the requests are certainly not timers. If they may be timers, the signs of disks
+    are doubtful, because perhaps only other processes use the disks.
     """
     writable = [
         device
@@ -392,7 +392,7 @@ def is_held_still(sample: Sample) -> bool:
 
 
 def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
-    """Return the wait that an unreadable source may hide, with its readable signs."""
+    """Return the wait that an unreadable source may hide, with the wait's readable signs."""
     signs = []
     if what == "io_urings":
         signs = _request_signs(sample, previous)
@@ -455,15 +455,15 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     signs = socket_signs(socket, "", before)
     watched = server_depth(socket.peer)
     if socket.accepted:
-        # The process is most likely a server itself, for example of a backup program. Of the
+        # The process is most likely a server itself, for example for a backup program. Of the
         # programs that connect to QEMU, only a vhost-user backend is storage, and it needs a unix
         # socket. A backend's data passes through the guest's memory, so only signs of the backend
         # itself are sure, not those of the connection. Signs of servers behind the client are
         # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count at most the backend itself as watched: a server that the client begins to use later
-        # has made no earlier progress that samples have missed.
+        # Count at most the backend itself as watched: if the client begins to use a server later,
+        # samples have missed no progress of that server.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))

@@ -9,8 +9,8 @@ looks like a dead one. So only one group of connections is cut off, the first th
 - The server waits for its own storage, perhaps on behalf of another disk of the guest.
 - The connection does not move.
 
-If QEMU certainly waits for a local disk, too, only the first group is cut off. The next rung,
-SIGKILL, would lose more.
+If QEMU certainly waits for a local disk, too, only the first group is cut off. A wrong choice loses
+less than the next rung, SIGKILL, would.
 """
 
 from __future__ import annotations

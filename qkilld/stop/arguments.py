@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _unit(name: str) -> str:
-    """Complete the name of a unit like systemctl."""
+    """Complete the name of a unit as systemctl does."""
     return name if name.endswith((".service", ".scope")) else f"{name}.service"
 
 

@@ -191,8 +191,8 @@ class Fallback:
         )
 
     def amend(self, stop: LocalStop, flags: Flag, ask_at_most: int) -> None:
-        """Change the flags and the time for asking of the stop and, if its job has begun, of the
-        job."""
+        """Change the flags and `ask_at_most` (the longest time for asking the guest) of the stop,
+        and of its job if that is running."""
         stop.flags, stop.ask_at_most = flags, ask_at_most
         if stop.job is not None and stop.job.running:
             request = Request(

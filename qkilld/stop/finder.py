@@ -273,8 +273,10 @@ def _qemus(
 def _qemu(
     pid: int, executable: tuple[str, bool] | Exception, globs: Iterable[str]
 ) -> ProcessHandle | None:
-    """Open a process, and check once more that it is QEMU; return None if it is not. Raises
-    `executable` if that is an exception, what `open_process` raises, and OSError."""
+    """Open a process, and check once more that it is QEMU; return None if it is not.
+
+    Raises OSError, what `open_process` raises, and `executable` if that is an exception.
+    """
     if isinstance(executable, Exception):
         raise executable
     if pid == os.getpid() or not is_qemu(executable[0], globs):

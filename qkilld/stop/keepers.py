@@ -170,7 +170,7 @@ async def leave_all(
     """Release a process at once if none of its keepers is being stopped. Release the others when
     `KeeperWatch.leave` returns for them.
 
-    `on_keeper` is called with each process that waits, and its keeper's name.
+    `on_keeper` is called with each process that is not released at once, and its keeper's name.
     """
     if isinstance(connection, str):
         release(processes)

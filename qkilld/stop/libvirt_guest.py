@@ -49,7 +49,7 @@ def shut_down_by_libvirt(
     """
     timeout = _config().policy_for(domain.name).powerdown if span is None else span
     began = time.monotonic()
-    # The following job must not ask the guest again.
+    # The job that follows must not ask the guest again.
     stop.powerdown = False
     log.open()
 

@@ -2,7 +2,7 @@
 cannot reach the monitor.
 
 The helper runs in the network namespace of its unit, which is usually that of the guest. If the
-guest is in another namespace, the helper can enter that namespace as root.
+guest is in another namespace, the helper can enter it only if it runs as root.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
 async def limiting_units(
     connection: Connection | str, pids: Iterable[int]
 ) -> tuple[UnitFacts, dict[int, UnitFacts]] | None:
-    """Return the settings of our own unit, and those of the units of these processes if they are
-    known. Return None if own_facts() returns None."""
+    """Return the settings of our own unit, and of the unit of each process if that unit is known.
+    Return None if own_facts() returns None."""
     own = await own_facts(connection)
     if own is None or isinstance(connection, str):
         return None
@@ -153,8 +153,8 @@ async def unattended(
     """Return the guests whose units do not stop them. Close the handles of the other guests, and of
     those whose unit or its settings are unknown.
 
-    `guests`: each with its unit, "" for none, None if unknown. `connection`: to the bus of these
-    units' manager, or the reason why there is no connection.
+    `guests`: each with its unit, "" for none, None if unknown. `connection`: a connection to the
+    bus of the units' manager, or the reason why there is none.
     """
     attended: dict[str, bool] = {}
     processes = []

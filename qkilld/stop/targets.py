@@ -41,8 +41,8 @@ class Targets:
         self._options = options
         self._config: Config | None = None
         self._has_left_others = False
-        """Whether other guests of our own unit were left running, although systemd may stop
-        them."""
+        """Whether other guests of our own unit were left running, although systemd will perhaps
+        stop them."""
         self._said = ""
         """The reason, already printed, why the last search for substitutes failed."""
 
@@ -63,8 +63,8 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is no process to stop, and Failed if this is unknown, because
-        guests are not visible in our PID namespace. May also raise GuestElsewhere, NoSuchUnit,
+        Raises NoSuchProcess if there is no process to stop, and Failed if guests are not visible in
+        our PID namespace, so that this is unknown. May also raise GuestElsewhere, NoSuchUnit,
         InvalidArgs or Failed.
         """
         open_files.raise_limit()  # Each process needs a descriptor.
@@ -152,8 +152,8 @@ class Targets:
         return [process for process in processes if process.pid not in excluded_pids]
 
     def codes(self) -> list[int]:
-        """Return an exit code for each reason why another guest that should have been stopped may
-        still run. Print which unidentified processes may be such guests.
+        """Return the exit codes for guests that should have been stopped, but may still run. Print
+        which unidentified processes may be such guests.
 
         The unidentified processes are read again, because the search took place at the start, and
         some may have exited or turn out not to be guests.
@@ -175,12 +175,12 @@ class Targets:
         """Of these QEMU processes of our own unit, return those that are ours to stop, and close
         the handles of the others. Asks systemd.
 
-        Two kinds are not ours: those that outlive the unit, because its main process is a QEMU, and
-        systemd stops no other process (KillMode=process or none); and, if an option names a
-        process, those that a later line of ExecStop= stops.
+        Processes are not ours in two cases. With KillMode=process or none, all other processes
+        outlive the unit if its main process is a QEMU. If an option names a process, a later line
+        of ExecStop=, if there is one, stops the others.
 
-        `main_was_qemu`: the main process is known to have been a QEMU, and not a shell that ran
-        them. `fails`: this line of ExecStop= fails, so that systemd runs no later line.
+        `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
+        `fails`: this line of ExecStop= fails, so that systemd runs no later line.
         """
         if not others:
             return []
@@ -237,7 +237,7 @@ class Targets:
 
     def judge_not_qemu(self, pid: int, message: str, others: Sequence[ProcessHandle]) -> int:
         """Return the exit code for a named process that is not a QEMU. It is 0 if the process may
-        be a shell that runs the `others`. If not, print where the guest of the unit runs."""
+        be a shell that runs the `others`. Otherwise, print where the guest of the unit runs."""
         if others:
             if _is_uncovered(pid):
                 say(f"{message}, and is left to systemd")
