@@ -3,7 +3,7 @@
 The kernel names both only by their paths, and does not report in which mount namespace a path is
 valid. So a container's "/tmp/image" could be mistaken for a file on the host's root disk. To
 prevent this, a path on a local file system is accepted only if it leads to the right kind of file:
-for a loop device, a block device or a file of the right length; for an overlay, a directory.
+a loop device needs a block device or a file of the right length, and an overlay needs a directory.
 LOOP_GET_STATUS64 would return the file's device and inode, but it blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked, because the walk could block.
@@ -23,9 +23,8 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
-"""Timeout for walking a path in a separate thread. A walk is faster in the right namespace, because
-the kernel has the directories in memory. In a wrong namespace, a walk may have to wait for a
-disk."""
+"""Timeout for walking a path in a separate thread. In the right namespace, a walk takes less time,
+because the kernel has the directories in memory; in a wrong one, it may have to wait for a disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")

@@ -149,7 +149,7 @@ class BlockGraph:
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
     """Return the path or port that the kernel shows for a connection's server. `relative`: the file
-    names of all relative paths, which are compared without their directory (sockets.py)."""
+    names of the relative paths. Such a path is compared only by its file name (sockets.py)."""
     if not end.path:
         return end.port
     path = without_link(end.path)
@@ -159,7 +159,7 @@ def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | No
 
 def without_link(path: str) -> str:
     """Replace /var/run, a symbolic link, by /run, so that paths can be compared as text. QEMU may
-    have been given one of these paths, and the server of the socket the other."""
+    have been started with one of these paths, and the server of the socket with the other."""
     return path.removeprefix("/var") if path.startswith("/var/run/") else path
 
 
@@ -327,8 +327,8 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
-    """Return whether QEMU only reads from the node that `key` of a disk option names or describes:
-    the node or one above it is read-only or a backing file."""
+    """Return whether QEMU only reads from the node at `key` of a disk option. This is so if the
+    node or one above it is read-only or a backing file."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]
@@ -433,7 +433,7 @@ def _endpoints_of_options(
 
 
 def _export_of_url(text: str) -> str:
-    """Return the export that an NBD address names, as a URL or in the older form."""
+    """Return the export that an NBD address names. The address is a URL or has the older form."""
     if text.startswith(("nbd://", "nbd+")):
         return unquote(re.sub(r"[^:]*://[^/?]*/?", "", text, count=1).partition("?")[0])
     return text.partition(":exportname=")[2]

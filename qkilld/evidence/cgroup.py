@@ -109,8 +109,8 @@ class CgroupReader:
     def read(self) -> Cgroup | None:
         """Read the groups; None if they are unknown.
 
-        If one of the groups has only the guest's processes, figures of shared groups are None,
-        because they would include other processes.
+        Cgroup.own applies to all figures: if the memory group or the I/O group has only the guest's
+        processes, the figures of a group that has other processes, too, are None.
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):
             return None

@@ -54,7 +54,7 @@ class GraphReader:
             return None
 
     def formatted(self, paths: list[str] | None) -> int | None:
-        """Return how many of the open images (`paths`) may not be raw; None if unknown."""
+        """Return how many of the open images (`paths`) are not known to be raw; None if unknown."""
         if self._graph is None or paths is None:
             return None
         images = self._graph.images
@@ -72,8 +72,8 @@ class GraphReader:
         )
 
     def ringless(self, places: Mapping[str, FilePlace]) -> tuple[str, ...]:
-        """Return the devices to which no io_uring has requests: all images on them use other
-        interfaces. `places`: the storage of each image open for writing, keyed by its path."""
+        """Return the devices on which no image uses io_uring. `places`: the storage of each image
+        open for writing, keyed by its path."""
         if self._graph is None:
             return ()
         images = self._graph.images

@@ -1,9 +1,9 @@
 """Search the descriptors of all processes for sockets or a device.
 
 The kernel does not report which process has a socket or device open, so the descriptors of all
-processes are searched, which takes 3 µs for each. Any user can have millions of descriptors, so the
-search is divided into parts, with pauses between them. Users take turns, and processes with many
-descriptors are searched separately.
+processes are searched, which takes 3 µs per descriptor. Any user can have millions of descriptors,
+so the search is divided into parts, with pauses between them. Users take turns, and processes with
+many descriptors are searched separately.
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 """
@@ -145,8 +145,8 @@ class DescriptorSearch:
         start, self._seconds = time.thread_time(), 0.0
         while self._wanted and time.monotonic() < end:
             if self._rest is None or self._wanted <= self._latecomers:
-                # Begin a new search: only latecomers are still wanted, and all processes must be
-                # searched for them.
+                # If only latecomers are still wanted, begin a new search, because some processes
+                # were not searched for them.
                 self._rest = self._search_all()
             try:
                 link = next(self._rest)
@@ -169,8 +169,8 @@ class DescriptorSearch:
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
         self._without &= set(processes)
-        # Search a process again, because it may have opened `link` since the last time, but search
-        # it last, because most servers are new processes.
+        # Processes in `_without` may have opened `link` since, so they are searched again, but
+        # last: most servers are new processes.
         new = [process for process in processes if process not in self._without]
         order = [*by_turns(new), *by_turns(self._without)]
         size = 1 if self._many else _AT_ONCE
@@ -183,7 +183,8 @@ class DescriptorSearch:
             yield None
 
     def _finish(self) -> None:
-        """End a search of all processes. Continue only with keys that were added meanwhile."""
+        """End a search of all processes. Of the wanted keys, keep only those that were added during
+        the search."""
         now = time.monotonic()
         self._rest = None
         self._searched = {
@@ -199,7 +200,7 @@ class DescriptorSearch:
                 self._searched[key] = CompletedSearch(self._began, now, self._is_complete)
 
     def _processes(self) -> list[Candidate]:
-        """List the processes. Costs 3 µs each."""
+        """List the processes. Costs 3 µs for each process."""
         processes = []
         left_out = []
         taken_over = self.beside._left_out if self.beside is not None else ()

@@ -126,8 +126,8 @@ def _backing_sizes(path: str) -> range:
 
 
 def read_counters(stats: tuple[str, ...], *, layered: bool = False) -> Counters:
-    """Sum up the counters in the files Block.stats. Raises OSError (FileNotFoundError and ENODEV if
-    the device was unplugged) and ValueError.
+    """Sum up the counters in the files `stats` (Block.stats). Raises OSError (FileNotFoundError and
+    ENODEV if the device was unplugged) and ValueError.
 
     `layered`: also read Counters.only_reads. This costs 10 to 100 µs if requests are in flight.
     """
@@ -182,7 +182,7 @@ def _read_stats(stats: tuple[str, ...]) -> Counters:
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
     """Return all devices (MAJOR:MINOR) of the btrfs that contains the device `source` (a path from
-    mountinfo), or of the only btrfs on the host. None if not found.
+    mountinfo). If the host has only one btrfs, return its devices. None if not found.
 
     This reads sysfs, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).

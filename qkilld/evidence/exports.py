@@ -100,9 +100,9 @@ class ExportReader:
 def leaves_with_client(argv: Sequence[str]) -> bool:
     """Return whether a server exits when its only client disconnects.
 
-    This is true of qemu-nbd without --persistent, nbdkit --single, and socat, which serves one
-    connection in each process. It is also true of nbdkit --run, whose client is the command that it
-    runs: when the command exits, nbdkit kills the server (nbdkit-captive(1)).
+    This is true of nbdkit --single, of qemu-nbd without --persistent, and of socat, which serves
+    one connection in each process. It is also true of nbdkit --run, whose client is the command
+    that it runs: when the command exits, nbdkit kills the server (nbdkit-captive(1)).
     """
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119

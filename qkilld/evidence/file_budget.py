@@ -3,10 +3,9 @@
 The limit for the files of all guests is two thirds of this program's descriptors, minus PER_JOB for
 each job, and minus the descriptors that watch the servers of guests (server_exits.py). The last
 third is for files that jobs and callers must have open. If more jobs reduce the limit, the next
-sample closes the files of the guests that have kept theirs longest. If there is no room for a
-guest's files, they are opened for each sample, and no other guest's files are closed for them.
-Guests are sampled in turn: if each closed the files of the next, no file would be open when it is
-needed.
+sample closes the files that guests have kept open longest. If there is no room for a guest's files,
+they are opened for each sample, and no other guest's files are closed for them. Guests are sampled
+in turn: if each closed the files of the next, no file would be open when it is needed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class FileBudget:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit * 2 // 3
         self._keepers: OrderedDict[Keeper, None] = OrderedDict()
-        """The guests that may keep files open. The guest that has kept files longest comes
+        """The guests that may keep files open. The guest that has kept them open longest comes
         first."""
         self.jobs: Callable[[], int] = lambda: 0
         """Returns the number of running jobs."""
@@ -59,5 +58,5 @@ class FileBudget:
         return True
 
     def forget(self, keeper: Keeper) -> None:
-        """Forget a keeper that will not open its files again. May be called twice."""
+        """Forget a guest whose files will not be opened again. May be called twice."""
         self._keepers.pop(keeper, None)

@@ -3,9 +3,9 @@
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
 The link of a descriptor shows the file's path, fdinfo shows its mode and mount, and mountinfo shows
-the file system. These reads do not access the file itself, which could block if its server is dead.
-Only files on tmpfs and devtmpfs are accessed, because these are in memory: stat(2) shows block
-devices, and the content shows images.
+the file system. Accessing the file itself could block if its server is dead, so only files on tmpfs
+and devtmpfs, which are in memory, are accessed: stat(2) shows which of them are block devices, and
+their content shows which are images.
 
 The kernel does not show which open files are images. Regular files and block devices count as
 images, except the guest's memory, and files that are open only for writing, such as QEMU's logs.

@@ -177,7 +177,7 @@ class FuseFinder:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes whose connection the kernel does not name, so that each may serve
+        """Return the processes whose connection the kernel does not name: each of them may serve
         any connection. On a kernel that names connections, return none of them, because a
         descriptor without a named connection has no mount."""
         return () if self._is_named else self._living(_UNNAMED)

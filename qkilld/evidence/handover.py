@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_DELAY_S: Final = 0.02
-"""How long a complete sample may wait for the next sample, which may block."""
+"""How long a complete sample waits at most to be handed over with the next one, which may block."""
 AT_ONCE: Final = 4
 """The number of samples handled before the loop checks its timers and pidfds again."""
 
@@ -25,10 +25,10 @@ class Handover:
         self._urgent: deque[Callable[[], None]] = deque()
         self._others: deque[Callable[[], None]] = deque()
         self._next: asyncio.Handle | None = None
-        """The next run of `_deal` that was scheduled in the loop itself."""
+        """The next run of `_deal`, not counting those that `put` has scheduled."""
 
     def expect(self) -> None:
-        """Make the loop run all collected calls after MAX_DELAY_S, including those put until
+        """Make the loop run all collected calls after MAX_DELAY_S, including those added until
         then."""
         if self._next is None:
             self._next = self._loop.call_later(MAX_DELAY_S, self._deal)

@@ -81,8 +81,8 @@ class KeptFile:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
             _count.add(1)
         try:
-            # Try a short buffer first. Most files are short, and a text may occupy its whole buffer
-            # as long as a caller keeps it.
+            # Try a short buffer first: most files are short, and a text that a caller stores may
+            # occupy the whole buffer that it was read into.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
             if len(text) >= _SHORT:
                 text = os.pread(self._descriptor, most, 0)

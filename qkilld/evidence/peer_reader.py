@@ -1,5 +1,5 @@
-"""Sample one server: a process at the other end of a guest's connection, or one that such a server
-uses itself."""
+"""Sample one server: a process at the other end of a guest's connection, or a process that such a
+server uses itself."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PeerReader:
         self._process: ProcessReader | None = None
         """The reader of the process; None if its files are closed."""
         self._start_time: int | None = None
-        """The start of the process, once it was read, which shows whether the process id was reused
-        while the files were closed."""
+        """The start of the process; None before it was read. It shows whether the process id was
+        reused while the files were closed."""
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
         self._parent = _parent(pid, proc)
@@ -146,9 +146,9 @@ class PeerReader:
 
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
         """Return the storage of those files of the server that have the names of the guest's
-        images. If no file matches, perhaps because the server changes names, return the storage of
-        all its files, unless it has connections: then the images may be behind a connection, and
-        the files may be a log or cache."""
+        images. If no file matches (the server may change names), return the storage of all its
+        files, but () if the server has connections, because the images may be behind a connection,
+        and the files may be a log or cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if file_name(path) in names}:
             images = named

@@ -1,9 +1,9 @@
 """Sample the servers of a guest: the processes at the other end of its local connections, and FUSE
 servers.
 
-On this host, nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd, iSCSI targets, and servers of FUSE
-file systems with the guest's images do the guest's I/O, so their system calls and disks show the
-guest's progress. Needs the ptrace right for other users' processes.
+The guest's I/O may be done on this host by nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd, iSCSI
+targets, and servers of FUSE file systems that hold its images. Their system calls and disks then
+show the guest's progress. Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ from qkilld.model.sample import Mount, Peer
 MAX_PEERS: Final = 64
 """The maximum number of servers sampled for one guest, including those behind other servers."""
 OWN_PEERS: Final = 16
-"""How many more servers may be sampled if the guest itself uses them. These may be found when
-MAX_PEERS servers are sampled already."""
+"""How many servers that the guest itself uses may be sampled in addition to MAX_PEERS. They may be
+found only after other servers have used up MAX_PEERS."""
 MAX_PLACES: Final = 1024
-"""The maximum number of servers in one sample that are behind other servers. If a server is behind
-several connections of the guest, it counts once for each, because the sample has a copy for
-each."""
+"""How many servers behind other servers fit into one sample. If a server is behind several
+connections of the guest, it counts once for each, because the sample has a copy for each."""
 MAX_CHILDREN: Final = 4
 """Of the processes that a server has started, only this many are sampled: the newest."""
 KEPT_FILES: Final = 64

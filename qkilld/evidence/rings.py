@@ -14,13 +14,14 @@ io_submit(2) is synchronous. The tail of the ring in the mapping (kernel fs/aio.
 completions, not requests in flight. Only samples with detail read the tail (sampler.py), because
 this takes the process's memory lock.
 
-Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
-REFRESH_S (IDLE_REFRESH_S if the process has not run since), and when the number of descriptors
-changes, the descriptors and mappings are read again. Reading them costs 3 µs for each descriptor, 9
-µs more for each file (0.6 ms for 100), and 40 to 400 µs for the mappings. The mappings are read
-only if a file is open with O_DIRECT and any process on the host has an AIO context. Reading the
-mappings takes the process's memory lock, and may block as long as the process's storage hangs. So a
-separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S the result is unknown.
+Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. The
+descriptors and mappings are read again when the number of descriptors changes, and otherwise every
+REFRESH_S, or every IDLE_REFRESH_S if the process has not run since the last reading. Reading
+them costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
+the mappings. The mappings are read only if a file is open with O_DIRECT and any process on the host
+has an AIO context. Reading the mappings takes the process's memory lock, and may block as long as
+the process's storage hangs. So a separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S
+the result is unknown.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ class _Mappings:
         return self._tails
 
     def _run(self, work: Callable[[int], None]) -> None:
-        """Run `work` in a thread, unless the last thread still blocks. Return after
+        """Run `work` in a thread, unless the previous thread is still blocked. Return after
         MAPPINGS_TIMEOUT_S at the latest. The thread may outlive this reader, so it has its own
         descriptor."""
         if self._thread is None or not self._thread.is_alive():

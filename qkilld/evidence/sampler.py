@@ -90,8 +90,8 @@ class Reader:
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
         self._servers: ServerReader | None = None
-        """Created with the first connection or file system without a block device, because most
-        guests have neither."""
+        """Created when there is a connection, or a file system without a block device: most guests
+        have neither."""
         self._tables = tables
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
@@ -102,7 +102,7 @@ class Reader:
     def read(self, *, detail: bool = False) -> Sample:
         """Take a sample now. May block. The process cannot make this raise an exception.
 
-        `detail`: include the servers of its connections and its AIO rings, which are expensive to
+        `detail`: include its AIO rings, and the servers of its connections. Both are expensive to
         read.
         """
         about(self._pid)
@@ -321,8 +321,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Do this even if a sample was requested before: it may be complete already, and wait to be
-        # handed over together with another sample that has blocked.
+        # Do this even if a sample was requested before: that sample may be complete, but waiting to
+        # be handed over with another sample, which blocks.
         self._handover.expect()
 
     @property

@@ -33,8 +33,8 @@ ms."""
 
 
 _SHARE: Final = 4
-"""One in this many descriptors of this program can be the pidfd of a server. If all these
-descriptors are in use, a user takes one from another user whose guests have more."""
+"""The pidfds of servers may use 1/_SHARE of this program's descriptors. If none of these is
+free, a user takes one from another user whose guests have more."""
 
 
 class GuestServerExits:

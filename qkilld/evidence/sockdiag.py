@@ -139,8 +139,8 @@ class UnixSocket(NamedTuple):
     """The inode of the other end; 0 if it is closed, or has not accepted the connection yet."""
     shut: bool
     """Nothing can be received, so the process does not wait for a reply. Either the other end is
-    closed, or this end is shut down for reading, such as a service's output to the journal
-    (systemd: src/core/execute.c, connect_logger_as)."""
+    closed, or this end is shut down for reading, like the end that a service uses to write to the
+    journal (systemd: src/core/execute.c, connect_logger_as)."""
     send_queue: int
     receive_queue: int
 
@@ -151,8 +151,8 @@ class TcpSocket(NamedTuple):
     id: bytes
     """The kernel's id, for SocketTable.tcp and tcp_peer: family, then struct inet_diag_sockid."""
     listened: bool
-    """A process listens on the local port, so this connection was accepted. Queries by id check
-    this only if the table is crowded; otherwise, it is False."""
+    """A process listens on the local port, so this connection was accepted. A query by id checks
+    this only if the table is crowded, and otherwise leaves it False."""
     send_queue: int
     """Bytes not yet acknowledged, whether sent or not."""
     receive_queue: int
@@ -232,7 +232,7 @@ class SocketTable:
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
         """Return the established TCP socket with this inode, if there is one.
 
-        With `id`, the TcpSocket.id of an earlier result, the kernel finds the socket at once.
+        With `id` (the TcpSocket.id of an earlier result), the kernel finds the socket at once.
         Without it, the kernel scans its whole table, which takes long even with few sockets.
         """
         if self._tcp is None and id:
@@ -386,7 +386,7 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return the ports and addresses, IPv4 mapped to IPv6, because perhaps only one end uses
+    """Return the ports and addresses. IPv4 is mapped to IPv6, because perhaps only one end uses
     IPv6."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
@@ -502,10 +502,10 @@ def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
 def _request(
     request: bytes, flags: int, seconds: float | None = None, *, lock_s: float = -1
 ) -> Iterator[_Place]:
-    """Yield the kernel's replies: for at most `seconds` or, if that is None, at most MAX_SOCKETS
+    """Yield the kernel's replies. The limit is `seconds`; if that is None, MAX_SOCKETS
     replies. `lock_s`: how long to wait for other threads.
 
-    Raises _TooMany above these limits, OSError (ENOENT if there is no such socket, or if the kernel
+    Raises _TooMany above this limit, OSError (ENOENT if there is no such socket, or if the kernel
     lacks the family), ValueError and struct.error.
     """
     with _kernel(lock_s) as kernel:

@@ -182,9 +182,9 @@ class StorageReader:
         }
 
     def _may_write(self, number: int) -> bool:
-        """Return whether the file is open for writing and is not a log. If QEMU was started without
-        standard streams, an image may have one of their descriptors, and the command line may name
-        a symbolic link to it."""
+        """Return whether the file is open for writing and is not a log. A descriptor that was not
+        inherited is never a log, even if it has the number of a standard stream, and the command
+        line names the file by a symbolic link."""
         image = self._images[number]
         if number > _STANDARD_ERROR or self.names is None or not image.inherited:
             return image.writable

@@ -23,8 +23,8 @@ _EVENTS: Final = frozenset(
         *("recvfrom", "recvmsg", "recvmmsg"),
     )
 )
-"""Calls that wait for events, other threads or input, so a thread in one of them does not count as
-waiting. If requests are in flight on a ring or at a server meanwhile, other readers find them."""
+"""Calls that wait for events, other threads or input. A thread in one of them counts as idle. If
+requests are in flight on a ring or at a server meanwhile, other readers find them."""
 _SUBMITS: Final = frozenset(("io_uring_enter",))
 """Calls that either wait for events, or execute a request of a ring and wait for storage."""
 _INPUT: Final = frozenset(("read", "readv"))

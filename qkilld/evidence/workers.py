@@ -18,7 +18,7 @@ from qkilld.evidence.faults import FaultGuard
 STUCK_S: Final = 0.1
 """A call that takes longer than this counts as blocked."""
 MAX_BLOCKED: Final = 128
-"""The maximum number of threads that calls may block, for example because storage is dead."""
+"""The maximum number of threads that may be blocked, for example because storage is dead."""
 RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
 """See FairShares. Dead storage often blocks many guests of one user."""
@@ -53,7 +53,7 @@ class Workers:
 
     def grow(self) -> None:
         """Add a worker if calls wait and all workers are blocked. If no worker can be started, and
-        this program may block (qkilld-stop), run the calls in this thread."""
+        this program is allowed to block (qkilld-stop), run the calls in this thread."""
         with self._lock:
             if self._idle or self._count >= MAX_WORKERS or not self.waiting:
                 return
