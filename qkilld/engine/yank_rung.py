@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank`, including the wait for a monitor that is
-still being opened. When it expires, SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank`, and before them for opening the monitor if
+it is still being opened. When it expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -95,14 +95,14 @@ class YankRung:
 
     def note_opened(self) -> None:
         """Continue an attempt that had to wait for the monitor, for example after a restart of the
-        daemon. If the monitor could not be opened, end the attempt."""
+        daemon. First take a sample, because the storage may have answered meanwhile. If the monitor
+        could not be opened, end the attempt."""
         if self._until is None or not self._job.running:
             return
         if self._link.monitor is None:
             self._give_up()
-            self._job.advance()
-        else:
-            self._query()
+        self._until = None
+        self._job.advance()
 
     def _begin(self) -> None:
         self._until = self._clock.now() + TIMEOUT

@@ -209,3 +209,23 @@ def test_the_next_daemon_waits_for_its_monitor(
     after.clock.advance(5)
     assert after.monitors.yanked == ([["dead"]] if cut_off else [])
     assert process.sent == ([] if cut_off else [SIGKILL])
+
+
+def test_the_next_daemon_cuts_off_nothing_that_moved_while_its_monitor_was_opened() -> None:
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.clock.advance(59.5)
+    past = job.snapshot()
+    after, process = stuck_world()
+    after.clock.advance(60)
+    after.monitors.opens_after_s = 3
+    after.registry.resume(process, past, KeptMonitor(99, ()))
+    after.clock.advance(1.5)
+    moving = replace(STUCK, sockets=(), nodes=())
+    after.sampler.shows = lambda now: replace(moving, io=Io(0, 0, 0, 0, 0, now, 0))
+    after.clock.advance(10)
+    assert (after.monitors.yanked, process.sent) == ([], [])
+    # It can still be cut off later.
+    after.sampler.shows = lambda now: STUCK
+    after.clock.advance(62)
+    assert (after.monitors.yanked, process.sent) == ([["dead"]], [])
