@@ -119,8 +119,11 @@ class NameReader:
                     self._names.pop(key, None)
 
     def keep(self, alive: Set[Key]) -> None:
-        """Forget the names of processes that are not in `alive` (see `keys_of`)."""
-        self._names = {key: names for key, names in self._names.items() if key in alive}
+        """Forget the names that no call needs, of processes that are not in `alive` (see
+        `keys_of`)."""
+        self._names = {
+            key: names for key, names in self._names.items() if key in alive or key in self._needed
+        }
         with self._lock:
             for queue in self._users.values():
                 # Keep names that are not late, because a call waits for them: their processes may

@@ -206,6 +206,21 @@ def test_a_search_keeps_the_name_that_a_call_waits_for(lines: CommandLines) -> N
     asyncio.run(ask())
 
 
+def test_a_search_keeps_the_name_that_a_call_is_about_to_return(lines: CommandLines) -> None:
+    """The name was read, but the call still waits for another."""
+
+    async def ask() -> None:
+        reader = NameReader(lines)
+        asking = asyncio.create_task(reader.names([identity(1000), identity(1, uid=1001)]))
+        while identity(1000).key not in [key[:2] for key in reader._names]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        reader.keep(keys_of([identity(1, uid=1001)]))
+        lines.release.set()
+        assert UNKNOWN not in await asking
+
+    asyncio.run(ask())
+
+
 def test_processes_that_are_gone_are_forgotten(
     lines: CommandLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
