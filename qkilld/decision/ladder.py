@@ -161,8 +161,9 @@ def decide(facts: JobFacts, now: int) -> Decision:
     due = kill_due(facts)
     evidence = facts.assessment
     # Promise a time (JobFacts.promised) only if it is based on a real sample, not on assumptions
-    # about a gap.
-    promised = 0 if evidence is None or tells_nothing(evidence.seen) else due
+    # about a gap or a useless sample. Otherwise, on a busy host, every useless sample would start
+    # the time again.
+    promised = facts.promised if evidence is None or tells_nothing(evidence.last) else due
     return _by_evidence(facts, _deadline(facts, due), now, promised)
 
 

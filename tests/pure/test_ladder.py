@@ -347,6 +347,21 @@ def test_samples_without_a_thread_bring_sigkill_no_nearer(
     assert expected is None
 
 
+def test_useless_samples_do_not_start_the_time_again() -> None:
+    """On a busy host, one sample in eight cannot be read."""
+    evidence, promised = None, 0
+    for second in range(1, 100):
+        now = T0 + second * S
+        sample = Sample(now, "?") if second % 8 == 0 else Sample(now, "S", threads=())
+        evidence = assess(evidence, sample)
+        facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0, assessment=evidence)
+        decision = decide(replace(facts, promised=promised), now)
+        promised = max(promised, decision.promised)
+        if decision.action is Action.KILL:
+            break
+    assert second == 60
+
+
 def test_time_without_a_thread_is_not_counted_afterwards() -> None:
     first = Sample(T0, "?")
     evidence = assess(None, first)
