@@ -81,6 +81,8 @@ class SignKind(StrEnum):
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
     """The sign does not move now, but its value is remembered for later."""
+    KEPT = "kept"
+    """The sign does not move now, and the value to compare with stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)

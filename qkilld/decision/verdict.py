@@ -464,13 +464,15 @@ def _has_moved(sign: Sign, mark: int) -> bool:
             return sign.value != mark
         case SignKind.LOW:
             return mark - sign.value >= sign.least
-        case SignKind.QUIET:
+        case SignKind.QUIET | SignKind.KEPT:
             return False
 
 
 def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
     if mark is None:
         return Mark(sign.name, sign.value, at)
+    if sign.kind is SignKind.KEPT:
+        return mark
     if sign.kind is SignKind.LOW:
         has_fallen = mark.value - sign.value >= sign.least
         return Mark(sign.name, sign.value, at) if has_fallen else mark

@@ -488,12 +488,12 @@ def _node_wait(
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
-                # Until a reply comes, leave out the sure sign, so that its mark does not change:
-                # the server may be busy, or may repeat a request that fails.
+                # Until a reply comes, keep the mark of the sure sign: the server may be busy, or
+                # may repeat a request that fails.
                 kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
                 signs.append(replace(sign, name=name, kind=kind, sure=False))
-            if ran or not only_runs(sign):
-                signs.append(sign)
+                sign = replace(sign, kind=sign.kind if ran else SignKind.KEPT)
+            signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
         # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.

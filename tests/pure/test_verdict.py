@@ -781,6 +781,16 @@ def test_each_reply_proves_what_its_server_did_before(first: int) -> None:
     assert now.last.at - now.progress_at < 7 * S
 
 
+def test_the_first_reply_is_progress() -> None:
+    """The server sleeps for 9 s, and then writes a page. QEMU has slept since the stop."""
+    found = [replace(IDLE, at=0, nodes=(NBD,), sockets=(UNIX,))]
+    for second in range(1, 20):
+        woken = second >= 9
+        peer = replace(SERVER, switches=1_000 + 8 * woken)
+        found.append(replace(IDLE, at=second * S, switches=100 + 2 * woken, **served(peer)))
+    assert follow(found).progress_at == 9 * S
+
+
 def test_writes_of_a_server_on_a_unix_socket_are_progress() -> None:
     """The socket has no counter, and the server is sampled rarely."""
 
