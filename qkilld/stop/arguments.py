@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> Options:
         # systemd expands $MAINPID to nothing if the main process is gone.
         if not by_systemd(os.environ):
             parser.error("argument --pid: expected one argument")
-        arguments.pid = None
+        arguments.pid = None if os.environ.get("MAINPID") else 0
     spans = {
         span.field: usec
         for span in JOB_SPANS

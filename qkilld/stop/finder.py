@@ -64,7 +64,8 @@ class ProcessFinder:
     @property
     def _names_main_process(self) -> bool:
         """Whether the command line has `--pid $MAINPID`."""
-        return str(self._options.pid) == self._main_pid
+        pid = self._options.pid
+        return pid is not None and str(pid or "") == self._main_pid
 
     def named(self) -> ProcessHandle | None:
         """Return the named process. Return None if the target is a whole unit (--unit, or our own

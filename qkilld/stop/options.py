@@ -28,6 +28,7 @@ class Options:
         debug: bool = False,
     ) -> None:
         self.pid = pid
+        """0: the main process of our own unit, which is gone."""
         self.pidfile = pidfile
         self.unit = unit
         self.all_guests = all_guests

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from qkilld.stop.arguments import parse
+from qkilld.stop.finder import ProcessFinder
 
 
 @pytest.mark.parametrize(
@@ -27,5 +28,11 @@ def test_a_main_process_that_is_gone(
         parse(given)
     assert "expected one argument" in capsys.readouterr().err
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    monkeypatch.delenv("MAINPID", raising=False)
     options = parse(given)
-    assert (options.pid, options.force, options.names_one) == (None, True, False)
+    assert (options.pid, options.force, options.names_one) == (0, True, True)
+    assert ProcessFinder(options, os.environ).in_own_unit
+    assert ProcessFinder(options, os.environ).named() is None
+    # Another variable was empty.
+    monkeypatch.setenv("MAINPID", "5")
+    assert parse(given).pid is None

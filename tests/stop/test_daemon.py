@@ -324,7 +324,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
         process.close()
 
 
-@pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start"])
+@pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start", "gone by name"])
 @pytest.mark.parametrize(
     ("settings", "lines", "left"),
     [
@@ -336,6 +336,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
         ({"kill_mode": "process", "exec_start": (Command("/bin/sh", ()),)}, [""], {4, 5}),
         # The next line stops them.
         ({}, ["--pidfile a", "--pidfile b"], set()),
+        ({}, ["--pid $MAINPID", "--pidfile b"], set()),
         (None, [], {4, 5}),
     ],
 )
@@ -347,12 +348,14 @@ def test_the_others_of_a_main_process_that_is_gone(
     left: set[int],
 ) -> None:
     """It was a shell that ran them, or a QEMU beside which they run."""
-    if main != "pidfile" and len(lines) == 2:
-        return  # Only another pidfile names another process.
-    targets = Targets(Options(**(A if main == "pidfile" else {})))
+    options = {"pidfile": A, "gone by name": {"pid": 0}}.get(main, {})
+    named_by = {"--pidfile": "pidfile", "--pid": "gone by name"}
+    if len(lines) == 2 and named_by[lines[0].split()[0]] != main:
+        return  # It is not the line that runs now.
+    targets = Targets(Options(**options))
     others = [FakeHandle(4), FakeHandle(5)]
     named = Mock(side_effect=NoSuchProcess("gone"), return_value=None)
-    if main == "gone at the start":
+    if main.startswith("gone"):
         named.side_effect = None
     monkeypatch.setattr(targets.finder, "named", named)
     monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
