@@ -90,7 +90,7 @@ class FlushResult:
     error: str = ""
     """The printable error; "" if the disk was flushed."""
     refused: bool = False
-    """The flush was not tried, for example because QEMU did not export the node. So `error` says
+    """The flush was not tried (for example, because QEMU did not export the node), so `error` says
     nothing about the disk."""
 
 

@@ -1,13 +1,13 @@
 """Data classes that are cheap to define. Python's dataclasses took an eighth of the daemon's start
 time.
 
-The module dataclasses compiles the text of six methods for each class, one by one before Python
-3.13. Here, frozen classes and those with slots share all methods except `__init__`. A class with
-slots gets its `__init__` at its first use, because few classes are used at the start. The shared
-methods compare, hash and show objects like those of dataclasses.
+For each class, Python's module compiles the text of six methods (before Python 3.13, one by one).
+Here, frozen classes and those with slots share all methods except `__init__`. A class with slots
+gets its `__init__` at its first use, because few classes are used at the start. The shared methods
+compare, hash and show objects as Python's module does.
 
 Only mypy prevents assignments to fields of a frozen class. Without a `__setattr__` that prevents
-assignments, making an object takes half the time.
+them, making an object takes half the time.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ else:
 _LOCK = threading.RLock()
 _INCOMPLETE: dict[type, tuple[dict[str, Any], bool]] = {}
 """For each class that was not used yet: its namespace, which has the default values of the fields,
-and whether the fields are keyword-only. A class without slots could be kept instead, but takes 3
-kB."""
+and whether the fields are keyword-only. The namespace is kept instead of the class without slots,
+which takes 3 kB."""
 
 
 def _namespace_of(cls: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _namespace_of(cls: Any) -> dict[str, Any]:
 
 
 def _with_slots(cls: Any, namespace: dict[str, Any]) -> Any:
-    """Return a copy of `cls` with slots for its fields, except those with a slot in a base."""
+    """Return a copy of `cls` with slots for those fields that have no slot in a base."""
     inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
     kinds = cls.__annotations__.items()
     names = [name for name, kind in kinds if not kind.startswith("ClassVar")]
@@ -78,7 +78,6 @@ def _complete_later(made: Any, namespace: dict[str, Any], kw_only: bool) -> None
 
 
 def _complete_now(made: type) -> None:
-    """Complete a class that is not complete yet."""
     with _LOCK:
         if made in _INCOMPLETE:
             namespace, kw_only = _INCOMPLETE[made]
@@ -101,14 +100,14 @@ class _Later:
 
 _FROM_DATACLASSES = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
 _LATER = [_Later(name) for name in (*_FROM_DATACLASSES, "_values")]
-"""The attributes that a class gets at its first use, together with `__init__`."""
+"""The attributes, besides `__init__`, that a class gets at its first use."""
 
 
 def _complete(made: Any, cls: Any, kw_only: bool) -> None:
-    """Let the module dataclasses make what `made` lacks. `cls` is the same class without slots."""
+    """Make what `made` lacks, with Python's module. `cls` is the same class without slots."""
     if not cls.__doc__:
-        # Without this line, dataclasses would set __doc__ to the signature, which takes as long as
-        # all the rest.
+        # Otherwise, Python's module would set __doc__ to the signature. Making the signature takes
+        # as long as all the rest.
         cls.__doc__ = made.__name__
     full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
     made._values = _values_of(dataclasses.fields(full))

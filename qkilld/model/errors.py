@@ -1,7 +1,7 @@
 """The tree of all errors that the project raises on purpose.
 
-An error's text is for the caller: it says what happened, to what, and what to do next. It never
-contains an internal name, or anything about a process that the caller may not know.
+An error's text is for the caller: it says what happened, to what, and what to do next. It contains
+no internal names, and only those facts about a process that the caller is allowed to know.
 
     QkilldError
     ├── InvalidArgs          a wrong argument, flag or option
@@ -120,7 +120,7 @@ class InteractiveAuthorizationRequired(AccessDenied):
 
 
 class MonitorError(QkilldError):
-    """A guest's monitor or agent cannot be used. Texts that it has sent are made printable."""
+    """A guest's monitor or agent cannot be used. Texts from either are made printable."""
 
 
 class MonitorUnreachable(MonitorError):
@@ -164,8 +164,8 @@ class ConfigError(QkilldError):
     def __init__(self, text: str, *, place: str = "") -> None:
         super().__init__(text)
         self.place = place
-        """FILE:LINE of the first mistake, for users who may not read the file and so must not see
-        the text."""
+        """FILE:LINE of the first mistake, for users who must not see the text because they
+        cannot read the file."""
 
 
 class BusError(QkilldError):

@@ -90,7 +90,7 @@ class GuestEvent:
 
 @dataclass(frozen=True, slots=True)
 class KeptMonitor:
-    """A QMP connection with out-of-band commands that was kept from an earlier daemon."""
+    """A QMP connection, with out-of-band commands, that an earlier daemon opened."""
 
     fd: int
     own_chardevs: tuple[str, ...]
@@ -123,7 +123,7 @@ class GuestObservation:
     """The number of virtual processors; None if unknown."""
     vcpu_load: float | None = None
     """How many host processors the virtual processors could have used in the last tenth of a
-    second. Read only before the guest is asked."""
+    second. Measured only before the guest is asked."""
     agent_open: bool | None = None
     """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()

@@ -23,7 +23,8 @@ class Request:
     powerdown_only: bool = False
     """Only ask the guest: send no signal even if it does not shut down."""
     help: tuple[GuestOrder, ...] = ()
-    """Orders that may be given so that the guest can react when it is asked: RESUME, WAKE, THAW."""
+    """Those orders among RESUME, WAKE and THAW that the caller allows. They make the guest able to
+    react when it is asked."""
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY

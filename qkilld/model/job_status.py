@@ -38,7 +38,7 @@ _BEFORE_SIGNALS: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "cannot be asked",
     GuestAsked.NOT_RUNNING: "cannot be asked",
 }
-"""Phrases for the time before the first signal, by the result of asking so far."""
+"""Phrases for the time before the first signal, keyed by the result of asking so far."""
 _ASKED_BY: Final = {
     "agent": "its agent was asked to shut it down",
     "button": "its power button was pressed",
@@ -55,18 +55,17 @@ _STATES: Final[dict[str, str]] = {
     Verdict.ZOMBIE: "has exited",
     Verdict.GONE: "is gone",
 }
-"""Phrases for the time after SIGTERM, by the verdict."""
+"""Phrases for the time after SIGTERM, keyed by the verdict."""
 _GIVES_UP: Final = "gives up"
 _SHOWN_RISKS: Final = 3
 MOVES_FOR: Final = 6 * USEC_PER_SEC
-"""Progress this recent (µs) counts as current, because disks write back in bursts up to 5 s
+"""The maximum age (µs) of progress that counts as current. Disks write back in bursts up to 5 s
 apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """A job at one moment, as the daemon or another program runs it. Times are CLOCK_MONOTONIC in
-    µs.
+    """A job of the daemon or of another program, at one moment. Times are CLOCK_MONOTONIC in µs.
 
     `phase`, `verdict` and `result` may be words that only a newer daemon knows.
     """
@@ -288,7 +287,7 @@ def label(pid: int, name: str) -> str:
 def ending(result: str, receipt: dict[str, Any]) -> str:
     """Describe the end of a job, as a sentence without its subject."""
     asking = _ASKED.get(str(receipt.get("guest-asked", "")), "")
-    # If a job that only asks has failed, its error says why the guest could not be asked.
+    # If the job only had to ask and failed, its error says why the guest could not be asked.
     is_said = result == Result.FAILED and "SIGTERM" not in _actions(receipt)
     if not asking or is_said or result == Result.SIGNALLED:
         return _ending(result, receipt)

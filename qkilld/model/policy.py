@@ -44,7 +44,7 @@ class Policy:
     storage_stall: int = 60 * USEC_PER_SEC
     """SIGKILL follows after this time with outstanding I/O but without progress."""
     max: int = INFINITY
-    """SIGKILL follows this long after the start of the job, whatever the evidence shows."""
+    """SIGKILL follows when the job has run for this time, whatever the evidence shows."""
     reap: int = 5 * USEC_PER_SEC
     """How long to wait for the process to exit after SIGKILL."""
     powerdown: int = 60 * USEC_PER_SEC
@@ -158,7 +158,7 @@ class Config:
 
 
 def is_qemu(executable: str, globs: Iterable[str]) -> bool:
-    """Return whether the path matches one of the globs. `*` does not match `/`."""
+    """Return whether the path matches one of the globs."""
     return _matches(executable, tuple(globs))
 
 

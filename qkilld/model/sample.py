@@ -51,7 +51,7 @@ class Thread:
     disks: tuple[str, ...] = ()
     """MAJOR:MINOR of each block device under the file."""
     mount: str = ""
-    """MAJOR:MINOR of the file system of the file, if it has no block device."""
+    """MAJOR:MINOR of the file's file system, if that has no block device."""
     switches: int | None = None
     """The thread's voluntary context switches."""
     first: bool = False
@@ -91,8 +91,8 @@ class Device:
     """MAJOR:MINOR of the devices with depth 0 that lie on this device; () if its own depth is 0, or
     if they are unknown."""
     accounting: bool | None = None
-    """Whether the kernel counts the device's requests, which some drivers do not support and an
-    administrator can disable. None if unknown, as in older traces."""
+    """Whether the kernel counts the device's requests. Some drivers do not support this, and an
+    administrator can disable it. None if unknown, as in older traces."""
     only_reads: bool = False
     """Whether reads are in flight, but no writes. A flush may also be in flight. Always False for
     devices without a layer below them."""
@@ -144,7 +144,7 @@ class Peer:
     """Whether the peer has clients other than this process; None if unknown."""
     place: tuple[str, ...] = ()
     """MAJOR:MINOR of the storage under the image that the peer serves to this process: block
-    devices, or a file system without block device. () if unknown."""
+    devices, or a file system without a block device. () if unknown."""
     behind: tuple[Peer, ...] = ()
     """Servers on this host that the peer uses itself, and processes that the peer has started and
     may wait for."""
@@ -160,12 +160,12 @@ class Peer:
     """Whether `behind` may lack servers: the process at the other end of a connection was not
     found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
-    """For a peer in the `behind` of another, the FUSE file systems (MAJOR:MINOR) that it serves to
+    """For a peer in the `behind` of another: the FUSE file systems (MAJOR:MINOR) that it serves to
     the other peer; () if it also serves further processes."""
     certain: bool = True
     """For a peer in the `behind` of another: whether it certainly works for the other peer. This is
-    uncertain if the kernel does not show which process serves a file system, or if the other peer
-    has only started this one."""
+    uncertain if the kernel does not show which process serves a file system, or if it is only known
+    that the other peer has started this one."""
     unseen_requests: bool | None = None
     """Whether the peer may have file requests in flight, on an io_uring or in Linux AIO, for which
     no thread waits."""
@@ -255,8 +255,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """Where an image that is open for writing lies. This is read only if Sample.mounts is not
-    empty."""
+    """The place of an image that is open for writing."""
 
     names: tuple[str, ...]
     """The names of the nodes that use the image, according to the command line; () if the image was

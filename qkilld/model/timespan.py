@@ -54,7 +54,7 @@ def parse(text: str) -> int:
     """Return the span in µs of a text such as `10`, `1.5s`, `2h 30min` or `infinity`. A number
     without a unit is in seconds.
 
-    Raises a ValueError whose text can be shown, and says what was expected.
+    Raises ValueError with a text for users, which says what was expected.
     """
     bare = text.strip(_BLANKS)
     if bare == "infinity":
@@ -90,7 +90,7 @@ def parse(text: str) -> int:
 
 
 def from_call(usec: int) -> int:
-    """Return the span (µs) for a number in a call over D-Bus or Varlink (ENDLESS)."""
+    """Return the span (µs) for a number in a call over D-Bus or Varlink (see ENDLESS)."""
     return INFINITY if usec >= ENDLESS else usec
 
 

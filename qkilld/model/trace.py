@@ -37,7 +37,7 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The job of a trace. The guest's name is the only part of the command line in it."""
+    """The job of a trace. Of the command line, the header contains only the guest's name."""
 
     job: int
     started: int

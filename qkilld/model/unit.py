@@ -89,7 +89,7 @@ class UnitFacts:
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
     """The families that RestrictAddressFamilies= allows; None for all. A deny list is checked only
-    for AF_UNIX: this is None if AF_UNIX is allowed, otherwise some list without it."""
+    for AF_UNIX: None if the list allows AF_UNIX, otherwise any families without AF_UNIX."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from the unit's processes."""
     noexec_paths: tuple[str, ...] = ()
@@ -168,7 +168,7 @@ SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "runtime_max": ("RuntimeMaxSec",),
 }
 """For each field of UnitFacts, the settings in unit files on which it depends (systemd.unit(5)).
-Names, files and the state of a unit depend on no setting."""
+A unit's names, files and state depend on no setting."""
 
 
 def is_user_manager(name: str) -> bool:

@@ -54,7 +54,8 @@ def status_of(state: Mapping[str, Any]) -> JobStatus:
 
 
 def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the receipt in the form in which Wait on D-Bus returns it, without missing values."""
+    """Return the receipt in the form in which Wait returns it on D-Bus. Values that are null are
+    left out."""
     values = {
         _CAPITAL.sub(lambda word: f"-{word[0].lower()}", key.replace("USec", "Usec")): value
         for key, value in receipt.items()

@@ -59,7 +59,7 @@ def read_runstate(answer: object) -> str:
 
 
 def read_runstate_text(text: str) -> str:
-    """Parse info status, which shows "running" or "paused" and, in parentheses, any other run
+    """Parse the output of `info status`: "running" or "paused" and, in parentheses, any other run
     state."""
     if (match := _RUNSTATE.match(text)) is None:
         raise _unreadable("info status")
@@ -67,10 +67,10 @@ def read_runstate_text(text: str) -> str:
 
 
 def find_event_registers(tree: str) -> int | None:
-    """Return the I/O port of the register PM1_STS in info mtree. The port of PM1_EN is 2 higher.
+    """Return the I/O port of the register PM1_STS in `info mtree`. The port of PM1_EN is 2 higher.
 
-    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet.
-    The guest's operating system then cannot listen to the power button.
+    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet,
+    so that the guest's operating system cannot listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
@@ -80,8 +80,8 @@ def find_event_registers(tree: str) -> int | None:
     port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
-    # A low port means that the firmware has not mapped the register yet: info mtree then shows only
-    # the register's offset in its memory region.
+    # A low port means that the firmware has not mapped the register yet: `info mtree` then shows
+    # only the register's offset in its memory region.
     return port if port >= 0x100 else 0
 
 
@@ -108,7 +108,7 @@ def read_block_totals(answer: object) -> BlockTotals:
 
 
 def read_block_totals_text(text: str) -> BlockTotals:
-    """Parse info blockstats."""
+    """Parse `info blockstats`."""
     lines = [line for line in text.splitlines() if "rd_operations=" in line]
     return _totals({key: int(n) for key, n in _STATISTIC.findall(line)} for line in lines)
 
@@ -128,7 +128,7 @@ def read_vcpu_threads(answer: object) -> tuple[int, ...]:
 
 
 def read_vcpu_threads_text(text: str) -> tuple[int, ...]:
-    """Return the thread ids in info cpus."""
+    """Return the thread ids in `info cpus`."""
     return tuple(int(number) for number in _THREAD.findall(text)[:MAX_VCPUS])
 
 

@@ -217,7 +217,8 @@ def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _connections(nodes: object) -> dict[str, list[str]]:
-    """Return the names of the nodes that use a network connection, by their file names."""
+    """For each file name, return the names of the nodes with this file name that use a network
+    connection."""
     names: dict[str, list[str]] = {}
     for node in _list(nodes, "query-named-block-nodes"):
         match node:
@@ -244,7 +245,7 @@ def _is_unsafe(node: Mapping[str, Any]) -> bool:
 
 
 def _protocols(file: str) -> set[str]:
-    """Return the drivers in one of QEMU's file names."""
+    """Return the drivers that one of QEMU's file names contains (json:... or a URL)."""
     if file.startswith("json:"):
         try:
             return set(_drivers(decode_json(file.removeprefix("json:").encode()), 0))

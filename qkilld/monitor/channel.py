@@ -40,7 +40,8 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._error: MonitorError | None = None
         self.is_starved: Callable[[], bool] = lambda: False
-        """Whether the other end has waited for the host's processors since the last call."""
+        """Whether the other end has waited for the host's processors since this function was last
+        called."""
         self._ended = False
         """The other end has closed the connection, and everything that it sent was read."""
         self._waiting: set[asyncio.Future[Any]] = set()

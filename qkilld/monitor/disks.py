@@ -102,8 +102,8 @@ async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
 async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
-    """Return the disk. If its device is not a virtio device, replace the path of the device by that
-    of its bus. For a SCSI disk, this is the bus of its virtio controller."""
+    """Return the disk. If the disk's device is not a virtio device, replace the device's path by
+    the path of its bus. For a SCSI disk, this is the bus of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -167,7 +167,7 @@ async def flush(
 ) -> tuple[FlushResult, ...]:
     """Flush nodes, given as (name, title), and report each result.
 
-    The processors must be stopped. If QEMU does not answer in time, its NBD server may stay until
+    The processors must be stopped. If QEMU does not answer in time, its NBD server may run until
     `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
     results up to then are returned, and the other disks count as not tried.
 

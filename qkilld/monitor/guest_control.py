@@ -74,7 +74,8 @@ AGENT_REFUSAL_S: Final = 1.0
 """How long to wait for a refusal of guest-shutdown. If it succeeds, there is no reply."""
 AGENT_ORDER_S: Final = 10.0
 FOREIGN_PRESS_AGE: Final = 10 * USEC_PER_SEC
-"""How long (µs) to remember somebody else's press that the guest has noticed."""
+"""How long (µs) somebody else's press of the power button counts as pending, even if the guest has
+already noticed it."""
 
 PM1_POWER_BUTTON: Final = 0x100
 """The bit of the power button in PM1_STS and PM1_EN (ACPI specification, 4.8.4.1)."""
@@ -144,7 +145,7 @@ class GuestControl:
         time. If QEMU has just started, waits up to START_WAIT_S.
 
         `qmp_socket`: the path of the QMP monitor according to the caller. `was_asked`: the guest
-        was asked to shut down before. `agent_was_open`: whether its agent had the port open then.
+        was already asked to shut down. `agent_was_open`: whether its agent had the port open then.
         Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable, with
         reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
         """
@@ -275,9 +276,8 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """The signs of a shutdown that were seen since one was requested and were not disproved
-        later. RESTARTED is included only until the next observation. POWERED_OFF is included even
-        without a request."""
+        """The signs seen since a shutdown was requested, except those disproved later. RESTARTED is
+        included only until the next observation. POWERED_OFF is included even without a request."""
         return frozenset(self._signs)
 
     @property
@@ -458,7 +458,7 @@ class GuestControl:
         """List the connections that can be cut off, except those of this monitor. A reply also
         shows that QEMU is alive.
 
-        Raises MonitorError, such as CommandRefused if this QEMU has no out-of-band commands.
+        Raises MonitorError, for example CommandRefused if this QEMU has no out-of-band commands.
         """
         qmp = self._out_of_band()
         instances = answers.read_yank_instances(

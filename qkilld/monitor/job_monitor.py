@@ -54,7 +54,7 @@ class JobMonitors:
     """Implements engine.ports.Monitors. Needs a running loop."""
 
     def __init__(self, table: ListenerTable, *, enter_netns: bool = False) -> None:
-        """`enter_netns`: this program may enter the network namespaces of its guests."""
+        """`enter_netns`: whether to enter the guests' network namespaces."""
         self._table = table
         self._enters_netns = enter_netns
 

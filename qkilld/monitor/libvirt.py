@@ -1,4 +1,4 @@
-"""Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
+"""Use virsh to ask libvirt's guests to shut down, because libvirt occupies their monitors.
 
 Only qkilld-stop and qkillctl do this, because the daemon starts no programs. libvirt's pid files
 show which process runs a domain. These files are in a directory that only libvirt's user can write

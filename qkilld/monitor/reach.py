@@ -61,8 +61,8 @@ REACH_TIMEOUT_S: Final = 1.0
 START_S: Final = 5.0
 """If QEMU has run for less than this time, it may not listen on its monitor yet."""
 MAX_TABLE: Final = 64 << 20
-"""A longer /proc/PID/net/unix is unreadable. This is enough for about 600,000 sockets; any user may
-have many."""
+"""A longer /proc/PID/net/unix counts as unreadable. This is enough for about 600,000 sockets; any
+user may have many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""
@@ -204,8 +204,8 @@ def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
 
 
 def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:
-    """Read the options of a QEMU's command line and its first -readconfig files. May block. Raises
-    OSError."""
+    """Read the options of a QEMU's command line and of up to MAX_CONFIGS -readconfig files. May
+    block. Raises OSError."""
     options = []
     files, remaining = 0, MAX_CONFIG
     for option in parse_command_line(procfs.read_command_line(identity.pid, proc)):
@@ -375,7 +375,7 @@ def _discard(work: asyncio.Future[socket.socket]) -> None:
 
 
 def is_stopped(process: Process, proc: Path) -> bool:
-    """Return whether SIGSTOP or a debugger stops the process; False if unknown."""
+    """Return whether SIGSTOP or a debugger has stopped the process; False if unknown."""
     pid = process.guest.identity.pid
     with ignore(f"reading the state of process {pid}", OSError):
         return procfs.read_stat(pid, proc).state in ("T", "t")

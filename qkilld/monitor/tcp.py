@@ -11,8 +11,8 @@ peer's socket, and the process must have a descriptor with this inode. The same 
 contain our own socket. The inode of our socket is unique on the host, so this rules out a
 connection with the same addresses in another namespace.
 
-All functions may block. `connect_in_netns` also changes the network namespace of its thread, so run
-it in a separate thread. Sources: proc_pid_net(5), unix(7), setns(2).
+All functions may block. `connect_in_netns` also changes the network namespace of the calling
+thread, so run it in a separate thread. Sources: proc_pid_net(5), unix(7), setns(2).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ACCEPT_S: Final = 1.0
 """How long to wait until QEMU accepts a connection, which usually takes a millisecond. Before that,
 the other end has no inode, so nothing proves to which process it belongs."""
 MAX_TABLE: Final = 64 << 20
-"""A longer /proc/PID/net/tcp is unreadable. This is enough for about 400,000 sockets."""
+"""A longer /proc/PID/net/tcp counts as unreadable. This is enough for about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
 
 _SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
@@ -239,8 +239,8 @@ def _address(address: tuple[str, int]) -> TcpAddress:
 
 
 def _parse_address(text: bytes) -> TcpAddress:
-    """Parse an address such as 0100007F:115C, which is 32-bit words in the machine's byte order,
-    and the port."""
+    """Parse an address such as 0100007F:115C: 32-bit words in the machine's byte order, then the
+    port."""
     host, _, port = text.partition(b":")
     words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
     packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)

@@ -37,8 +37,8 @@ class VcpuThreads:
 
         This is the sum of the kernel's averages for the threads. In an average, the load of 32 ms
         ago counts half. Time in which a thread waited for a processor is included. Return None if
-        unreadable, or if a thread's scheduling policy has no such average, such as a real-time
-        policy.
+        unreadable, or if a thread has a scheduling policy without such an average, for example a
+        real-time policy.
         """
         load = 0
         for thread in self._threads:
