@@ -30,7 +30,6 @@ _GET_INFO: Final = 0xC040FF0B
 _INFO: Final = struct.Struct("=Q52xi")
 """The first version of struct pidfd_info: its mask and its exit_code."""
 _INFO_EXIT: Final = 1 << 3
-_SIGNAL: Final = 0x7F
 """The bits of a wait(2) status that contain the signal."""
 MAX_EXITS: Final = 64
 """The maximum number of exits that are handled in one iteration of the event loop."""
@@ -79,14 +78,14 @@ class PidfdProcess:
             return False
         return stat.start_time != self.identity.start_time
 
-    def killed_by(self) -> int:
+    def exit_status(self) -> int:
         try:
             stat = procfs.read_stat(self.identity.pid, self._proc)
             if stat.start_time == self.identity.start_time:
-                return stat.exit_status & _SIGNAL
+                return stat.exit_status
         except OSError as error:
             note_once(f"looking how process {self.identity.pid} has ended", error)
-        return _exit_status(self._pidfd) & _SIGNAL
+        return _exit_status(self._pidfd)
 
     def dying(self) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
 from typing import Final
 
@@ -44,23 +45,28 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 
 
 def risks_of_death(
-    number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
+    status: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
-    """Return the risks if QEMU was ended by a signal that qkilld did not send. The signal may come
-    from the kernel for lack of memory, from another program, or from a crash. The same data may be
-    lost as with SIGKILL.
+    """Return the risks if QEMU was ended by a signal that qkilld did not send, or exited with an
+    error. The signal may come from the kernel for lack of memory, from another program, or from a
+    crash. After most errors, QEMU exits without closing its disks. So the same data may be lost as
+    with SIGKILL.
 
-    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) can end QEMU only
-    before QEMU has installed its handlers. At that time, no guest has run yet, so there is no risk.
-    `terminated`: qkilld had sent SIGTERM before; otherwise, the guest may have written data until
-    the end. `flushed`: the monitor has reported all disks as flushed.
+    `status`: how QEMU has ended, in the form of wait(2). A signal that asks QEMU to exit (_HANDLED)
+    can end QEMU only before QEMU has installed its handlers. At that time, no guest has run yet, so
+    there is no risk. `terminated`: qkilld had sent SIGTERM before; otherwise, the guest may have
+    written data until the end. `flushed`: the monitor has reported all disks as flushed.
     """
-    if not number or number in _HANDLED or flushed:
+    number = os.WTERMSIG(status)
+    if not status or number in _HANDLED or flushed:
         return ()
     risks = risks_of_kill(evidence)
     if terminated and not risks:
         return ()
-    return (Risk("unknown", f"it did not exit by itself: {_signal_name(number)} ended it"), *risks)
+    text = f"it exited with code {os.WEXITSTATUS(status)}"
+    if number:
+        text = f"it did not exit by itself: {_signal_name(number)} ended it"
+    return (Risk("unknown", text), *risks)
 
 
 def _signal_name(number: int) -> str:

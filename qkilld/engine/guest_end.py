@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class GuestEnd:
     __slots__ = (
-        "_clock", "_is_settled", "_job", "_killed_by", "_process", "_servers", "_settled_at",
+        "_clock", "_is_settled", "_job", "_process", "_servers", "_settled_at", "_status",
         "at",
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ class GuestEnd:
         """When the exit was noticed; CLOCK_MONOTONIC, µs."""
         self._settled_at = 0
         self._is_settled = True
-        self._killed_by = 0
+        self._status = 0
 
     def note(self, signals: SignalPhase, *, wait: bool) -> bool:
         """Note that the process has exited. Return whether the job can end now. If not,
@@ -44,10 +44,9 @@ class GuestEnd:
         now = self._clock.now()
         if self.at is None:
             self.at = now
-            # Read now which signal ended the process: this is unknown after its parent has reaped
-            # it.
-            self._killed_by = self._process.killed_by()
-            is_known = self._job.flush.proven or signals.killed or self._killed_by
+            # Read now how the process has ended: this is unknown after its parent has reaped it.
+            self._status = self._process.exit_status()
+            is_known = self._job.flush.proven or signals.killed or self._status
             if not is_known and self._servers.note_exit():
                 self._settled_at = now + SETTLE
                 self._clock.call_at(self._settled_at, self._note_later)
@@ -60,8 +59,8 @@ class GuestEnd:
         job, ended = self._job, self.at if self.at is not None else self._clock.now()
         evidence, flushed = job.assessment if job.by_evidence else None, job.flush.proven
         terminated = signals.sent
-        number = self._killed_by
-        if death := risks_of_death(number, evidence, terminated=terminated, flushed=flushed):
+        status = self._status
+        if death := risks_of_death(status, evidence, terminated=terminated, flushed=flushed):
             return death
         started = self._clock.started_at(self._process.guest.identity.start_time)
         if risks := risks_of_exit(evidence, flushed=flushed, started=started, ended=ended):

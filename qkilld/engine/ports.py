@@ -51,9 +51,9 @@ class Process(Protocol):
     def collected(self) -> bool:
         """Return whether the process has exited and is no zombie any more."""
 
-    def killed_by(self) -> int:
-        """Return the number of the signal that ended the process; 0 if no signal did, or if
-        unknown. Call this after the exit."""
+    def exit_status(self) -> int:
+        """Return how the process has ended, in the form of wait(2); 0 if unknown. Call this after
+        the exit."""
 
     def dying(self) -> bool:
         """Return whether the process is known to have received SIGKILL, or to be exiting."""

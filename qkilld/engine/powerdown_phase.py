@@ -6,6 +6,7 @@ held. MaxSec= and the caller's limit (Request.ask_at_most) end the asking.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -171,7 +172,7 @@ class PowerdownPhase:
             return
         if (order := self._asker.take_unanswered()) is not None:
             self._note_order(order)
-        killed = self._process.killed_by() != 0
+        killed = os.WIFSIGNALED(self._process.exit_status())
         self._job.guest_asked = self._asker.judge_exit(killed=killed) or self._job.guest_asked
 
     def close(self) -> None:

@@ -409,7 +409,7 @@ class ExitedProcess:
     def collected(self) -> bool:
         return True
 
-    def killed_by(self) -> int:
+    def exit_status(self) -> int:
         return 0
 
     def dying(self) -> bool:

@@ -57,7 +57,7 @@ def test_a_process_cannot_be_identified_while_it_is_stuck(stuck: StuckGuests) ->
                 procfs.read_stat(guest.pid)
         assert blockable.shared.blocked == 1
         assert not process.exited() and not process.dying() and not process.collected()
-        assert process.killed_by() == 0
+        assert process.exit_status() == 0
         stuck.free()
         until(lambda: blockable.shared.blocked, lambda blocked: not blocked)
         assert process.identify().key == (guest.pid, guest.start_time)

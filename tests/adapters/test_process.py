@@ -40,10 +40,10 @@ def test_identity_of_a_real_qemu(qemu: Make) -> None:
         assert wait_gone(guest.pidfd, 30)
         assert process.exited()
         assert not process.collected()
-        assert process.killed_by() == SIGKILL
+        assert process.exit_status() == SIGKILL
         guest.wait_gone()
         assert process.collected()
-        assert process.killed_by() == (SIGKILL if _TELLS_ENDS else 0)
+        assert process.exit_status() == (SIGKILL if _TELLS_ENDS else 0)
         with pytest.raises(ProcessLookupError):
             process.signal(SIGKILL)
         with pytest.raises(NoSuchProcess):
@@ -57,12 +57,24 @@ def test_an_exit_is_no_death_by_a_signal(qemu: Make) -> None:
     guest = qemu()
     process = open_process(guest.pid)
     try:
-        assert process.killed_by() == 0
+        assert process.exit_status() == 0
         process.signal(SIGTERM)
         assert wait_gone(guest.pidfd, 30)
-        assert process.killed_by() == 0
+        assert process.exit_status() == 0
         guest.wait_gone()
-        assert process.killed_by() == 0
+        assert process.exit_status() == 0
+    finally:
+        process.close()
+
+
+def test_the_code_of_an_exit_after_an_error(scripted_qemu: Make) -> None:
+    handle = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))"
+    guest = scripted_qemu(f"{handle}; print('ready', flush=True); signal.pause()")
+    process = open_process(guest.pid)
+    try:
+        process.signal(SIGTERM)
+        assert wait_gone(guest.pidfd, 30)
+        assert process.exit_status() == 3 << 8
     finally:
         process.close()
 

@@ -85,8 +85,8 @@ class FakeProcess:
     dies_of: tuple[Signals, ...] = (SIGKILL,)
     refuses: tuple[Signals, ...] = ()
     zombie: bool = False
-    killer: int = 0
-    """The signal that ended the process; 0 if it exited by itself."""
+    status: int = 0
+    """How the process has ended, in the form of wait(2)."""
     dead: bool = False
     closed: bool = False
     sent: list[Signals] = field(default_factory=list)
@@ -115,9 +115,9 @@ class FakeProcess:
     def collected(self) -> bool:
         return not self.zombie
 
-    def killed_by(self) -> int:
+    def exit_status(self) -> int:
         assert not self.closed
-        return self.killer
+        return self.status
 
     def dying(self) -> bool:
         return self.dead or SIGKILL in self.sent
@@ -133,9 +133,12 @@ class FakeProcess:
         self.closed = True
         self._callback = None
 
-    def die(self, killer: int = 0) -> None:
-        """Exit, or end by a signal of another program; the pidfd becomes readable."""
-        self.dead, self.killer = True, killer
+    def die(self, status: int = 0) -> None:
+        """Exit, or end by a signal of another program; the pidfd becomes readable.
+
+        `status`: in the form of wait(2), so a number of a signal stands for this signal.
+        """
+        self.dead, self.status = True, status
         self.wake()
 
     def wake(self) -> None:

@@ -89,6 +89,16 @@ def test_a_sigkill_of_somebody_else_puts_at_risk_what_ours_would(world: World) -
     assert "it did not exit by itself: SIGKILL ended it" in receipt.message
 
 
+def test_an_exit_after_an_error_puts_at_risk_what_sigkill_would(world: World) -> None:
+    world.sampler.shows = lambda now: WAITING
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(5)
+    process.die(1 << 8)
+    assert (job.result, process.sent, job.data_at_risk) == (Result.EXITED, [SIGTERM], True)
+    assert "it exited with code 1" in world.journal.events[-1].message
+
+
 def test_storage_that_comes_back_in_time(world: World) -> None:
     back = world.clock.now() + 50 * S
     world.sampler.shows = lambda now: WAITING if now < back else flushing(now)

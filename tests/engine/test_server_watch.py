@@ -254,7 +254,7 @@ def test_a_signal_that_ended_it_is_read_before_the_parent_reaps_it() -> None:
     world, process = ServedWorld(), client()
     job = world.stop(process, FORCE)
     world.clock.advance(0)
-    process.die(killer=9)
+    process.die(SIGKILL)
     assert job.result is Result.EXITED
     assert "SIGKILL ended it" in job.risks[0].text
 

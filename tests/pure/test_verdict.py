@@ -1109,7 +1109,7 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
 
 
 @pytest.mark.parametrize(
-    ("number", "now", "options", "codes"),
+    ("status", "now", "options", "codes"),
     [
         (0, {"formatted": 1}, {}, []),
         (SIGKILL, {}, {}, []),
@@ -1121,13 +1121,18 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
         # QEMU had not begun to handle signals.
         (SIGTERM, {"formatted": 1}, {}, []),
         (99, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
+        # A crash with a core dump, and an exit after an error
+        (SIGABRT | 0x80, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
+        (1 << 8, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
+        (SIGTERM << 8, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
+        (1 << 8, {}, {}, []),
     ],
 )
-def test_a_death_by_somebody_elses_signal_puts_at_risk_what_sigkill_would(
-    number: int, now: dict[str, Any], options: dict[str, bool], codes: list[str]
+def test_an_end_by_signal_or_error_puts_at_risk_what_sigkill_would(
+    status: int, now: dict[str, Any], options: dict[str, bool], codes: list[str]
 ) -> None:
     evidence = follow([replace(IDLE, at=at * S, **now) for at in range(2)])
-    risks = risks_of_death(number, evidence, **{"terminated": True, **options})
+    risks = risks_of_death(status, evidence, **{"terminated": True, **options})
     assert [risk.code for risk in risks] == codes
 
 
