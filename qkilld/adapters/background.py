@@ -26,7 +26,7 @@ class BackgroundWriter(Generic[T]):
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
-        """Call `write` for each item in the thread `name`; ignore what it raises.
+        """In the thread `name`, call `write` for each item, and ignore its exceptions.
 
         `limit` is the maximum number of queued items; None if the caller limits them.
         """

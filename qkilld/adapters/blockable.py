@@ -31,19 +31,20 @@ PATIENCE_S = 0.02
 """How long a caller waits for a read, which usually takes 10 to 30 µs."""
 SHORT_PATIENCE_S = 0.001
 """Replaces PATIENCE_S for SHORT_FOR_S after a read has timed out. Otherwise, somebody who blocks
-and unblocks processes all the time could take much time of the event loop."""
+and unblocks processes all the time could block the event loop for much of the time."""
 SHORT_FOR_S = 1.0
 MAX_WAIT_S = 0.5
-"""How long to wait for a thread that the process does not block, but that, for example, waits for
-the interpreter."""
+"""How long to wait for a read that is delayed, but not blocked by the process: the thread may be
+waiting for the interpreter."""
 MAX_THREADS = 64
 MAX_OF_ROOT = 16
 MAX_SHARED = 24
 """See FairShares. Only blocked threads count."""
 MAX_OF_SEARCHES = 40
 MAX_SHARED_OF_SEARCHES = 12
-"""The limit for searches (`each`), which read the processes of all users. So half of the users'
-places is left for reads of a single process, such as those before a signal."""
+"""The limit for searches (`each`), which read the processes of all users. So searches can use only
+half of the threads for users other than root; the rest is left for reads of a single process, such
+as those before a signal."""
 MAX_IDLE = 2
 
 
@@ -82,7 +83,7 @@ class _Batch:
         self.blocked_on: str | None = None
         """The directory whose read has timed out. The thread must not begin another read."""
         self.uid = -1
-        """The user whose place in FairShares the blocked thread takes."""
+        """The user to whom FairShares charges the blocked thread."""
         self.done = _thread.allocate_lock()
         self.done.acquire()
 

@@ -88,8 +88,8 @@ def load(root: Path = Path("/")) -> Config:
 
 
 def _files(root: Path, settings: _Settings) -> Iterator[Path]:
-    """Yield the main file from the directory with the highest precedence that has one, then the
-    drop-ins by file name."""
+    """Yield the main file, then the drop-ins, sorted by file name. If several directories have a
+    main file, take that of the directory with the highest precedence."""
     directories = [root / name for name in DIRECTORIES]
     for directory in directories:
         try:

@@ -17,7 +17,7 @@ default."""
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call this once, after most imports. Garbage collection may be disabled until then. With a
+    Call this once, after most imports. This enables garbage collection if it was disabled. With a
     thousand jobs, a full collection stops all threads for 60 to 90 ms every few seconds (measured),
     and frees only three objects for each job. So full collections are made rare, and
     `collect_garbage` should be called when the program is idle.

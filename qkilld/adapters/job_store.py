@@ -47,7 +47,7 @@ class JobStore:
         stored: dict[str, int],
         open_process: Callable[[int], PidfdProcess] = open_process,
     ) -> None:
-        """`stored`: the manager's descriptors, by name, which this object then owns."""
+        """`stored`: the manager's descriptors, by name. This object takes ownership of them."""
         self._directory = directory
         self._manager = manager
         self._journal = journal

@@ -122,7 +122,8 @@ class Journald:
 
         When journald processes an entry, it reads the sender's unit from /proc/PID. If the sender
         has exited by then, the entry belongs to no unit. Then `journalctl --unit` does not show the
-        entry, and `qkillctl history` trusts it only if root or the reader wrote it.
+        entry, and `qkillctl history` trusts it only if it was written by root or by the user who
+        runs `qkillctl history`.
         """
         if self._socket is None:
             return

@@ -147,7 +147,7 @@ def _job_entry(message: MessageId, entry: Mapping[str, Any]) -> JobEntry:
 def _is_credible(entry: Mapping[str, Any]) -> bool:
     """Return whether a trustworthy sender wrote the entry.
 
-    Anyone may write to the journal, but only journald sets fields that begin with an underscore.
+    Anyone can write to the journal, but only journald sets fields that begin with an underscore.
     These fields show the writer. Trusted writers are root, the user who reads the entry, and
     processes of the unit in the entry, such as qkilld-stop in a unit with User=.
     """

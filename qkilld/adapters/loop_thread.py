@@ -1,4 +1,4 @@
-"""Run functions that may block forever in threads, so that the event loop can await them."""
+"""Run each function in its own thread, so that the event loop can await a function that blocks."""
 
 from __future__ import annotations
 

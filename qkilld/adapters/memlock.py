@@ -1,8 +1,8 @@
 """Keep this program in memory with mlockall(2), because its pages may be on a disk that hangs.
 
-Pages in files and swapped-out pages are read when locking begins. Other memory is locked page by
-page, when each page is first used, so that unused parts of stacks and of the heap take no memory.
-Memory that was used once stays locked, so use little.
+When locking begins, pages of mapped files and pages in swap are read from the disk. Other memory is
+locked page by page, when each page is first used, so that unused parts of stacks and of the heap
+take no memory. Memory that was used once stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _MADV_POPULATE_READ: Final = 22
-"""Since Linux 5.14. Memory that was never used stays empty: it is read as zeros."""
+"""Since Linux 5.14. For memory that was never used, it maps the shared page of zeros."""
 _CAP_IPC_LOCK: Final = 1 << 14
 
 
@@ -87,8 +87,8 @@ class MemoryLock:
         return ""
 
     def _populate(self, start: int, end: int) -> bool:
-        """Read the pages of a mapping. Return False if that is impossible, for example because no
-        program may read it."""
+        """Read the pages of a mapping. Return False if that is impossible, for example because the
+        mapping is not readable."""
         address, size = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
         result: int = self._libc.madvise(address, size, _MADV_POPULATE_READ)
         return result == 0

@@ -62,8 +62,7 @@ class NameReader:
     """Use a NameReader in a single running loop."""
 
     def __init__(self, read: Callable[[int], Names]) -> None:
-        """`read`, which is called in threads and must not raise, returns the names of a process
-        id."""
+        """`read` takes a process id. It is called in threads, and must not raise."""
         self._read = read
         self._lock = threading.Lock()
         """Protects the queues; never held during a read."""
@@ -98,8 +97,8 @@ class NameReader:
                     self._queue(key, uid)
                 await pace.rest()
             for uid in late_users:
-                # These names have no thread yet, because the user may have no more threads, or a
-                # thread could not be started.
+                # These names have no thread yet, because the user had reached the limit of
+                # threads, or a thread could not be started.
                 self._start_thread(uid, loop)
             if wanted:
                 await self._wait(wanted)
@@ -126,8 +125,8 @@ class NameReader:
         }
         with self._lock:
             for queue in self._users.values():
-                # Keep names that are not late, because a call waits for them: their processes may
-                # be newer than `alive`.
+                # Keep names that are not late: a call waits for them, and their processes may have
+                # started after `alive` was read.
                 queue.waiting = deque(
                     key for key in queue.waiting if key in alive or key not in self._late_keys
                 )
@@ -157,8 +156,8 @@ class NameReader:
                     await self._wake.wait()
             self._collect()
             missing &= self._pending
-            # On a busy host, this process may not run for a while. Do not count such a pause,
-            # because the reading threads may not have run, either.
+            # On a busy host, this process sometimes gets no processor for a while. Do not count
+            # such a pause, because perhaps the reading threads had no processor, either.
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
         for pid, *_ in missing:
             note_once(f"reading the command line of process {pid}", "it takes too long")

@@ -33,8 +33,8 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""How many seconds after the time of its pidfile a process may seem to have started. The start of a
-process is known with a precision of 10 ms. The rest is for the coarse times of file systems."""
+"""By how many seconds a process may seem to be younger than its pidfile. The start of a process is
+known with a precision of 10 ms. The rest is for the coarse times of file systems."""
 MAX_PID: Final = 2**32 - 1
 """The greatest pid that a call on the bus can contain. The kernel's own limit is far lower."""
 
@@ -130,7 +130,7 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
     """Return the process's id in our PID namespace. `pid` is the id in the pidfile, which may be
     from another PID namespace.
 
-    While QEMU runs, it has a lock on its pidfile, which proves that this process wrote the file.
+    QEMU holds a lock on its pidfile while it runs, so the holder of the lock wrote the file.
     Raises Failed if there is no such lock and the id exists only in other PID namespaces.
     """
     holder = lock_holder(content.lock)

@@ -215,10 +215,10 @@ def _open_pidfd(pid: int) -> int:
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
     """Use a pidfd that was stored for a guest's process. The process may have exited. If the
-    process blocks the reading of its start time, this is checked later, before a signal is sent.
+    process blocks the reading of its start time, the start time is checked before a signal is sent.
 
-    Raises ProcessChanged if the descriptor is not a pidfd of this process, or if the process cannot
-    be identified. The caller then still owns the descriptor.
+    Raises ProcessChanged if the descriptor is not a pidfd of this process, or if the start time
+    cannot be read for another reason. The caller then still owns the descriptor.
     """
     pid = _pid_of(pidfd)
     if pid is None:

@@ -85,7 +85,7 @@ class Filesystem(NamedTuple):
     number: str
     """MAJOR:MINOR of its files (st_dev). The major number is 0 if there is no block device."""
     root: bytes
-    """The directory of the file system that is mounted."""
+    """Which directory of the file system is mounted."""
     point: bytes
     kind: str
     source: bytes
@@ -101,8 +101,8 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether these credentials permit `wanted`, S_IRUSR (read) or S_IXUSR (execute), on
-        a file. Ignores ACLs."""
+        """Return whether these credentials permit `wanted` on a file: S_IRUSR (read) or S_IXUSR
+        (execute). Ignores ACLs."""
         if self.uid == 0:
             return True
         if self.uid == status.st_uid:
@@ -197,8 +197,8 @@ thread."""
 
 
 def read_children(pid: int, proc: Path = PROC) -> list[int]:
-    """Return the children of a process, thread by thread, those of each thread oldest first. Return
-    [] if they are unreadable, or if the process has more than MAX_PARENTS threads."""
+    """Return the children of a process, grouped by parent thread, the oldest of each group first.
+    Return [] if they are unreadable, or if the process has more than MAX_PARENTS threads."""
     try:
         tasks = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208 - half the cost
     except OSError as error:

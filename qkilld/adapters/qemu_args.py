@@ -49,11 +49,11 @@ _FILE: Final = frozenset({"hda", "hdb", "hdc", "hdd", "fda", "fdb", "cdrom", "mt
 """The options that take the name of an image."""
 NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps",
                                     "gluster", "nfs", "rbd", "sheepdog", "vxhs"})
-"""The block drivers whose storage is behind a connection."""
+"""The block drivers that reach their storage through a connection."""
 # fmt: on
 MAX_KEY: Final = 1024
 """The longest key (characters) in key=value form. QEMU's keys have fewer than 100. A longer key
-would make the keys of all elements below it as long."""
+would make the keys of all elements below it at least as long."""
 MAX_KEYS: Final = 64 << 10
 """See QemuOption.flat (characters)."""
 
@@ -99,8 +99,8 @@ class QemuOption:
 
         Booleans become "on" and "off". The key of a list's element is its index. Keys longer than
         MAX_KEY or deeper than MAX_DEPTH are left out. Each key repeats the keys above it, so all
-        keys together can be much longer than the text. Keys beyond `room` characters in all are
-        left out.
+        keys together can be much longer than the text. So their total length is limited, and
+        further keys are left out.
         """
         values: dict[str, str] = {}
         room = MAX_KEYS + 4 * len(self.text)
@@ -228,10 +228,10 @@ def monitor_protocol(option: QemuOption) -> str:
 
 
 def has_qmp(argv: Sequence[str]) -> bool:
-    """Return whether QEMU has a QMP monitor that libvirt does not use, or may have one from a
-    -readconfig file.
+    """Return whether QEMU has a QMP monitor, or may have one from a -readconfig file.
 
-    A monitor of libvirt cannot be used, because QEMU serves one client at a time.
+    Return False for a guest of libvirt: libvirt stays connected to the monitor, and QEMU serves one
+    client at a time.
     """
     found = False
     for option in parse_command_line(argv):

@@ -55,7 +55,7 @@ class StateDirectory:
 
     def __init__(self, directory: Path, on_error: Callable[[str], None]) -> None:
         """Raises OSError if there is no such directory, PermissionError if another user owns it or
-        may write to it."""
+        can write to it."""
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         status = os.fstat(self._directory)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -66,7 +66,7 @@ class StateDirectory:
         self._is_error_reported = False
         self._reserved_number = 0
         self.outdated: set[int] = set()
-        """The numbers of jobs returned by `load` whose files an earlier release wrote."""
+        """The numbers of those jobs from `load` whose files were written by an earlier release."""
         self._pending: dict[int, JobState | None] = {}
         """The newest unwritten state of each job; None for a job that was forgotten."""
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class StateDirectory:
         unusable files. Remove files of another boot.
 
         Raises OSError if the directory cannot be read. If the directory cannot be written to, for
-        example because it is full, the error is reported, and its files are still read.
+        example because it is full, report the error, and still read the files.
         """
         documents, bad = [], []
         last = 0
@@ -125,8 +125,8 @@ class StateDirectory:
         self._put(number, None)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the writing thread when all states saved before have been written or
-        could not be."""
+        """Call `callback` in the writing thread when each state saved before has been written or
+        its writing has failed."""
         self._writer.put(callback)
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:

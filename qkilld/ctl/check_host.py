@@ -60,7 +60,7 @@ class _HostCheck:
         self._config = config
         self._units: dict[str, UnitFacts | None] = {}
         self._keepers: dict[str, GuestKeeper] = {}
-        """The keepers of the guests seen so far, by unit."""
+        """The keepers (units that shut down guests) found so far, by unit name."""
 
     async def report(self) -> HostReport:
         guests = []
@@ -130,8 +130,8 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Our drop-ins give scopes and user managers this Before=. Assume Before= even if it is missing:
-    # systemd may not have read the drop-ins yet.
+    # Our drop-ins give scopes and user managers this Before=. Assume Before= even if it is missing,
+    # because systemd has perhaps not read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

@@ -22,8 +22,8 @@ from qkilld.model.timespan import format_usec
 class JobCommand(NamedTuple):
     act: Callable[[JobProxy], Awaitable[None]]
     report: Callable[[JobStatus, JobStatus], str]
-    """Returns the text that follows `job 7 ` in the message, from the job's status before and after
-    the command."""
+    """Takes the job's status before and after the command; returns the text that follows `job 7 `
+    in the message."""
 
 
 def _cancel_report(before: JobStatus, _: JobStatus) -> str:

@@ -53,8 +53,8 @@ async def plan(session: Session, outcomes: list[TargetOutcome], options: Termina
 
 
 async def plan_all(session: Session, options: TerminateOptions) -> int:
-    """Print the plan for each guest of the caller. For guests of other users, print that they need
-    an authorization."""
+    """Print the plan for each guest of the caller. For guests of other users, print that
+    stopping them needs an authorization."""
     uid = session.connection.uid
     guests = await guest_rows(session.manager)
     outcomes = [TargetOutcome.of_guest(guest) for guest in guests if is_own(guest, uid)]
@@ -66,8 +66,8 @@ async def plan_all(session: Session, options: TerminateOptions) -> int:
 
 
 def _when(usec: int, *, asks: bool) -> str:
-    """Format the time (µs) of a step. `asks`: the guest is asked before this step, which comes
-    earlier if the guest does not react."""
+    """Format the time (µs) of a step. `asks`: the guest is asked before this step. If
+    the guest does not react, the step comes earlier than `usec`."""
     if usec in (0, INFINITY):
         return "never" if usec else "at once"
     return f"after {format_usec(usec)}{'' if asks else ' at the soonest'}"

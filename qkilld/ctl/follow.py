@@ -84,8 +84,8 @@ class _LastLine(NamedTuple):
 
 
 class LineDisplay:
-    """Prints a line when a job's phase, verdict, hold or extension changes, and when it ends. For a
-    pipe."""
+    """Prints a line when a job's phase, verdict, hold or extension changes, and when the job ends.
+    For a pipe."""
 
     watches = True
 
@@ -123,7 +123,7 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """Shows a live line for each job, and a permanent line at its end. For a terminal."""
+    """Shows a live line for each job, and a permanent line when the job ends. For a terminal."""
 
     watches = True
 

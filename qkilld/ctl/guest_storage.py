@@ -74,8 +74,8 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
     """Convert the storage of an instance to that of its template: replace the instance name by %i.
     An instance name that is only a part of a word, as in nbd-web.service, is not replaced, because
-    other instances may use another server or none. remote-fs.target orders the file systems of
-    other instances, too."""
+    other instances may use another server or none. A mount point gets `may_differ` in this case, so
+    the unit is ordered after remote-fs.target, which includes other instances' mounts."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point

@@ -47,7 +47,7 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE and its next step is due now, or at a known time unless there is
+    """Whether the job has FORCE, and its next step either is due now or can be delayed only by
     progress."""
 
 

@@ -148,7 +148,7 @@ async def inspect(session: Session, target: Target) -> int:
 
 
 def inspection_as_json(answer: dict[str, Any]) -> dict[str, Any]:
-    """Convert the reply of Inspect for --json, with a key for each member of a structure."""
+    """Convert the reply of Inspect for --json. Each member of a D-Bus structure gets a key."""
     document = {key.replace("-", "_"): value for key, value in answer.items()}
     for key, columns in _INSPECTED.items():
         if key in document:

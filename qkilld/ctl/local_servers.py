@@ -1,7 +1,7 @@
 """Find the processes of this host that listen at an address. This module runs as root, and other
 users may be hostile.
 
-The names of sockets prove nothing: a name may contain rows of /proc/net/unix, and a user may bind
+The names of sockets prove nothing: a name can contain rows of /proc/net/unix, and a user can bind
 any name in a mount namespace of their own. So a unix socket is found by the file that it is bound
 to, as reported by sock_diag(7), and its processes by their descriptors of the socket.
 """
@@ -65,8 +65,9 @@ def fuse_servers(connection: int, name: str) -> tuple[FuseServers, bool]:
     return whether the descriptors of all processes were read.
 
     Before Linux 6.16, the kernel does not show for which connection /dev/fuse is open, so any
-    process that has it open may be the server. The server's program usually has the `name` in the
-    file system's type, such as sshfs in fuse.sshfs.
+    process that has it open may be the server. If some of these processes are called `name`, as
+    servers usually are, only they are returned. `name` is from the file system's type, such as
+    sshfs from fuse.sshfs.
     """
     certain, possible = set(), set()
     is_complete = os.geteuid() == 0
@@ -150,7 +151,7 @@ def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
 
 def _may_listen_elsewhere(name: str) -> bool:
     """Return whether a process in another network namespace may listen on a socket with this file
-    name. If the result is False, nobody in this container listens."""
+    name; False only if it is known that no process of this container does."""
 
     def matches(path: bytes) -> bool:
         return os.path.basename(os.fsdecode(path)) == name  # noqa: PTH119

@@ -54,7 +54,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
         os.close(notify)
     try:
         if process is not None:
-            # Wait until pkttyagent closes its end of the pipe, when it has registered or exits.
+            # pkttyagent closes its end of the pipe when it has registered or exits.
             select.select([ready], [], [], READY_TIMEOUT_S)
         os.close(ready)
         yield

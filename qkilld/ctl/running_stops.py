@@ -39,8 +39,8 @@ async def wait_for_stops(systemd: Systemd, advice: str) -> None:
 
 
 async def stopping_units(systemd: Systemd) -> list[str]:
-    """List the units in which qkilld-stop runs. A unit whose stop now runs another command, such as
-    a copy of the image, is not listed."""
+    """List the units in which qkilld-stop runs. A unit whose stop has reached another command, such
+    as one that copies the image, is not listed."""
     units = await systemd.list_units("*.service", states=["deactivating"])
     return sorted(set(units) & _units_of_helpers()) if units else []
 

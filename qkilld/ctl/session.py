@@ -118,7 +118,7 @@ def _authorization_advice(bus: BusAddress) -> str:
 
 
 def error_as_json(error: Exception, bus: BusAddress) -> dict[str, Any]:
-    """Return {name, message}. The name is the error's D-Bus name, or an error of
-    org.qkilld1.Client."""
+    """Return {name, message}. The name is the error's D-Bus name, or a name that
+    begins with org.qkilld1.Client."""
     name = BUS_ERROR_NAME if isinstance(error, BusError) else getattr(error, "bus_name", "")
     return {"name": name, "message": explain(error, bus)}

@@ -136,8 +136,8 @@ async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
     """Start a job over Varlink, and pass it a connection to the guest's monitor. Return the job's
-    path. Return None if the caller must use D-Bus: for NOWAIT and FIXED, if the daemon can connect
-    to the monitor itself, or after a failure."""
+    path. Return None if the caller must use D-Bus: with NOWAIT or FIXED, after a failure, or if
+    the daemon can connect to the monitor itself."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:
@@ -380,8 +380,8 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether the job has NOWAIT. An older job that the call has joined may not have
-    NOWAIT."""
+    """Return whether the job has NOWAIT. If the call has joined an older job, that job may
+    lack it."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

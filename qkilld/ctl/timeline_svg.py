@@ -265,8 +265,8 @@ def _label_rows(marks: Sequence[Milestone], scale: _Scale) -> list[int]:
 
 
 def _extent(mark: Milestone, scale: _Scale) -> tuple[float, float]:
-    """Return the left and right end of a label. The label is to the right of its line, but to the
-    left near the end of the axis."""
+    """Return the left and right end of a label. The label is to the right of its line, except near
+    the end of the axis, where it is to the left."""
     x, width = scale(mark.at), len(_label(mark, scale)) * CHARACTER
     if x + width > WIDTH - 4:
         return x - width - 4, x

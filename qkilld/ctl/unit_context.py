@@ -126,8 +126,8 @@ async def gather(
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # Units of a user manager need no order themselves: user@.service has it, and is stopped
-        # after them.
+        # Empty for units of a user manager, which need no order: user@.service has one, and is
+        # stopped after these units.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -138,7 +138,7 @@ async def gather(
 
 
 def _missing_helpers(facts: UnitFacts) -> Iterator[str]:
-    """Yield Surroundings.missing. What a unit has in a root directory of its own is not read."""
+    """Yield Surroundings.missing; nothing for a unit with its own root directory."""
     for command in () if facts.root else filter(is_helper, facts.exec_stop):
         program = helper_program(command)
         with ignore(f"looking for {program}", OSError):
@@ -172,8 +172,8 @@ async def with_target(systemd: Systemd, place: Storage) -> Storage:
 async def find_keepers(
     systemd: Systemd, facts: UnitFacts | None, guests: Iterable[int]
 ) -> tuple[GuestKeeper, ...]:
-    """Find the running or stopping units that shut down these guests of a unit. `facts` is None if
-    the guests run in no unit."""
+    """Find the units that shut down these guests of a unit, and that are active or being stopped.
+    `facts` is None if the guests run in no unit."""
     runtime: dict[str, str] = {}
     for pid in guests:
         runtime |= runtime_keepers(ancestors(pid), services_that_run)

@@ -13,7 +13,7 @@ from qkilld.debug_log import ignore
 
 
 def unit_name_of(pid: int, *, user: bool) -> str:
-    """Return the unit in which a process runs; "" for none, or if it may not be read. `user`: the
+    """Return the unit in which a process runs; "" for none, or if it cannot be read. `user`: the
     unit of our own user manager, not of the system's."""
     if user:
         return _unit_of_user(pid)
