@@ -122,13 +122,19 @@ class StorageReader:
         self._finder = BackingFinder(proc)
 
     def refresh(
-        self, descriptors: Descriptors | None = None, waited_for: int | None = None
+        self,
+        descriptors: Descriptors | None = None,
+        waited_for: int | None = None,
+        *,
+        synced: bool = False,
     ) -> None:
         """List the open files again. Never raises. May wait briefly (backing.TIMEOUT_S).
 
         `waited_for`: the descriptor of a file for which a thread waits, even if the file is not an
-        image. `descriptors`: the result of files.read_descriptors, if the caller has just called
-        it. Costs 0.2 ms for a small QEMU, 3 ms for one with 100 descriptors and 16 block devices.
+        image. A standard stream is a log, unless the thread waits for a flush (`synced`), because
+        programs do not flush logs to disk. (dd gives its output the descriptor 1.) `descriptors`:
+        the result of files.read_descriptors, if the caller has just called it. Costs 0.2 ms for a
+        small QEMU, 3 ms for one with 100 descriptors and 16 block devices.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
@@ -139,7 +145,7 @@ class StorageReader:
         if descriptors.too_many:
             self._known = False
             return
-        if waited_for is not None and waited_for > _STANDARD_ERROR:
+        if waited_for is not None and (synced or waited_for > _STANDARD_ERROR):
             self._outputs |= {waited_for}
         images = files.read_images(self._pid, descriptors, self._proc, self._outputs)
         if images is None:

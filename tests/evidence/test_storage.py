@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import threading
@@ -13,7 +14,8 @@ import pytest
 
 from qkilld.evidence import storage
 from qkilld.evidence.storage import FilePlace, StorageReader, StorageTable
-from qkilld.model.sample import Device, Mount
+from qkilld.evidence.thread_places import place_threads
+from qkilld.model.sample import Device, Mount, Thread
 from tests.evidence.places import number_of, on_a_disk
 from tests.evidence.trees import disk, lay, loop, process
 from tests.lab import needs
@@ -488,6 +490,17 @@ def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path:
     assert reader.place_of(2) is None
     assert not seen(reader)["8:16"].writable
     assert reader.writable == ["/fuse/c"]
+
+
+def test_a_file_on_a_standard_stream_counts_once_a_thread_flushes_it(tmp_path: Path) -> None:
+    """For example the output of dd conv=fsync, which a script of a storage server may run."""
+    mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
+    reader = reader_of(tmp_path, {1: ("/far/disk", os.O_WRONLY, 8)}, mountinfo, SYS)
+    thread = Thread(7, "dd", "D", 1, io_call=True, wchan="", call="write", descriptor=1)
+    for call, target in (("write", "other"), ("fsync", "disk")):
+        waiting = (dataclasses.replace(thread, call=call),)
+        (placed,) = place_threads(7, waiting, reader, tmp_path / "proc") or ()
+        assert (placed.target, placed.disks) == (target, ("8:16",) if target == "disk" else ())
 
 
 def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> None:
