@@ -1,4 +1,4 @@
-"""Refuse waiting calls if qkilld cannot start, because its configuration is wrong.
+"""Refuse waiting calls if a wrong configuration prevents qkilld from starting.
 
 Without an answer, callers on D-Bus would wait 25 s for the timeout of the bus. Meanwhile, the bus
 would not start qkilld for any other call, even if the configuration had been corrected. A call on
@@ -71,6 +71,6 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
         # The bus sends the calls that wait for our name before it confirms that we own it.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Do not close the connection; the kernel closes it when this process ends. A call that came
-        # after an earlier close would wait in the bus, because systemd starts no other process
+        # Do not close the connection; the kernel closes it when this process ends. If we closed it
+        # earlier, the next call would wait in the bus, because systemd starts no other process
         # while this one runs.

@@ -65,7 +65,7 @@ def run(options: DaemonOptions) -> int:
                 exit_idle_s=options.exit_idle,
             )
             # lifecycle handles SIGINT. With SIG_DFL, asyncio installs no handler of its own.
-            # Otherwise, lifecycle would replace that handler, which imports the module inspect.
+            # Replacing such a handler, as lifecycle would, imports the module inspect.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             return asyncio.run(end)
     except ConfigError as error:

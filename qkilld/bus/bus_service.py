@@ -84,8 +84,7 @@ class BusService:
 
     async def leave(self) -> None:
         """Release the bus name, then answer every call that was sent to it. Signals about ended
-        jobs are sent first, because clients may ignore signals from others than the name's
-        owner."""
+        jobs are sent first, because clients may ignore signals from anyone but the name's owner."""
         await self._announcer.drain()
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)

@@ -58,8 +58,8 @@ READ_BYTES: Final = 64 * 1024
 """The maximum number of bytes that one recv() reads."""
 READS: Final = 4
 """How many recv() calls to make before the loop serves its timers and pidfds. Four calls read up to
-2,000 small messages in 10 ms. One call would not be enough: the bus has a single queue for all
-senders, so a sender that fills the queue would block the others."""
+2,000 small messages in 10 ms. The bus has a single queue for all senders, so a sender that fills it
+blocks the others; one call would not empty it fast enough."""
 HELD_BACK_S: Final = 0.25
 """How long the refusals of a flood of calls are collected before they are sent together. Otherwise,
 each refusal would cost two context switches, and a client that waits for each answer would send

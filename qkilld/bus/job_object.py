@@ -167,8 +167,8 @@ def _number_or_unknown(number: int | None) -> int:
 
 
 def _settle_soon(future: asyncio.Future[None], uid: int) -> None:
-    """Settle the future in one of the steps of engine.steps, because each user may have a thousand
-    calls of Wait for one job."""
+    """Settle the future in one of the steps of engine.steps. Each user can have a thousand calls of
+    Wait for one job, and preparing all replies at once would block the loop."""
     steps = job_steps()
 
     def settle() -> bool:

@@ -59,7 +59,7 @@ class Announcer:
             self._announce_soon(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        """Schedule the signals about the end. They are not sent now, because they must not delay
+        """Schedule the signals about the end. They are not sent now, because they would delay
         the replies of Wait and, if thousands of jobs end at a time, the SIGKILL of other jobs."""
         self._ended.append(job)
         self._schedule(REPLIES_FIRST_S)
@@ -138,7 +138,7 @@ class Announcer:
         self._due.pop(job.number, None)
         if timer := self._pauses.pop(job.number, None):
             timer.cancel()
-        # Announce the last changes first: clients stop reading after JobRemoved.
+        # Announce the changes before the end: clients stop reading after JobRemoved.
         self._announce_changes(job)
         del self._announced_values[job.number]
         assert job.result is not None

@@ -99,7 +99,7 @@ class BusObject(Protocol):
 
 
 class Authority(Protocol):
-    """Decides what callers may do who are neither root nor the owner of the process. Implemented by
+    """Decides what callers other than root and the owner of the process may do. Implemented by
     polkit's client."""
 
     async def check(
@@ -204,7 +204,7 @@ class Server:
             return
         self._noticed.add(sender)
         try:
-            # The bus answers in order, so AddMatch needs no reply of its own.
+            # The bus handles calls in order: when NameHasOwner is answered, AddMatch is done.
             self._connection.tell_bus("AddMatch", "s", _disconnect_rule(sender))
             (exists,) = await self._connection.request_bus("NameHasOwner", "s", sender)
         except QkilldError:

@@ -32,8 +32,8 @@ async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.s
     """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
     that failed.
 
-    `descriptors`: messages may carry descriptors in both directions. Any user of the bus may then
-    send some, so the socket is always a ForeignSocket. Raises OSError, EOFError, ValueError,
+    `descriptors`: messages can carry descriptors in both directions. Any user of the bus can then
+    send some; ForeignSocket closes them. Raises OSError, EOFError, ValueError,
     AuthError or InvalidAddressError.
     """
     if bus.is_remote:

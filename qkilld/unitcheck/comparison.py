@@ -1,4 +1,5 @@
-"""Compare which data each stop of a unit keeps now and after adoption; give a verdict. Pure."""
+"""For each kind of stop (stop, restart, shutdown), compare which data a unit's stop keeps now with
+which it would keep after adoption; give a verdict. Pure."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Surroundings:
     uncovered: tuple[str, ...] = ()
     """The paths of QEMU processes in the unit that do not match Executables=."""
     missing: tuple[str, ...] = ()
-    """The programs in lines of qkilld-stop that do not exist."""
+    """For each line of qkilld-stop whose program does not exist: the program."""
     has_foreign: bool = False
     """Whether a guest in the unit runs as a user other than the unit's User=."""
     is_running: bool = False
@@ -119,8 +119,8 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the main process is a shell, or a program such as sudo, and at most one guest
-    runs in the unit."""
+    """Return whether at most one guest runs in the unit, and the main process is a shell or a
+    program such as sudo."""
     if around.main_executable:
         shell = PurePosixPath(around.main_executable).name in _SHELLS
     else:
@@ -172,8 +172,8 @@ def runs_container(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def outlives(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the guests are meant to keep running when the unit is stopped. For example, a
-    manager of guests is stopped when it is upgraded."""
+    """Return whether the guests are meant to keep running when the unit is stopped. For example,
+    upgrading a manager of guests stops the manager, but must not stop its guests."""
     if facts.is_scope or facts.kill_mode not in ("process", "none"):
         return False
     if is_manager(facts, around):
@@ -236,9 +236,9 @@ def _starts_inside(start: Command) -> bool:
 
 
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
-    """Return whether a guest in another unit is the guest of this unit: ExecStart= contains its
-    name or its whole command line. A QEMU that ExecStart= starts in this unit has the same words,
-    but is not in another unit."""
+    """Return whether a guest in another unit is the guest of this unit: ExecStart= contains the
+    guest's name or whole command line. If ExecStart= starts QEMU in this unit only, a guest in
+    another unit is not its guest, even if the words are the same."""
     if started_qemus(facts) and all(map(_starts_inside, facts.exec_start)):
         return False
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
@@ -284,8 +284,8 @@ def _may_run(facts: UnitFacts, place: str) -> bool:
 
 
 def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> str:
-    """Return why this line of qkilld-stop may not stop the unit's guest; "" if it certainly stops
-    the guest. The reason is a clause without a subject."""
+    """Return why this line of qkilld-stop might fail to stop the unit's guest; "" if it certainly
+    stops the guest. The reason is a clause without a subject."""
     options, program = helper_options(command), helper_program(command)
     if program in around.missing:
         return f"is {program}, which does not exist"
@@ -294,7 +294,7 @@ def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> st
         not around.guests and started_by_root and not around.manager
     )
     if is_foreign and (around.manager or not _is_root(facts, command)):
-        return "runs as another user than the guest, and so may not stop it"
+        return "runs as another user than the guest, and so may be unable to stop it"
     if "--pid" in options and "no-env-expand" in command.flags and program == command.path:
         return "gets no process id, because of the prefix :"
     if "--dry-run" in options:

@@ -100,8 +100,8 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def _adds_stop(text: str) -> bool:
-    """Return whether a drop-in adds lines to ExecStop= without replacing the earlier ones, as an
-    empty assignment would."""
+    """Return whether a drop-in adds lines to ExecStop= without an empty assignment, which would
+    replace the earlier lines."""
     values = list(entries(text, "Service", "ExecStop"))
     return bool(values) and "" not in values
 

@@ -338,8 +338,9 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
 def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     """Return the whole ExecStop= list with a correct helper line at _helper_place().
 
-    The other lines keep their order. Lines that kill the guest, or that the helper replaces
-    (_is_replaced), are left out, except after an existing helper. Each existing helper remains.
+    The other lines keep their order. Lines that kill the guest or that the helper replaces
+    (_is_replaced) are left out, unless they follow an existing helper. Each existing helper
+    remains.
     """
     stops = facts.exec_stop
     place = _helper_place(facts, surroundings)
@@ -382,9 +383,9 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
-    """Return the first line that systemd now skips after a failure, but that systemd would run
-    after adoption while the guest still runs, because the line is before the helper. Lines that
-    only ask the guest or wait do not count."""
+    """Return the first line before the helper that systemd now skips after a failure. After
+    adoption, systemd would run it while the guest still runs. Lines that only ask the guest or
+    wait do not count."""
     place = _helper_place(facts, surroundings)
     first = _first_skipped(facts, surroundings, place)
     return stop_lines(facts, surroundings)[first] if first < place else None
@@ -475,8 +476,8 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit, as it is written if that is known. `ignore_failure` adds the
-    prefix `-`."""
+    """Return a line of the unit, as written in its files if that text is known. `ignore_failure`
+    adds the prefix `-`."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]

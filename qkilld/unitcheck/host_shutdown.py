@@ -21,7 +21,7 @@ class StoppedBy(StrEnum):
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
     """qkilld-guests.service and systemd's SIGTERM at the same time, because the guest's unit is a
-    service without ExecStop= that is not ordered before qkilld-guests.service."""
+    service that has no ExecStop= and is not ordered before qkilld-guests.service."""
     UNCOVERED = "uncovered"
     """Only systemd, because Executables= does not match the guest."""
 
@@ -91,8 +91,8 @@ def predict_stop(
 
 
 def shutdown_order(guests: Iterable[HostGuest]) -> tuple[tuple[str, ...], ...]:
-    """Return three groups of units, without empty ones, in the order in which systemd stops them:
-    those that stop their guests themselves, with all keepers; qkilld-guests.service; the others."""
+    """Return up to three groups of units, in the order in which systemd stops them: keepers, and
+    units that stop their guests themselves; qkilld-guests.service; units of all other guests."""
     guests = list(guests)
     keepers = sorted({name for guest in guests for name in guest.keepers})
     own_units = sorted({guest.unit for guest in guests if guest.stopped_by is StoppedBy.OWN_UNIT})

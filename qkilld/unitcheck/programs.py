@@ -201,7 +201,7 @@ def _container(
 
 
 def _podman(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    # Unlike docker, podman stops the container before it removes it, as in units of Quadlet.
+    # Unlike docker's, podman's `rm -f` stops a container before removing it. Quadlet uses this.
     return _container(words, text, forced_removal=_UNKNOWN)
 
 

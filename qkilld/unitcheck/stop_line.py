@@ -173,8 +173,8 @@ def _kills_by_file(paths: Iterable[str]) -> bool:
 
 
 def _acts_of_socat(addresses: Sequence[str], text: str, depth: int) -> tuple[Act, ...]:
-    """Classify socat, which connects two addresses: a monitor, its standard input, a file, or a
-    program that it runs. Source: socat(1)."""
+    """Classify socat, which connects two addresses. Each is a monitor, socat's standard input, a
+    file, or a program that socat runs. Source: socat(1)."""
     inner: list[Act] = []
     for address in addresses:
         kind, _, rest = address.partition(":")

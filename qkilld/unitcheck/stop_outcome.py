@@ -238,7 +238,7 @@ class _Stop:
 
     def _before_unit(self) -> Outcome | None:
         """Simulate what happens at host shutdown before the unit is stopped. Return the outcome if
-        qkilld-stop stops the guest then, otherwise None."""
+        qkilld-stop stops the guest in that time; otherwise None."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:

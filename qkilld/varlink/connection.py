@@ -32,8 +32,8 @@ MAX_UNREAD: Final = 1 << 20
 MAX_TOTAL: Final = 16 << 20
 """The maximum number of unhandled input bytes of all users except root together."""
 MAX_FIRST: Final = 32 << 10
-"""Of each user's unhandled bytes, those beyond this number may take only half of MAX_TOTAL, for all
-users together. So users with much input leave room for the calls of others."""
+"""Each user's unhandled bytes beyond this number count towards a limit for all users together, half
+of MAX_TOTAL. So users with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""

@@ -401,8 +401,7 @@ class VarlinkServer:
         uid = connection.uid
         self._connections[connection] = None
         self._per_user[user_of(uid)] += 1
-        # Apply the limits for a call that opens descriptors, because a connection needs a
-        # descriptor.
+        # A connection needs a descriptor, so apply the limits of calls that open descriptors.
         if uid not in self.turns.unlimited:
             with contextlib.suppress(Busy):
                 self.turns.limits.check_descriptors(uid)

@@ -127,14 +127,14 @@ class JobStream:
         first: FirstReply | None = None,
     ) -> None:
         """`changes`: send changes too, not only the end. `first`: a first reply, which is sent at
-        `open` or at the end of a job."""
+        `open`, or earlier if a job ends."""
         self._streams = streams
         self._call = call
         self._changes = changes
         self._loop = asyncio.get_running_loop()
         self._first = first
         self._is_opening = False
-        """Whether the first reply may be sent."""
+        """Whether `open` was called."""
         self._more: dict[str, Any] = {}
         """Parameters to send with the first reply. If that reply was sent already, the parameters
         are sent alone."""
@@ -146,7 +146,7 @@ class JobStream:
         self._ended_jobs: deque[Job] = deque()
         """Jobs whose end is to be encoded."""
         self._ends: deque[bytes] = deque()
-        """The encoded ends to report. They replace the jobs, which take much more memory, because
+        """The encoded ends to report. Jobs are not kept until then: they take much more memory, and
         the client may never read."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
@@ -267,7 +267,7 @@ class JobStream:
             job = self._due_changes.pop(next(iter(self._due_changes)))
             self._call.progress_encoded(encode({"state": state(job, self._call.uid)}))
         else:
-            # No change of the last report remains to be sent, so begin the next report.
+            # All changes of the last report are sent, so begin the next report.
             if self._changed_jobs and self._timer is None:
                 self._report_later()
             return False

@@ -1,6 +1,6 @@
 """Limit how often systemd is asked about the units of callers (`byUnit`).
 
-Any user may start such a query with each call, and all of them use the daemon's only connection to
+Any user can start such a query with each call, and all queries use the daemon's only connection to
 the bus.
 """
 
@@ -39,13 +39,13 @@ class UnitQueries:
         self._locks: WeakValueDictionary[tuple[int, str, tuple[int, ...]], asyncio.Lock] = (
             WeakValueDictionary()
         )
-        """Locks that allow one query at a time for each user, unit and jobs. Users do not share a
-        lock: root's query must not wait for a thousand queries of the guest's owner about the same
-        unit."""
+        """One lock for each combination of user, unit and set of jobs: it allows one query at a
+        time. Users do not share a lock: root's query must not wait for a thousand queries of the
+        guest's owner about the same unit."""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
-        """Wait for a place, then do what UnitStops.limit does. A user who has too many queries gets
-        UnitLimits without limits."""
+        """Wait for a place, then do what UnitStops.limit does. If the user has too many queries,
+        return no limits."""
         # Count a query like a call of Wait, because it may wait even after its client has left.
         try:
             self._limits.begin(uid, Cost.WAIT)
@@ -82,8 +82,8 @@ class UnitQueries:
     def _hand_out(self) -> None:
         """Give free places to waiting queries."""
         # Try root, and MAX_AT_ONCE + 1 users of each kind (subordinate or not). Trying more would
-        # be in vain: at most MAX_AT_ONCE users have a place, so at least one of these users has
-        # none. If this user gets no place, no other user of the same kind would get one.
+        # be in vain: at most MAX_AT_ONCE users have a place, so at least one of those tried has
+        # none. If that user gets no place, no other user of the same kind would get one.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (
