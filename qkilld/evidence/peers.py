@@ -311,7 +311,8 @@ class ServerReader:
         if server is None or server.threads:
             return []
         started = [child for child in read_children(pid, self._proc) if child != self._pid]
-        return started[-MAX_CHILDREN:]
+        # They are listed thread by thread. Newer processes have greater pids, until the pids wrap.
+        return sorted(started)[-MAX_CHILDREN:]
 
     def _placed(self, server: Peer) -> Peer:
         """Return the server, but without the servers behind it if the sample has no room for

@@ -71,6 +71,16 @@ def image(lab_dir: Path) -> Path:
     return path
 
 
+def test_the_newest_processes_of_a_server_with_several_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel lists the processes that each thread has started."""
+    monkeypatch.setattr(peers, "read_children", lambda pid, proc: [30, 31, 10, 11, 20, 21])
+    with contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader:
+        reader._sampled[5] = Peer(5, "nbdkit", (), None, None, None)
+        assert reader._children(5) == [20, 21, 30, 31]
+
+
 def test_a_server_and_the_one_behind_it(image: Path) -> None:
     with (
         nbd_store(image) as store,
