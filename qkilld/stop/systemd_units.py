@@ -4,6 +4,7 @@ units of other guests."""
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -84,7 +85,10 @@ def is_last_line(facts: UnitFacts, options: Options) -> bool:
     if not options.names_one or len(lines) < 2:
         return True
     last = lines[-1]
-    return ("--pid" in last, last.get("--pidfile")) == (options.pid is not None, options.pidfile)
+    if (pidfile := last.get("--pidfile")) is not None:
+        # systemd has replaced variables from the same environment.
+        pidfile = os.path.expandvars(pidfile)
+    return ("--pid" in last, pidfile) == (options.pid is not None, options.pidfile)
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:

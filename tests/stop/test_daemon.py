@@ -288,6 +288,8 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile a", "--pidfile b"], False, 0),
         ("control-group", A, ["--pidfile b", "--pidfile a"], True, 0),
         ("control-group", A, ["--pidfile a", "--unit db", "--pidfile=b --dry-run"], True, 0),
+        ("control-group", A, ["--pidfile b", "--pidfile ${NAME}"], True, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile /${NAME}"], False, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID", "--pidfile b"], False, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID"], True, 0),
         ("process", A, ["--pidfile a"], False, 0),
@@ -303,6 +305,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
     code: int,
 ) -> None:
     monkeypatch.setenv("MAINPID", "4")
+    monkeypatch.setenv("NAME", "a")
     run = StopRun(Options(**options), Notifier(""), Log())
     run._by_systemd = True
     processes = FakeHandle(4), FakeHandle(5)
