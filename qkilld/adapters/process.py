@@ -30,7 +30,6 @@ _GET_INFO: Final = 0xC040FF0B
 _INFO: Final = struct.Struct("=Q52xi")
 """The first version of struct pidfd_info: its mask and its exit_code."""
 _INFO_EXIT: Final = 1 << 3
-"""The bits of a wait(2) status that contain the signal."""
 MAX_EXITS: Final = 64
 """The maximum number of exits that are handled in one iteration of the event loop."""
 
