@@ -11,7 +11,7 @@ from qkilld import __version__
 from qkilld.adapters import argument_types
 from qkilld.model.policy import JOB_SPANS
 from qkilld.stop.options import Options
-from qkilld.stop.process import by_systemd
+from qkilld.stop.process import stops_unit
 
 _EPILOG: Final = """\
 In the unit of a guest, these lines are enough:
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error("--json is for --dry-run")
     if not arguments.pid and arguments.pid is not None:
         # systemd expands $MAINPID to nothing if the main process is gone.
-        if not by_systemd(os.environ):
+        if not stops_unit(os.environ):
             parser.error("argument --pid: expected one argument")
         arguments.pid = None if os.environ.get("MAINPID") else 0
     spans = {

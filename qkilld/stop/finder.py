@@ -21,6 +21,7 @@ from qkilld.stop.process import (
     open_main_process,
     open_named,
     open_process,
+    stops_unit,
 )
 
 MAX_PIDS = 20
@@ -48,6 +49,7 @@ class ProcessFinder:
         self.unit = procfs.read_unit(os.getpid())
         """The unit in which this program runs; None if unreadable."""
         self.by_systemd = by_systemd(environment)
+        self.stops_unit = stops_unit(environment)
         self.unidentified: list[int] = []
         """The processes that may be guests to stop, but that the last search could not identify."""
         self.denied: list[int] = []
@@ -59,7 +61,7 @@ class ProcessFinder:
         options = self._options
         named = options.pid is not None and not self._names_main_process
         other_target = options.all_guests or named or options.unit is not None
-        return self.by_systemd and not other_target
+        return self.stops_unit and not other_target
 
     @property
     def _names_main_process(self) -> bool:

@@ -166,6 +166,16 @@ def by_systemd(environment: Mapping[str, str]) -> bool:
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
 
 
+def stops_unit(environment: Mapping[str, str]) -> bool:
+    """Return whether a systemd manager started this program to stop our own unit (ExecStop= or
+    ExecStopPost=), directly or through a shell. A program of ExecStart= may also run qkilld-stop,
+    for one of several guests.
+
+    Source: $SERVICE_RESULT in systemd.exec(5).
+    """
+    return "SERVICE_RESULT" in environment and by_systemd(environment)
+
+
 def may_pass_monitor(pid: int) -> bool:
     """Return whether the command line suggests that the monitor is on TCP or an abstract socket.
     The daemon cannot connect to such a monitor. Takes 0.1 ms.

@@ -28,6 +28,9 @@ def test_a_main_process_that_is_gone(
         parse(given)
     assert "expected one argument" in capsys.readouterr().err
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    with pytest.raises(SystemExit):
+        parse(given)  # A program of ExecStart= may have run qkilld-stop.
+    monkeypatch.setenv("SERVICE_RESULT", "success")
     monkeypatch.delenv("MAINPID", raising=False)
     options = parse(given)
     assert (options.pid, options.force, options.names_one) == (0, True, True)

@@ -311,7 +311,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
     processes = FakeHandle(4), FakeHandle(5)
     run._stops.append(stop_of(processes[0]))
     run._stops[0].code = 3 if code == 3 else 0
-    run.targets.finder.by_systemd = True
+    run.targets.finder.stops_unit = True
     monkeypatch.setattr(stop_run, "has_others", lambda pids: True)
     monkeypatch.setattr(run.targets, "substitutes", lambda pids: [processes[1]])
     facts = stopping(*lines, kill_mode=kill_mode) if kill_mode else None
@@ -362,7 +362,7 @@ def test_the_others_of_a_main_process_that_is_gone(
         named.side_effect = None
     monkeypatch.setattr(targets.finder, "named", named)
     monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
-    targets.finder.by_systemd = True
+    targets.finder.stops_unit = True
     monkeypatch.setenv("EXIT_CODE", "exited")
     facts = None if settings is None else stopping(*lines, main_pid=4, **settings)
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
@@ -430,7 +430,7 @@ def test_an_unusable_pidfile(
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
     with pytest.raises(InvalidArgs):
         targets.choose()  # Not started by systemd.
-    targets.finder.by_systemd = True
+    targets.finder.stops_unit = True
     # systemd would run no later line, because this one would fail.
     assert targets.choose() == [process]
     said = capsys.readouterr().err

@@ -578,6 +578,27 @@ def test_a_line_for_each_guest(system: Container, start_unit: StartUnit) -> None
     assert "another QEMU" not in said(system, unit)
 
 
+def test_a_unit_that_stops_one_of_its_guests(system: Container, start_unit: StartUnit) -> None:
+    """systemd has started the shell that runs qkilld-stop, but is not stopping the unit."""
+    options = ["--pidfile /run/one.pid", "--pidfile /run/one.pid", '--pid ""']
+    script = [
+        *(f"{QEMU} -name {name} -daemonize -pidfile /run/{name}.pid" for name in ("one", "two")),
+        *(f"{HELPER} {each}; echo code $?" for each in options),
+        "kill -0 $(cat /run/two.pid) && echo it still runs",
+        "exec sleep infinity",
+    ]
+    system.write("/run/manager", "\n".join(script) + "\n")
+    unit = start_unit(command="/bin/bash /run/manager")
+    text = until(lambda: said(system, unit), lambda text: text.count("code ") == 3)
+    assert re.findall("code .|it still runs", text) == [
+        "code 0",
+        "code 0",
+        "code 2",
+        "it still runs",
+    ]
+    stop(system, unit)
+
+
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
     """The main process is a shell. The helper cannot read in which unit a QEMU runs, but which ones
     are in its own control group."""
