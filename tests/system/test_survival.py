@@ -520,7 +520,7 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
     system: Container, start_guest: StartGuest
 ) -> None:
     unit, pid = start_guest(
-        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=6"
+        lines="ExecStop=/usr/bin/qkilld-stop --grace 6s\nNotifyAccess=exec\nTimeoutStopSec=6"
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
@@ -543,7 +543,7 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
 ) -> None:
     drop_in("Restart=no")
     unit, pid = start_guest(
-        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=6"
+        lines="ExecStop=/usr/bin/qkilld-stop --grace 6s\nNotifyAccess=exec\nTimeoutStopSec=6"
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
