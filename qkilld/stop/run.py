@@ -469,8 +469,9 @@ class StopRun:
         self._over(stop, 0)
 
     def _stop_substitutes(self, stop: GuestStop, message: str) -> None:
-        others = self._substitutes()
-        self._over(stop, self.targets.judge_not_qemu(stop.process.pid, message, others))
+        pid, others = stop.process.pid, self._substitutes()
+        code, others = self.targets.judge_not_qemu(pid, message, others)
+        self._over(stop, code)
         self.begin(others)
 
     def _substitutes(self) -> list[ProcessHandle]:

@@ -75,20 +75,32 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     return facts if facts is not None and being_stopped(facts) else None
 
 
-def is_last_line(facts: UnitFacts, options: Options) -> bool:
+def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool:
     """Return whether no later line of ExecStop= lets qkilld-stop stop another guest of the unit.
-    `options`: those of the line that runs now."""
+
+    `options`: those of the line that runs now. `fails`: this line fails, so that systemd runs a
+    later line only if this line has the prefix `-`.
+    """
     from qkilld.unitcheck.command import helper_options, is_helper
 
-    lines = [helper_options(command) for command in facts.exec_stop if is_helper(command)]
-    lines = [line for line in lines if line.keys().isdisjoint(("--unit", "--all", "--dry-run"))]
+    others = ("--unit", "--all", "--dry-run")
+    lines = [
+        (command, given)
+        for command in facts.exec_stop
+        if is_helper(command) and (given := helper_options(command)).keys().isdisjoint(others)
+    ]
     if not options.names_one or len(lines) < 2:
         return True
-    last = lines[-1]
-    if (pidfile := last.get("--pidfile")) is not None:
-        # systemd has replaced variables from the same environment.
-        pidfile = os.path.expandvars(pidfile)
-    return ("--pid" in last, pidfile) == (options.pid is not None, options.pidfile)
+    now = options.pid is not None, options.pidfile or ""
+    # systemd has replaced variables from the same environment.
+    same = [
+        command
+        for command, given in lines
+        if ("--pid" in given, os.path.expandvars(given.get("--pidfile", ""))) == now
+    ]
+    if fails and not any(command.ignores_failure for command in same):
+        return True
+    return lines[-1][0] in same
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
@@ -96,7 +108,9 @@ def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
     type, such as forking, may have no main process, or one that only starts QEMU."""
     starts = facts.exec_start
     simple = facts.type in ("simple", "exec", "idle", "notify", "notify-reload", "dbus")
-    return simple and len(starts) == 1 and is_qemu(starts[0].path, globs)
+    if not simple or len(starts) != 1 or not is_qemu(starts[0].path, globs):
+        return False
+    return {"-daemonize", "--daemonize"}.isdisjoint(starts[0].arguments)
 
 
 async def limiting_units(

@@ -180,13 +180,15 @@ class Targets:
         of ExecStop=, if there is one, stops the others.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
-        `fails`: this line of ExecStop= fails, so that systemd runs no later line.
+        `fails`: this line of ExecStop= fails; see is_last_line().
         """
         if not others:
             return []
         from qkilld.stop.systemd_units import is_last_line, on_bus, own_facts, started_as_qemu
 
-        facts = on_bus(own_facts, user=self.user)
+        facts = None
+        with ignore("asking systemd for the settings of this unit", Exception):
+            facts = on_bus(own_facts, user=self.user)
         ours = list(others)
         if facts is None:
             if main_was_qemu:
@@ -197,7 +199,7 @@ class Targets:
                 # A failure would keep systemd from running the next line.
                 self._has_left_others = not self._options.names_one
                 ours = []
-        elif not fails and not is_last_line(facts, self._options):
+        elif not is_last_line(facts, self._options, fails=fails):
             ours = []
         elif facts.kill_mode in ("process", "none") and (
             main_was_qemu or started_as_qemu(facts, self._executables)
@@ -235,14 +237,19 @@ class Targets:
             reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)
 
-    def judge_not_qemu(self, pid: int, message: str, others: Sequence[ProcessHandle]) -> int:
-        """Return the exit code for a named process that is not a QEMU. It is 0 if the process may
-        be a shell that runs the `others`. Otherwise, print where the guest of the unit runs."""
+    def judge_not_qemu(
+        self, pid: int, message: str, others: list[ProcessHandle]
+    ) -> tuple[int, list[ProcessHandle]]:
+        """Return the exit code for a named process that is not a QEMU, and those of the `others`
+        that are ours to stop. The code is 0 if the process may be a shell that runs the `others`.
+        If there are none, print where the guest of the unit runs."""
         if others:
             if _is_uncovered(pid):
                 say(f"{message}, and is left to systemd")
-                return ExitCode.NOT_QEMU
-            return ExitCode.OK
+                is_main = str(pid) == os.environ.get("MAINPID")
+                others = self.left_to_us(others, main_was_qemu=is_main, fails=True)
+                return ExitCode.NOT_QEMU, others
+            return ExitCode.OK, others
         unknown = self.finder.unidentified or self.finder.denied
         own = self.finder.in_own_unit and not unknown
         say(f"{message}{', and its unit has no other QEMU' if own else ''}")
@@ -250,7 +257,7 @@ class Targets:
             self.check_elsewhere()
         except GuestElsewhere as error:
             say(str(error))
-        return ExitCode.NOT_QEMU
+        return ExitCode.NOT_QEMU, []
 
     def _unattended(self) -> list[ProcessHandle]:
         from qkilld.stop.systemd_units import on_bus, unattended

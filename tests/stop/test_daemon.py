@@ -240,7 +240,7 @@ def test_a_process_of_the_unit_that_may_not_be_seen_is_not_taken_for_none(
         targets.substitutes([])
     assert targets.substitutes([4]) == []
     assert targets.substitutes([4]) == []
-    assert targets.judge_not_qemu(4, "Process 4 (sh) is not a QEMU", []) == 5
+    assert targets.judge_not_qemu(4, "Process 4 (sh) is not a QEMU", []) == (5, [])
     said = capsys.readouterr().err
     assert said.count("not permitted") == 1 and "has no other" not in said
 
@@ -264,12 +264,17 @@ def test_a_process_that_may_not_be_seen_but_is_no_guest(
 
 
 A: dict[str, Any] = {"pidfile": "a"}
+DAEMONIZED = Command("/usr/bin/qemu-system-x86_64", ("qemu-system-x86_64", "-daemonize"))
 
 
 def stopping(*lines: str, **settings: Any) -> UnitFacts:
-    """Return the unit of a QEMU with these lines of ExecStop=, without the path of qkilld-stop."""
+    """Return the unit of a QEMU with these lines of ExecStop=, without the path of qkilld-stop. If
+    a line begins with "- ", a failure is ignored."""
     given = {"type": "simple", "exec_start": (Command("/usr/bin/qemu-system-x86_64", ()),)}
-    stops = tuple(Command(HELPER, (HELPER, *line.split())) for line in lines)
+    stops = tuple(
+        Command(HELPER, (HELPER, *line.removeprefix("- ").split()), line.startswith("- "))
+        for line in lines
+    )
     return UnitFacts("web.service", exec_stop=stops, **(given | settings))
 
 
@@ -279,6 +284,7 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", {}, [""], True, 0),
         # If this line fails, systemd does not run the next one.
         ("control-group", A, ["--pidfile a", "--pidfile b"], True, 3),
+        ("control-group", A, ["- --pidfile a", "- --pidfile b"], False, 3),
         ("mixed", {}, [""], True, 0),
         ("process", {}, [""], False, 0),
         ("none", {}, [""], False, 0),
@@ -336,6 +342,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
         ({"kill_mode": "process"}, ["--pidfile a"], {4}),
         ({"kill_mode": "none"}, ["--pidfile a"], {4}),
         ({"kill_mode": "process", "type": "oneshot"}, ["--pidfile a"], {4, 5}),
+        ({"kill_mode": "process", "exec_start": (DAEMONIZED,)}, ["--pidfile a"], {4, 5}),
         ({"kill_mode": "process", "exec_start": (Command("/bin/sh", ()),)}, [""], {4, 5}),
         # The next line stops them.
         ({}, ["--pidfile a", "--pidfile b"], set()),
@@ -376,6 +383,18 @@ def test_the_others_of_a_main_process_that_is_gone(
         process.close()
 
 
+def test_the_others_if_systemd_cannot_be_asked_for_any_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets, process = Targets(Options()), FakeHandle(4)
+    targets.finder.stops_unit = True
+    monkeypatch.setattr(targets.finder, "named", Mock(side_effect=NoSuchProcess("gone")))
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [process])
+    monkeypatch.setattr(systemd_units, "on_bus", Mock(side_effect=OSError("no more files")))
+    assert targets.choose() == [process]
+    process.close()
+
+
 @pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])
 def test_a_substitute_that_begins_after_the_units_were_read(
     monkeypatch: pytest.MonkeyPatch, inside: bool, forced: bool
@@ -402,18 +421,34 @@ def test_a_substitute_that_begins_after_the_units_were_read(
     process.close()
 
 
-@pytest.mark.parametrize(("name", "code"), [("/opt/my/qemu-kvm", 5), ("/opt/run-qemu", 0)])
+@pytest.mark.parametrize(
+    ("name", "kill_mode", "code", "left"),
+    [
+        ("/opt/my/qemu-kvm", "mixed", 5, False),
+        ("/opt/my/qemu-kvm", "process", 5, True),
+        ("/opt/run-qemu", "process", 0, False),
+    ],
+)
 def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    kill_mode: str,
+    code: int,
+    left: bool,
 ) -> None:
     """It is no shell that runs the other guest of the unit, so it still runs when that is gone."""
+    monkeypatch.setenv("MAINPID", "4")
+    facts = stopping("", kill_mode=kill_mode, main_pid=4)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
     run, main, other = StopRun(Options(), Notifier(""), Log()), FakeHandle(4), FakeHandle(5)
     run._stops.append(stop_of(main))
     monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
     monkeypatch.setattr(run, "_start", Mock())
     monkeypatch.setattr(procfs, "read_executable", lambda pid: (name, False))
     run._stop_substitutes(run._stops[0], "Process 4 is not a QEMU")
-    assert [stop.code for stop in run._stops] == [code, None]
+    assert [stop.code for stop in run._stops] == ([code] if left else [code, None])
+    assert (other.pidfd == -1) is left
     assert ("is left to systemd" in capsys.readouterr().err) is bool(code)
     main.close()
     other.close()
