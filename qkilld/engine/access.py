@@ -72,6 +72,7 @@ class Access:
         self._config = config
         self._host = host
         self._is_known = known
+        self._turn = asyncio.Lock()
 
     async def open_checked(
         self,
@@ -99,7 +100,7 @@ class Access:
         """
         if pid == 0:
             raise InvalidArgs("0 is not the id of a process")
-        process = await _identified(lambda: self._host.open(pid), until)
+        process = await self.identified(lambda: self._host.open(pid), until)
         try:
             uid = await caller.uid()
             before = process.guest.identity
@@ -120,7 +121,7 @@ class Access:
                 process.set_label(await self._host.label(process.guest.identity))
                 _check_unit(process.guest, unit)
             # Check again, because the process may have executed another program meanwhile.
-            after = await _identified(process.identify, until)
+            after = await self.identified(process.identify, until)
             self._check(after, start_time)
             check_free(uid, before, after)
         except BaseException:
@@ -148,6 +149,24 @@ class Access:
         check_answer(answer, f"{subject} {identity.pid} is")
         return Steerer(uid, Rank.AUTHORIZED)
 
+    async def identified(self, read: Callable[[], T], until: float | None) -> T:
+        """Return what `read` returns. If it raises UnknownIdentity, retry with growing pauses,
+        because each attempt may delay the event loop."""
+        until = retry_until() if until is None else until
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return read()
+            except UnknownIdentity:
+                left = until - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise
+            await asyncio.sleep(min(pause, left))
+            pause *= 2
+            # A user may have made thousands of calls. Let the loop do other work between two reads.
+            async with self._turn:
+                await asyncio.sleep(0)
+
     def _check(self, identity: Identity, start_time: int | None) -> None:
         if not (identity.exiting and self._is_known(identity.key)):
             check_qemu(identity, self._config.executables, os.getpid())
@@ -159,22 +178,6 @@ def retry_until() -> float:
     """Return the default for `until` of Access.open_checked. A call for many processes uses one
     value for all of them, so that processes which stay unreadable delay it only once."""
     return asyncio.get_running_loop().time() + IDENTITY_TIMEOUT_S
-
-
-async def _identified(read: Callable[[], T], until: float | None) -> T:
-    """Return what `read` returns. If it raises UnknownIdentity, retry with growing pauses, because
-    each attempt may delay the event loop."""
-    until = retry_until() if until is None else until
-    pause = _FIRST_PAUSE_S
-    while True:
-        try:
-            return read()
-        except UnknownIdentity:
-            left = until - asyncio.get_running_loop().time()
-            if left <= 0:
-                raise
-        await asyncio.sleep(min(pause, left))
-        pause *= 2
 
 
 def _check_unit(guest: Guest, unit: Unit | None) -> None:

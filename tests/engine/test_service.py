@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from signal import SIGTERM
@@ -142,6 +143,36 @@ def test_a_process_that_executes_a_program_on_a_busy_host_is_opened_again(
     many = run(service.terminate_each([(4711, 99)] * 200, 0, {}, ROOT))
     assert all(isinstance(error, UnknownIdentity) for error in many)
     assert time.monotonic() - began < 1
+
+
+def test_retries_of_many_calls_do_not_block_the_loop(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is at most one in each turn of the loop."""
+    monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(access, "_FIRST_PAUSE_S", 0.01)
+    service, _ = make_service(world, FakeProcess())
+    turn, reads = 0, Counter[int]()
+
+    def read() -> None:
+        reads[turn] += 1
+        raise UnknownIdentity.blocked(4711, "busy")
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    async def many() -> None:
+        counting = asyncio.create_task(count())
+        calls = (service._access.identified(read, None) for _ in range(100))
+        await asyncio.gather(*calls, return_exceptions=True)
+        counting.cancel()
+
+    run(many())
+    first, *retries = sorted(reads.values(), reverse=True)
+    assert first == 100 and len(retries) >= 100 and max(retries) == 1
 
 
 def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
