@@ -25,8 +25,8 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 300
-"""The maximum number of processes in one call. Each takes up to 45 bytes, and the daemon accepts
-calls up to 16 KiB (64 KiB from root)."""
+"""The maximum number of processes in one call. Each process takes up to 45 bytes, and the daemon
+accepts calls up to 16 KiB (64 KiB from root)."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies within milliseconds, or within a second if systemd has to
@@ -46,8 +46,8 @@ EXIT_TIMEOUT_S = 1.0
 """How long our pidfd may take to confirm an exit that the daemon has reported. Normally our pidfd
 becomes readable at the same time as the daemon's."""
 ENDING_S = 1.0
-"""How long to wait, after a job was cancelled, for the daemon to close the connection, as it does
-when it exits."""
+"""After a job was cancelled, wait this long for the daemon to close the connection, as it does when
+it exits."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
 """The ioctl that returns how many sent bytes the peer has not read: Linux, unix(7)."""

@@ -64,7 +64,7 @@ class LocalStop:
     start_time: int | None
     flags: Flag
     powerdown: bool | None
-    """Whether to ask the guest first; None follows the configuration."""
+    """Whether to ask the guest first; None: as configured."""
     ask_at_most: int
     spans: Mapping[str, int]
     reason: str
@@ -89,12 +89,12 @@ class LocalStop:
 
 
 def ask_at_most_of(stop: GuestStop) -> int:
-    """Return the longest time for asking, µs."""
+    """Return the longest time for asking the guest, µs."""
     return INFINITY if stop.ask_at_most is None else stop.ask_at_most
 
 
 class Fallback:
-    """Construct it in a running event loop, and close it."""
+    """Construct it in a running event loop, and close it after use."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -131,7 +131,7 @@ class Fallback:
         )
 
     async def stop(self, stop: LocalStop, why: str) -> str:
-        """Stop a process, or continue the daemon's stop; return the result.
+        """Stop a process, or continue a stop that the daemon began; return the result.
 
         Raises NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Failed.
         """

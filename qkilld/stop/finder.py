@@ -94,9 +94,9 @@ class ProcessFinder:
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
         """Return every visible QEMU in the named unit, or in our own if none is named.
 
-        If there is none, raises an error in two cases: UnknownIdentity if a process of the unit, or
-        of an unknown unit, cannot be identified; Failed if the unit of a visible QEMU, or the
-        executable of a process of the unit, is unreadable.
+        If no QEMU is found, an error is raised in two cases. UnknownIdentity: a process that may be
+        in the unit cannot be identified. Failed: the unit of a visible QEMU, or the executable of a
+        process in the unit, is unreadable.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -184,7 +184,7 @@ class ProcessFinder:
     def read_unidentified_again(self, globs: Iterable[str]) -> None:
         """Remove from `unidentified` the processes that have exited meanwhile, or turn out not to
         be QEMU. Waits only briefly for a process that blocks the reading."""
-        # If no thread can be started, do not read here: a blocked read would keep systemd waiting
+        # If no thread can be started, do not read here: a blocked read would make systemd wait
         # although the guests are gone.
         blockable.shared.may_block_caller = False
         self.unidentified = [
@@ -203,7 +203,7 @@ class ProcessFinder:
 
 def _in_own_cgroup(pid: int, proc: Path = procfs.PROC) -> bool:
     """Return whether a process is known to be in our own control groups, and so in our own service.
-    procfs.read_unit() also needs those of process 1, which may be hidden."""
+    Unlike procfs.read_unit(), this does not need process 1, which may be hidden."""
     with ignore(f"reading the control groups of process {pid}", OSError):
         own, its = ((proc / name / "cgroup").read_bytes() for name in ("self", str(pid)))
         # With Delegate=, systemd runs ExecStop= in a control group below that of the service.
@@ -278,7 +278,7 @@ def _qemu(
 ) -> ProcessHandle | None:
     """Open a process, and check once more that it is QEMU; return None if it is not.
 
-    Raises OSError, what `open_process` raises, and `executable` if that is an exception.
+    Raises OSError, any exception of `open_process`, or `executable` if that is an exception.
     """
     if isinstance(executable, Exception):
         raise executable

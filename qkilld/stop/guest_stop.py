@@ -30,8 +30,8 @@ class GuestStop:
         powerdown: bool | None,
         ask_at_most: int | None,
     ) -> None:
-        """`powerdown`: whether to ask the guest first; None follows the configuration.
-        `ask_at_most`: the longest time for asking, µs; None for no limit."""
+        """`powerdown`: whether to ask the guest first; None: as configured. `ask_at_most`: the
+        longest time for asking the guest, µs; None for no limit."""
         self.process = process
         self.forced = forced
         self.powerdown = powerdown

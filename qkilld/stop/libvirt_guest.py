@@ -42,7 +42,7 @@ def shut_down_by_libvirt(
     mailbox: Mailbox,
     go_on: Callable[[GuestStop], None],
 ) -> None:
-    """Ask the guest in a thread. If the stop still runs afterwards, call `go_on` from the mailbox.
+    """Ask the guest in a thread. If the stop still runs afterwards, `mailbox` calls `go_on`.
 
     libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
     `span` (µs), or PowerdownSec= of qkilld.conf if `span` is None.

@@ -58,8 +58,8 @@ class LocalStopper:
             self._do(functools.partial(self._begin, stop, local))
 
     def _start_engine(self) -> None:
-        """Start the engine in a thread, or else in the main thread. If the start fails, `_loop`
-        stays None."""
+        """Start the engine in a thread or, if no thread can be started, in the main thread. If the
+        engine fails to start, `_loop` stays None."""
         open_files.raise_limit()  # Each sampled guest needs about a dozen descriptors.
         try:
             self._thread.start()

@@ -33,8 +33,8 @@ def main() -> NoReturn:
     if not options.dry_run:
         notifier.extend(FIRST)
         _name_process()
-    # Save time. Imports produce no garbage, but collecting it would take 7 ms. asyncio would import
-    # ssl, which takes 5 ms and is not needed.
+    # Save time. Imports produce no garbage, but searching for it would take 7 ms. asyncio would
+    # import ssl, which takes 5 ms and is not needed.
     gc.disable()
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     code = _main(options, notifier)
@@ -48,7 +48,7 @@ def main() -> NoReturn:
 
 
 def _name_process() -> None:
-    """Name this process qkilld-stop, whatever program started it. qkillctl searches for this name
+    """Name this process qkilld-stop, however it was started. qkillctl searches for this name
     before it reloads systemd (ctl.running_stops)."""
     try:
         fd = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)

@@ -28,7 +28,7 @@ class Options:
         debug: bool = False,
     ) -> None:
         self.pid = pid
-        """0: the main process of our own unit, which is gone."""
+        """0: `--pid $MAINPID` was given, but the main process is gone."""
         self.pidfile = pidfile
         self.unit = unit
         self.all_guests = all_guests
@@ -36,7 +36,7 @@ class Options:
         self.force = force
         """Whether to use FORCE. None: use it only if systemd would also send SIGKILL."""
         self.powerdown = powerdown
-        """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
+        """Whether to ask the guest first; None: as Powerdown= in qkilld.conf."""
         self.spans = spans or {}
         """Time spans (µs), by the name of the field of Policy."""
         self.reason = reason

@@ -452,7 +452,7 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _handle_exit(self, stop: GuestStop) -> None:
-        """Handle a process that is gone or exiting, so that signals have no effect."""
+        """Handle a process that signals no longer affect, because it is gone or exiting."""
         others = self.targets.left_to_us(self._substitutes())
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.

@@ -76,7 +76,7 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 
 
 def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool:
-    """Return whether no later line of ExecStop= lets qkilld-stop stop another guest of the unit.
+    """Return False if qkilld-stop will stop another guest of the unit in a later line of ExecStop=.
 
     `options`: those of the line that runs now. `fails`: this line fails, so that systemd runs a
     later line only if this line has the prefix `-`.
@@ -92,7 +92,7 @@ def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> 
     if not options.names_one or len(lines) < 2:
         return True
     now = options.pid is not None, options.pidfile or ""
-    # systemd has replaced variables from the same environment.
+    # systemd has expanded the variables in `options`, so expand those of the lines, too.
     same = [
         command
         for command, given in lines
@@ -168,8 +168,7 @@ async def check_unit(connection: Connection | str, name: str) -> None:
 async def unattended(
     guests: Iterable[tuple[ProcessHandle, str | None]], connection: Connection | str
 ) -> list[ProcessHandle]:
-    """Return the guests whose units do not stop them. Close the handles of the other guests, and of
-    those whose unit or its settings are unknown.
+    """Return the guests whose units are known not to stop them. Close the handles of the others.
 
     `guests`: each with its unit, "" for none, None if unknown. `connection`: a connection to the
     bus of the units' manager, or the reason why there is none.

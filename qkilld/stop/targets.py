@@ -41,8 +41,7 @@ class Targets:
         self._options = options
         self._config: Config | None = None
         self._has_left_others = False
-        """Whether other guests of our own unit were left running, although systemd will perhaps
-        stop them."""
+        """Whether other guests of our own unit were left running, because KillMode= is unknown."""
         self._said = ""
         """The reason, already printed, why the last search for substitutes failed."""
 
@@ -63,9 +62,8 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is no process to stop, and Failed if guests are not visible in
-        our PID namespace, so that this is unknown. May also raise GuestElsewhere, NoSuchUnit,
-        InvalidArgs or Failed.
+        Raises NoSuchProcess if there is no process to stop, but Failed if a PID namespace of our
+        own hides the guests. Also raises GuestElsewhere, NoSuchUnit, InvalidArgs and Failed.
         """
         open_files.raise_limit()  # Each process needs a descriptor.
         if os.getpid() == 1:
@@ -133,7 +131,8 @@ class Targets:
         """Return the QEMU processes of our own unit, except those in `excluded_pids`. Call this if
         the main process of the unit is gone or not a QEMU (for example, a shell).
 
-        Raises Failed if no QEMU is excluded or found, but a process cannot be identified.
+        Raises Failed if `excluded_pids` is empty, no QEMU is found, and a process cannot be
+        identified.
         """
         if not self.finder.in_own_unit:
             return []
@@ -176,8 +175,8 @@ class Targets:
         the handles of the others. Asks systemd.
 
         Processes are not ours in two cases. With KillMode=process or none, all other processes
-        outlive the unit if its main process is a QEMU. If an option names a process, a later line
-        of ExecStop=, if there is one, stops the others.
+        outlive the unit if its main process is a QEMU. If an option names a process, the others are
+        left to a later line of ExecStop=, if there is one.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
         `fails`: this line of ExecStop= fails; see is_last_line().
@@ -196,7 +195,7 @@ class Targets:
                     "another QEMU of the unit is not stopped, because KillMode= cannot be read."
                     " Write + before the path in ExecStop="
                 )
-                # A failure would keep systemd from running the next line.
+                # If an option names a process, do not fail: systemd would then skip the next line.
                 self._has_left_others = not self._options.names_one
                 ours = []
         elif not is_last_line(facts, self._options, fails=fails):
@@ -240,9 +239,9 @@ class Targets:
     def judge_not_qemu(
         self, pid: int, message: str, others: list[ProcessHandle]
     ) -> tuple[int, list[ProcessHandle]]:
-        """Return the exit code for a named process that is not a QEMU, and those of the `others`
-        that are ours to stop. The code is 0 if the process may be a shell that runs the `others`.
-        If there are none, print where the guest of the unit runs."""
+        """Return the exit code for a named process that is not a QEMU, and the processes to
+        stop among `others`. The code is 0 if the process may be a shell that runs the `others`. If
+        there are none, print where the guest of the unit runs."""
         if others:
             if _is_uncovered(pid):
                 say(f"{message}, and is left to systemd")
@@ -278,8 +277,8 @@ class Targets:
 
 
 def _is_uncovered(pid: int) -> bool:
-    """Return whether the process is a QEMU that Executables= does not cover, as far as its name
-    shows."""
+    """Return whether the process, judging by its name, is a QEMU that Executables= does not
+    cover."""
     with ignore(f"reading the executable of process {pid}", OSError):
         path, _ = procfs.read_executable(pid)
         if "qemu" in path or "kvm" in path:  # The import takes long.

@@ -1,1 +1,1 @@
-"""Judge units: which stops of a unit lose data, and the lines that prevent it. Pure."""
+"""Judge units: which stops of a unit lose data, and which lines prevent that. Pure."""

@@ -1,5 +1,5 @@
-"""For each kind of stop (stop, restart, shutdown), compare which data a unit's stop keeps now with
-which it would keep after adoption; give a verdict. Pure."""
+"""Compare a unit as it is now with the unit after adoption: which data is kept at a stop, a restart
+and a shutdown of the host. Give a verdict. Pure."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ _ELSEWHERE: Final = re.compile(
 _MAY_LEAVE: Final = re.compile(
     r"(?<![\w.-])(?:tmux|screen|byobu|sudo|doas|pkexec|run0|machinectl|at|batch|cgexec)\s"
 )
-"""Programs that may start a command in another unit, such as that of a server or session."""
+"""Programs that may start a command in another unit, such as the unit of a server or a session."""
 _NEEDED: Final = ("/proc", "/usr/bin/qkilld-stop", "/usr/lib/qkilld")
-"""The paths that qkilld-stop needs to run and to find its guest."""
+"""The paths without which qkilld-stop cannot run, or cannot find its guest."""
 _EXECUTED: Final = ("/usr/bin/qkilld-stop", "/usr/bin/python3")
 _HIDDEN_BUS: Final = ("/run", "/run/dbus", "/run/systemd", "/run/systemd/notify", "/var/run")
 
@@ -258,7 +258,7 @@ def helper_reach(facts: UnitFacts) -> Helper:
 
 
 def hides_helper(facts: UnitFacts) -> str:
-    """Return the setting that keeps qkilld-stop from being started or from seeing guests; "" for
+    """Return the setting that prevents qkilld-stop from starting or from seeing guests; "" for
     none."""
     if facts.root:
         return "RootDirectory= or RootImage="
@@ -321,8 +321,8 @@ def _is_root(facts: UnitFacts, command: Command) -> bool:
 
 
 def helper_limit(command: Command, policy: Policy) -> str:
-    """Return the option with which this line of qkilld-stop may end a guest earlier than with the
-    configuration alone, such as `--max 3s`; "" for none."""
+    """Return the option, such as `--max 3s`, with which this line of qkilld-stop may end a guest
+    earlier than the configuration alone would; "" for none."""
     spans = (span for span in JOB_SPANS if span.field != "powerdown")
     return next((text for span in spans if (text := _shorter(command, span, policy))), "")
 

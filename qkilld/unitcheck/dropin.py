@@ -161,7 +161,7 @@ def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: s
 
 
 def is_ours(text: str) -> bool:
-    """Return whether adopt wrote this text, which may have been edited since."""
+    """Return whether adopt wrote this text, even if it was edited later."""
     return _HEADER.match(text) is not None
 
 

@@ -89,7 +89,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
 
 
 def _goes_on_without_helper(facts: UnitFacts) -> bool:
-    """Return whether other lines follow a line of qkilld-stop that ignores failures."""
+    """Return whether a line of qkilld-stop ignores failures, and other lines follow it."""
     return any(
         is_helper(command) and command.ignores_failure and not _is_last(facts, number)
         for number, command in enumerate(facts.exec_stop)

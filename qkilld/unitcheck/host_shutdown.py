@@ -65,7 +65,7 @@ class HostReport:
     order: tuple[tuple[str, ...], ...] = field(default_factory=tuple)
     """Groups of units, in the order in which systemd stops the groups."""
     is_complete: bool = True
-    """False if guests and keepers may be missing, because the caller may not see all processes."""
+    """False if guests and keepers may be missing, because the caller cannot see all processes."""
 
 
 def predict_stop(

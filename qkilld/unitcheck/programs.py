@@ -1,4 +1,4 @@
-"""Classify what the programs in stop lines do to a guest: signals, monitors, managers of guests.
+"""Classify what the programs in stop lines do to a guest.
 
 Sources: each program's manual page. For the signals on which QEMU exits: QEMU, os-posix.c,
 os_setup_signal_handling(); for the default actions of other signals: signal(7).

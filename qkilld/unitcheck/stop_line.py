@@ -307,8 +307,8 @@ def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:
     *sources, last = node.parts
     text = " ".join(_output_of(part) for part in sources)
     acts = [each for part in sources for each in _acts_of_node(part, depth)]
-    # The source of a pipe may return at once because it reads /dev/null, while its last command
-    # still runs.
+    # The source of a pipe may return at once because it reads /dev/null, while the last command
+    # of the pipe still runs.
     acts = [replace(each, reads=False) for each in acts]
     combined = (*_acts_of_node(last, depth, text or "|" * bool(sources)), *acts)
     if node.background:

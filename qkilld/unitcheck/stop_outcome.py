@@ -160,7 +160,7 @@ class StopSettings:
 
     @property
     def goes_on_without_helper(self) -> bool:
-        """Whether other lines follow a line of qkilld-stop that ignores failures."""
+        """Whether a line of qkilld-stop ignores failures, and other lines follow it."""
         last = max(
             (n for n, line in enumerate(self.lines) if not line.has(ActKind.HELPER)), default=-1
         )
@@ -372,7 +372,7 @@ class _Stop:
         return self._leave()
 
     def _flush(self) -> Outcome:
-        """Simulate QEMU's exit on request."""
+        """Simulate that QEMU is asked to exit."""
         if not self.settings.is_cut:
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))
         limit = format_usec(self.settings.timeout)
