@@ -34,7 +34,7 @@ class GuestDisk:
     qdev: str = ""
     """QEMU's name for the disk's device; "" if unknown."""
     connections: tuple[str, ...] = ()
-    """The names of the nodes below the disk's node that use a network connection."""
+    """The names of those nodes below the disk's node that use a network connection."""
     names: tuple[str, ...] = ()
     """The printable names of the disk and of its nodes, if only statistics were read; otherwise
     ()."""

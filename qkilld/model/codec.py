@@ -155,8 +155,8 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """For each field, return the function that converts its value, and whether it may be missing.
 
-    Do not call this before the class is first used, because a class may have fields of its own
-    type.
+    Call this only to convert a value, not in advance: a class may have fields of its own type, so
+    the recursion would not end.
     """
     hints = typing.get_type_hints(cls)
     return {

@@ -43,9 +43,8 @@ else:
 
 _LOCK = threading.RLock()
 _INCOMPLETE: dict[type, tuple[dict[str, Any], bool]] = {}
-"""For each class that was not used yet: its namespace, which has the default values of the fields,
-and whether the fields are keyword-only. The namespace is kept instead of the class without slots,
-which takes 3 kB."""
+"""For each class that was not used yet: its namespace (with the fields' default values), and
+whether the fields are keyword-only. Keeping the class without slots instead would take 3 kB."""
 
 
 def _namespace_of(cls: Any) -> dict[str, Any]:
@@ -104,7 +103,7 @@ _LATER = [_Later(name) for name in (*_FROM_DATACLASSES, "_values")]
 
 
 def _complete(made: Any, cls: Any, kw_only: bool) -> None:
-    """Make what `made` lacks, with Python's module. `cls` is the same class without slots."""
+    """Let Python's module make what `made` lacks. `cls` is the same class without slots."""
     if not cls.__doc__:
         # Otherwise, Python's module would set __doc__ to the signature. Making the signature takes
         # as long as all the rest.

@@ -8,7 +8,7 @@ no internal names, and only those facts about a process that the caller is allow
     ├── NoSuchProcess        no process has that id (any more)
     │   └── ExitInProgress   the process is exiting: its executable can no longer be read
     ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
-    ├── ProcessChanged       the id is that of another process, program or user by now
+    ├── ProcessChanged       the id now belongs to another process, program or user
     ├── NoSuchUnit
     ├── NoSuchJob
     ├── Busy                 a limit is reached, or the job cannot do that now
@@ -120,7 +120,7 @@ class InteractiveAuthorizationRequired(AccessDenied):
 
 
 class MonitorError(QkilldError):
-    """A guest's monitor or agent cannot be used. Texts from either are made printable."""
+    """A guest's monitor or agent cannot be used. Texts that they sent are made printable."""
 
 
 class MonitorUnreachable(MonitorError):

@@ -123,7 +123,7 @@ class AskingWays:
 
 @dataclass(frozen=True, slots=True)
 class GuestChannels:
-    """The channels to a guest that its sockets and its command line show."""
+    """The channels to a guest, according to its sockets and its command line."""
 
     monitor: MonitorKind = MonitorKind.UNKNOWN
     agent: AgentKind = AgentKind.UNKNOWN

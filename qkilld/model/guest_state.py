@@ -18,8 +18,8 @@ POWERED_OFF: Final = "shutdown"
 """The runstate after the guest has powered off, if QEMU was started with -no-shutdown or -action
 shutdown=pause."""
 PAUSED: Final = frozenset({"paused", "io-error", "save-vm", "restore-vm", "finish-migrate"})
-"""The runstates of a guest that was paused and may run again soon, for example because of a
-snapshot or a full disk."""
+"""The runstates of a guest that was paused, for example for a snapshot or because of a full
+disk, and may run again soon."""
 
 
 class Button(StrEnum):

@@ -65,7 +65,7 @@ apart."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """A job of the daemon or of another program, at one moment. Times are CLOCK_MONOTONIC in µs.
+    """A job at one moment. Times are CLOCK_MONOTONIC in µs.
 
     `phase`, `verdict` and `result` may be words that only a newer daemon knows.
     """
@@ -287,7 +287,7 @@ def label(pid: int, name: str) -> str:
 def ending(result: str, receipt: dict[str, Any]) -> str:
     """Describe the end of a job, as a sentence without its subject."""
     asking = _ASKED.get(str(receipt.get("guest-asked", "")), "")
-    # If the job only had to ask and failed, its error says why the guest could not be asked.
+    # If a job that only asks has failed, its error says why the guest could not be asked.
     is_said = result == Result.FAILED and "SIGTERM" not in _actions(receipt)
     if not asking or is_said or result == Result.SIGNALLED:
         return _ending(result, receipt)

@@ -310,7 +310,7 @@ class Sample:
     pluggable: bool | None = None
     """Whether storage that the command line does not name may have been added."""
     shared_memory: bool | None = None
-    """Whether other processes may use the guest's memory, as vhost-user requires, according to the
+    """Whether other processes can use the guest's memory, as vhost-user requires, according to the
     command line."""
     formatted: int | None = None
     """The number of images open for writing that are not known to be raw. QEMU may keep data of

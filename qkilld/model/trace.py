@@ -1,8 +1,8 @@
 """The record of one job, for people and for a replay.
 
 A trace is a file of JSON lines in ASCII. The first line is the header: the format and its version,
-the job, its flags and its policy. Every other line is one record: its `at`, its `kind`, and the
-fields of the class of that kind, by name. A sample has every field; null means unreadable.
+the job, its flags and its policy. Every other line is one record: `at`, `kind`, and the
+fields of the record's class. A sample has every field; null means unreadable.
 
 In the file, `at` is relative to the job's start, which is easier to read. In objects, `at` is
 CLOCK_MONOTONIC in µs, like every other time. Time spans of the policy have the form of
@@ -120,7 +120,7 @@ class Trace:
     header: Header
     records: tuple[Record, ...]
     """The records in the order of recording. Their times may be in another order, because a sample
-    is recorded when it is complete."""
+    is recorded some time after it was taken."""
 
     def of(self, cls: type[_R]) -> list[_R]:
         """Return the records of one class."""
@@ -133,7 +133,7 @@ def header_line(header: Header) -> str:
 
 
 def record_line(header: Header, record: Record) -> str:
-    """Return a line after the first, with its line break."""
+    """Return the line of one record, with its line break."""
     document = to_json(record)
     at = document.pop("at") - header.started
     return _line({"at": at, "kind": _KIND_OF[type(record)], **document})

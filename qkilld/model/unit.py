@@ -30,7 +30,7 @@ class Command:
 class UnitFacts:
     """Properties of a loaded .service or .scope: org.freedesktop.systemd1(5).
 
-    A scope lacks some properties (commands and processes), which have their defaults.
+    Properties that a scope lacks, such as commands and processes, have their defaults.
     """
 
     id: str
@@ -88,8 +88,8 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. A deny list is checked only
-    for AF_UNIX: None if the list allows AF_UNIX, otherwise any families without AF_UNIX."""
+    """The families that RestrictAddressFamilies= allows; None for all. For a list of denied
+    families, the value shows correctly only whether AF_UNIX is allowed."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from the unit's processes."""
     noexec_paths: tuple[str, ...] = ()

@@ -77,8 +77,8 @@ class AgentClient(Channel):
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> None:
         """Run a command. A late, lost or invalid reply is no error, because the agent may still
-        execute the command. Raises CommandRefused, or another MonitorError if the command was not
-        sent."""
+        execute the command. Raises CommandRefused if the agent refuses; another MonitorError if the
+        command was not sent."""
         self._is_sent = False
         try:
             await self.execute(command, arguments, timeout_s=timeout_s)

@@ -1,7 +1,7 @@
 """Parse the monitor's replies. Pure. Replies are hostile: each may be false or malformed.
 
-The functions for text know the output of the human monitor of QEMU 7.2 to 10.0. For any other
-output, they raise MonitorProtocolError or skip the lines that they do not recognize.
+The functions that parse text know the output of the human monitor of QEMU 7.2 to 10.0. For any
+other output, they raise MonitorProtocolError or skip the lines that they do not recognize.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
     """Return the disks in query-blockstats, including read-only ones.
 
     Unlike query-block and query-named-block-nodes, this command does not make QEMU ask a file
-    system (7.2 to 11.1). But its reply does not show the cache mode of a disk.
+    system for an image's size (7.2 to 11.1). But its reply does not show the cache mode of a disk.
     """
     disks = []
     for entry in _list(answer, "query-blockstats"):
@@ -217,8 +217,7 @@ def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _connections(nodes: object) -> dict[str, list[str]]:
-    """For each file name, return the names of the nodes with this file name that use a network
-    connection."""
+    """For each file name, return the names of those of its nodes that use a network connection."""
     names: dict[str, list[str]] = {}
     for node in _list(nodes, "query-named-block-nodes"):
         match node:

@@ -75,7 +75,7 @@ class Channel(asyncio.Protocol):
         return number
 
     def read_rest(self) -> bool:
-        """Read what the other end sent before it exited, without blocking.
+        """Read, without blocking, what the other end sent before it exited.
 
         Return whether it is certain that everything was read. This is not certain if, for example,
         this side has closed the connection.

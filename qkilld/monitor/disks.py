@@ -1,13 +1,13 @@
-"""A guest's disks over QMP: read their state, stop the processors, flush, and resume.
+"""A guest's disks over QMP: read their state, stop the virtual processors, flush, and resume.
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
 exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports the failure. The
 processors are stopped first, so that nothing is written after the flush, and because QEMU's export
 code has failed an assertion while they ran (QEMU issue 945).
 
-Nobody else may read the export. So QEMU's NBD server gets a listening socket whose name the kernel
-has chosen. qkilld makes all connections that the server may accept, and adds an export only after
-the server has greeted each of them.
+Nobody else must be able to read the export. So QEMU's NBD server gets a listening socket whose
+name the kernel has chosen, and accepts a fixed number of connections. qkilld makes all of them, and
+adds an export only after the server has greeted each of them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ async def _read_queues(
 async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     """Stop the processors. QEMU drains and flushes every disk, which blocks the monitor.
 
-    Raises MonitorError. After a MonitorTimeout, QEMU may stop the processors later.
+    Raises MonitorError. After a MonitorTimeout, QEMU may still stop the processors.
     """
     await qmp.execute("stop", timeout_s=timeout_s)
 
@@ -171,8 +171,8 @@ async def flush(
     `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
     results up to then are returned, and the other disks count as not tried.
 
-    Raises MonitorError if no server can be started, MonitorTimeout if there is no result for any
-    disk.
+    Raises MonitorError if no server can be started; MonitorTimeout if a command times out before
+    any disk has a result.
     """
     server = server or ExportServer()
     if server.may_be_our_server is None:

@@ -317,8 +317,7 @@ def _descriptor(chardev: Mapping[str, str]) -> int | None:
 
 
 def _is_to_listen(chardev: Mapping[str, str]) -> bool:
-    """Return whether QEMU itself creates a unix socket with a path for the device, and listens on
-    it."""
+    """Return whether QEMU itself creates the device's unix socket at a path, and listens on it."""
     named = chardev.get("backend") == "socket" and "path" in chardev
     return named and _is_on_off(chardev, "server") and not _is_on_off(chardev, "abstract")
 

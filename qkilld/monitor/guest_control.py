@@ -469,7 +469,7 @@ class GuestControl:
     async def yank(self, instances: Sequence[YankInstance]) -> None:
         """Cut off all these connections with one command.
 
-        Raises MonitorError, and ValueError if one of the connections is this monitor's own.
+        Raises MonitorError; ValueError if one of the connections is this monitor's own.
         """
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 READ_S: Final = 1.0
-"""Timeout for reading the disks of a guest without a job, which usually takes 10 ms."""
+"""Timeout for reading the disks of a guest that has no job. Reading usually takes 10 ms."""
 
 
 class JobMonitors:
@@ -420,8 +420,9 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task, unless `cancel` was called. The task itself calls `work`. Otherwise, a task
-        that is cancelled before it runs would leave a coroutine that is never awaited."""
+        """Start a task, unless `cancel` was called. The task itself calls `work`: if `run`
+        called it, cancelling the task before it starts would leave a coroutine that is never
+        awaited."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))
@@ -435,7 +436,7 @@ class _Tasks:
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Cancel all tasks except the calling task. New tasks may be started."""
+        """Cancel all tasks except the calling task. New tasks can still be started."""
         current = asyncio.current_task()
         for task in list(self._running):
             if task is not current:

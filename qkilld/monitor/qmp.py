@@ -131,7 +131,8 @@ class QmpClient(Channel):
 
     async def send(self, command: str, *, timeout_s: float) -> None:
         """Run a command. A late or lost reply is no error, because QEMU may still execute the
-        command. Raises CommandRefused, or another MonitorError if the command was not sent."""
+        command. Raises CommandRefused if QEMU refuses; another MonitorError if the command was not
+        sent."""
         sent = asyncio.Event()
         try:
             await self.execute(command, timeout_s=timeout_s, on_sent=sent.set)

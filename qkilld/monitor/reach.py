@@ -59,10 +59,10 @@ if TYPE_CHECKING:
 REACH_TIMEOUT_S: Final = 1.0
 """Timeout of access to files: a path may lead to a file server that does not answer."""
 START_S: Final = 5.0
-"""If QEMU has run for less than this time, it may not listen on its monitor yet."""
+"""If QEMU has run for less than this time, it might not listen on its monitor yet."""
 MAX_TABLE: Final = 64 << 20
 """A longer /proc/PID/net/unix counts as unreadable. This is enough for about 600,000 sockets; any
-user may have many."""
+user can create many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""
@@ -229,7 +229,7 @@ def _unix_listeners(
     for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
         rows.setdefault(row.inode, []).append(row)
     # If several rows have the same inode, at most one of them is true; the others are forged.
-    # `connect` refuses forged paths. Leave all rows that share an inode out of `used`: otherwise, a
+    # `connect` refuses forged paths. `used` leaves out all rows that share an inode: otherwise, a
     # forged row could make the monitor look used, and the guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
@@ -291,7 +291,7 @@ def _is_bound_to(
     """Return whether the process's socket is bound to this file.
 
     The table lists the sockets of one network namespace. If the table is missing or lacks this
-    socket, the file must belong to the process's user, who may connect to it anyway.
+    socket, the file must belong to the process's user, who can connect to it anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
