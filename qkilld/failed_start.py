@@ -68,7 +68,7 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
     async with asyncio.timeout(BUS_FOR_S):
         connection = await connect(bus)
         connection.on_call = lambda call: connection.refuse(call, Failed.bus_name, text)
-        # The bus sends the calls that wait for our name before it confirms that we own it.
+        # The calls that wait for our name arrive before the bus confirms that we own it.
         await connection.own(BUS_NAME)
         await connection.flush()
         # Do not close the connection; the kernel closes it when this process ends. If we closed it

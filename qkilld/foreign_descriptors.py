@@ -36,7 +36,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""The maximum number of threads that close sockets. As many others may close files."""
+"""The maximum number of threads that close sockets. The same number may close files."""
 MAX_PENDING: Final = 1024
 """How many files may wait to be closed."""
 STUCK_S: Final = 0.1
@@ -59,7 +59,7 @@ class _Closer:
         self._waiting: deque[int] = deque()
         self._threads = 0
         self._busy_since: dict[int, float] = {}
-        """When each thread began to close its descriptor, by thread id."""
+        """When each thread began to close its descriptor, keyed by thread id."""
         self._is_watched = False
 
     @property
@@ -216,7 +216,7 @@ def take_over(sock: socket.socket) -> ForeignSocket:
 
 def keep_urgent_data(sock: socket.socket) -> None:
     """Make bytes sent with MSG_OOB arrive in order with all others. Otherwise, the kernel drops
-    these bytes and closes their descriptors, which may block."""
+    these bytes and closes the descriptors sent with them, which may block."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 

@@ -260,8 +260,8 @@ class RunningDaemon:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Unless a job runs, raises BusError if we cannot own our name, or if there is neither a bus
-        nor a listener. If the journal already has such an error, returns FAILURE instead.
+        Raises BusError if we cannot own our name, or if there is neither a bus nor a listener, but
+        never while a job runs. If the journal already has the error, returns FAILURE instead.
         """
         feeding = asyncio.get_running_loop().create_task(self._feed_watchdog())
         self._registry.on_busy = self._busy
@@ -396,7 +396,7 @@ class RunningDaemon:
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 
     async def _end_idle(self, bus: BusService | None) -> int | None:
-        """Exit because the daemon is idle. Return the exit code, or None to continue to serve.
+        """Stop serving because the daemon is idle. Return the exit code; None to go on serving.
 
         systemd is notified first. If the bus wants to activate our name after that, systemd starts
         a new daemon. Connections to the socket wait for that daemon.

@@ -149,7 +149,7 @@ class BlockGraph:
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
     """Return the path or port that the kernel shows for a connection's server. `relative`: the file
-    names of the relative paths. Such a path is compared only by its file name (sockets.py)."""
+    names of all relative paths. Paths with these names are compared only by name (sockets.py)."""
     if not end.path:
         return end.port
     path = without_link(end.path)
@@ -469,8 +469,8 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add the connections of options that are not disks. Among these connections, only those of
-    vhost-user may be for storage."""
+    """Add the connections of options that are not disks. Of these connections, only those of
+    vhost-user can be for storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

@@ -109,8 +109,8 @@ class CgroupReader:
     def read(self) -> Cgroup | None:
         """Read the groups; None if they are unknown.
 
-        Cgroup.own applies to all figures: if the memory group or the I/O group has only the guest's
-        processes, the figures of a group that has other processes, too, are None.
+        Cgroup.own applies to all figures: if only one of the memory group and the I/O group is the
+        guest's own, the figures of the other group are None.
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):
             return None

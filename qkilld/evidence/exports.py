@@ -1,5 +1,5 @@
-"""Read the command line of a storage server: the images that it exports, and whether it exits with
-its client.
+"""Read the command line of a storage server: the images that it exports, and whether it exits
+when its client disconnects.
 
 qemu-storage-daemon may serve many images. Only its system calls on the guest's image show progress
 of the guest's requests. The command line is a claim of the server's owner. The guest's owner has
@@ -24,8 +24,8 @@ from qkilld.debug_log import about, note_once
 TIMEOUT_S: Final = 0.05
 """How long one sample waits for the command lines of all servers together."""
 _MAX_DEPTH: Final = 8
-# Short options can be joined into one word, such as "-vt". These two patterns find an option (t, s)
-# if only options without arguments come before it in the word.
+# Short options can be joined into one word, such as "-vt". The next two patterns find -t and -s in
+# a word if only options without arguments come before them.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
 _NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
 _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)

@@ -40,7 +40,7 @@ SEARCH_S: Final = 0.02
 """How long a sample may search for servers. A sample does not wait for a search by another
 thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
-"""How long a search between samples may take, because no sample waits for it."""
+"""How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 19
 """After a search, pause for this many times its processor time, so that the two searches
 (search_pair) together use a tenth of a processor."""

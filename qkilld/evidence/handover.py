@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_DELAY_S: Final = 0.02
-"""How long a complete sample waits at most to be handed over with the next one, which may block."""
+"""A complete sample waits at most this long to be handed over with the next one, because taking the
+next one may block."""
 AT_ONCE: Final = 4
 """The number of samples handled before the loop checks its timers and pidfds again."""
 

@@ -21,8 +21,8 @@ from qkilld.model.named_tuple import NamedTuple
 
 _RELOAD_S: Final = 60.0
 CROWDED_S: Final = 1.0
-"""How long a group that has too many processes is not listed again. Thousands of guests may be in
-it, and each would list it."""
+"""How long a group that has too many processes is not listed again. It may contain thousands
+of guests, and would be listed for each of them."""
 _MAX_CROWDED: Final = 256
 _MAX_MOUNTINFO: Final = 4 << 20
 _MAX_DEPTH: Final = 32

@@ -22,7 +22,7 @@ from qkilld.evidence.files import PROC
 SEARCH_S: Final = 0.05
 """How long a sample may search, or wait for a search by another sample."""
 BACKGROUND_SEARCH_S: Final = 1.0
-"""How long a search between samples may take, because no sample waits for it."""
+"""How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0

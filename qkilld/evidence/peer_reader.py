@@ -26,9 +26,10 @@ PROC: Final = Path("/proc")
 REFRESH_S: Final = 10.0
 """How long a list of a server's open files is valid."""
 KEPT_THREADS: Final = 16
-"""The number of threads of a server for which a file may stay open."""
+"""For at most this many threads of a server, schedstat stays open between reads (see
+threads.MAX_KEPT)."""
 _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
-"""The programs that may exit with their client, as `leaves_with_client` decides."""
+"""Programs that, with some options, exit when their client disconnects (`leaves_with_client`)."""
 
 
 class PeerReader:
@@ -47,8 +48,8 @@ class PeerReader:
         self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """The other ends (inodes) of the server's own connections and socket pairs, which belong to
-        servers that it uses."""
+        """The inodes of the sockets at the other ends of the server's own connections and socket
+        pairs. They belong to servers that it uses."""
         self.upstream_unknown = True
         """Whether `upstream` may be incomplete, because sockets or their other ends are
         unreadable."""
@@ -146,9 +147,9 @@ class PeerReader:
 
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
         """Return the storage of those files of the server that have the names of the guest's
-        images. If no file matches (the server may change names), return the storage of all its
-        files, but () if the server has connections, because the images may be behind a connection,
-        and the files may be a log or cache."""
+        images. If no file matches, the server may have changed the names: return the storage of all
+        its files. But if the server has connections, return (): the images may be behind one, and
+        the files may be a log or cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if file_name(path) in names}:
             images = named

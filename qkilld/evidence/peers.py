@@ -36,7 +36,7 @@ from qkilld.model.sample import Mount, Peer
 MAX_PEERS: Final = 64
 """The maximum number of servers sampled for one guest, including those behind other servers."""
 OWN_PEERS: Final = 16
-"""How many servers that the guest itself uses may be sampled in addition to MAX_PEERS. They may be
+"""How many servers that the guest itself uses may be sampled in addition to MAX_PEERS. Some are
 found only after other servers have used up MAX_PEERS."""
 MAX_PLACES: Final = 1024
 """How many servers behind other servers fit into one sample. If a server is behind several
@@ -116,8 +116,8 @@ class ServerReader:
         self._limit = 0
         """The current maximum number of `_readers`."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
-        """The processes that may serve a FUSE mount, by the mount and the names of the guest's
-        images."""
+        """The processes that may serve a FUSE mount, keyed by the mount and the names of the
+        guest's images."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce which servers will be read, so that search() can find them earlier. `ends`: the
@@ -305,13 +305,13 @@ class ServerReader:
 
     def _children(self, pid: int) -> list[int]:
         """Return processes that the server has started and may wait for, as nbdkit waits for its
-        scripts. Nothing shows whether these processes work for this guest. Return none if the
+        scripts. Nothing shows whether these processes work for this guest. Return [] if the
         server has threads that wait for something else."""
         server = self._sampled.get(pid)
         if server is None or server.threads:
             return []
         started = [child for child in read_children(pid, self._proc) if child != self._pid]
-        # They are listed thread by thread. Newer processes have greater pids, until the pids wrap.
+        # Sort by age: newer processes have greater pids, until the pids wrap.
         return sorted(started)[-MAX_CHILDREN:]
 
     def _placed(self, server: Peer) -> Peer:

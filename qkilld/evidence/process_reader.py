@@ -58,11 +58,11 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now, and never read one that reuses the pid.
 
-        Open a pidfd of the process before this call, and check afterwards that the process still
-        exists: otherwise, this may have opened another process. Raises no exception: if the process
-        is gone, all fields are unknown. `clock` returns monotonic time in seconds. Without a guard,
-        exceptions of a read are raised. `most_kept`: the number of threads for which a file may
-        stay open.
+        The caller must open a pidfd of the process before this call, and check afterwards that the
+        process still exists: otherwise, another process may have been opened. Raises no exception:
+        if the process is gone, all fields are unknown. `clock` returns monotonic time in seconds.
+        Without a guard, exceptions of a read are raised. `most_kept`: for at most this many
+        threads, schedstat stays open between reads (see threads.MAX_KEPT).
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None

@@ -3,7 +3,7 @@
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also uses an io_uring to wait
-for events. The kernel lists the requests that poll descriptors separately, so they are not counted.
+for events. Requests that poll descriptors are on a separate list (PollList) and are not counted.
 One more request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11
 uses one ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11
 had a timer on its ring.

@@ -174,7 +174,7 @@ class SocketTable:
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
-        """The time (s) spent on single sockets. After SINGLE_S, others are unreadable."""
+        """The time (s) spent on single sockets. After SINGLE_S, no others are read."""
         self._expected: set[int] = set()
         self._tcp_infos: dict[int, bytes] = {}
         self._searched_inodes: set[int] = set()

@@ -71,8 +71,9 @@ _MAX_SETTLED: Final = 16
 reading the kernel's table is cheaper than checking the link of each descriptor."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
-"""Connections with these descriptors are storage only if the command line says so. A program that
-is started without standard streams may get these numbers for its disks."""
+"""Connections with these descriptors are normally standard streams. They count as storage only if
+the command line says so: QEMU may get these numbers for its disks if it starts without such
+streams."""
 
 
 class SocketReader:
@@ -151,8 +152,8 @@ class SocketReader:
         another network namespace and the other ends of its unix sockets are ambiguous.
 
         A unix socket is a client if it has no name, and its other end has a name or is invisible. A
-        TCP socket is a client if no socket listened on its local port when it was first seen. In
-        addition to the table, this costs 5 µs for each unix socket and 20 µs for each TCP socket.
+        TCP socket is a client if no socket listened on its local port when it was first seen. This
+        costs 5 µs for each unix socket and 20 µs for each TCP socket, besides reading the table.
 
         If all sockets are unix sockets that listen or are known not to be storage, the same result
         is returned until refresh(), or until a descriptor changes. `has_run`: the process may have
@@ -257,7 +258,8 @@ class SocketReader:
                 if end.path:
                     path = root + end.path if end.path.startswith("/") else end.path
                     matches = partial(_listens_at, path)
-                    # A socket with this path in another namespace may belong to another server.
+                    # If such a socket exists only in another namespace, the result is unknown,
+                    # because the socket may belong to another server.
                     listens = table.listens(matches) or (
                         False if elsewhere.listens(matches) is False else None
                     )

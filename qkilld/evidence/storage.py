@@ -131,10 +131,10 @@ class StorageReader:
         """List the open files again. Never raises. May wait briefly (backing.TIMEOUT_S).
 
         `waited_for`: the descriptor of a file for which a thread waits, even if the file is not an
-        image. A standard stream is a log, unless the thread waits for a flush (`synced`), because
-        programs do not flush logs to disk. (dd gives its output the descriptor 1.) `descriptors`:
-        the result of files.read_descriptors, if the caller has just called it. Costs 0.2 ms for a
-        small QEMU, 3 ms for one with 100 descriptors and 16 block devices.
+        image. A standard stream counts as a log, unless the thread waits for a flush (`synced`):
+        programs do not flush logs to disk, but dd may flush its output, descriptor 1.
+        `descriptors`: the result of files.read_descriptors, if the caller has just called it. Costs
+        0.2 ms for a small QEMU, 3 ms for one with 100 descriptors and 16 block devices.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)

@@ -1,8 +1,8 @@
 """Interpret the system call of a waiting thread, from /proc/PID/task/TID/syscall (proc(5)).
 
-An idle QEMU sleeps in calls that wait for events or input, which are listed here. A thread that
-sleeps in any other call, even an unknown one, counts as waiting for something else. Numbers: x86_64
-from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
+This module lists the calls that wait for events or input. An idle QEMU sleeps in them. A thread
+that sleeps in any other call, even an unknown one, counts as waiting for something else. Numbers:
+x86_64 from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
 include/uapi/asm-generic/unistd.h.
 """
 

@@ -212,7 +212,7 @@ class ThreadReader:
             schedstat = b""
         if not keep:
             entry.schedstat.close()
-        # If all numbers are zero, the kernel does not count (sched_info_on()), so the thread may
+        # If all numbers are zero, schedstat is turned off (sched_info_on()), so the thread may
         # have run.
         if (
             schedstat == entry.last_schedstat

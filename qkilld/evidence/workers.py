@@ -40,7 +40,7 @@ class Workers:
         self._lock = threading.Lock()
         self._idle = 0
         self._busy: dict[int, tuple[float, int | None]] = {}
-        """For each busy worker: when it became busy, and the uid of the process; the uid is None
+        """For each busy worker: when it became busy, and the uid passed to `submit`, which is None
         for a worker that has just been started."""
         self._count = 0
 
@@ -52,8 +52,8 @@ class Workers:
         self.grow()
 
     def grow(self) -> None:
-        """Add a worker if calls wait and all workers are blocked. If no worker can be started, and
-        this program is allowed to block (qkilld-stop), run the calls in this thread."""
+        """Add a worker if calls wait and all workers are blocked. A program that may block
+        (qkilld-stop) runs the calls in this thread if no worker exists or can be started."""
         with self._lock:
             if self._idle or self._count >= MAX_WORKERS or not self.waiting:
                 return
