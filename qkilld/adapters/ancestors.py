@@ -1,4 +1,4 @@
-"""The processes that run a guest, and the services in which programs run."""
+"""Find the ancestors of a guest's process, and the system services that run given programs."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class BackgroundWriter(Generic[T]):
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
-        """In the thread `name`, call `write` for each item, and ignore its exceptions.
+        """For each item, call `write` in the thread `name`. Exceptions of `write` are ignored.
 
         `limit` is the maximum number of queued items; None if the caller limits them.
         """
@@ -36,8 +36,8 @@ class BackgroundWriter(Generic[T]):
         self._closed = False
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        """None if the system allows no more threads. Each call then tries to start the thread
-        again."""
+        """None if the system allows no more threads. `put` and `close` then try again to start the
+        thread."""
         self._start()
 
     def put(self, item: T, *, always: bool = False) -> bool:

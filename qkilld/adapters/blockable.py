@@ -42,9 +42,9 @@ MAX_SHARED = 24
 """See FairShares. Only blocked threads count."""
 MAX_OF_SEARCHES = 40
 MAX_SHARED_OF_SEARCHES = 12
-"""The limit for searches (`each`), which read the processes of all users. So searches can use only
-half of the threads for users other than root; the rest is left for reads of a single process, such
-as those before a signal."""
+"""These two limits are for searches (`each`), which read the processes of all users. Of the threads
+for users other than root, searches can use only half; the rest is left for reads of a single
+process, such as those before a signal."""
 MAX_IDLE = 2
 
 

@@ -127,8 +127,8 @@ class Journald:
         """
         if self._socket is None:
             return
-        # Send an empty datagram. journald ignores its content, and reads it after it has processed
-        # all earlier ones.
+        # Send an empty datagram. journald ignores it, but reads it only after it has processed all
+        # earlier ones.
         with contextlib.suppress(OSError):
             self._socket.send(b"")
         deadline = time.monotonic() + PROCESSING_TIMEOUT_S

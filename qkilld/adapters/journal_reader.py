@@ -67,7 +67,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
         names = ("_BOOT_ID", "OBJECT_PID", "QKILLD_JOB", "SYSLOG_IDENTIFIER")
         job = tuple(_text(entry, name) for name in names)
         if _text(entry, "MESSAGE_ID").replace("-", "") != MessageId.SURVIVOR_GONE.value:
-            if job in receipts:  # A daemon that lost its state has reused the number.
+            if job in receipts:  # A daemon lost its state, and used the number again.
                 receipts[(*job, str(number))] = receipts.pop(job)
             receipts[job] = _receipt(entry)
         elif job in receipts:

@@ -2,7 +2,7 @@
 
 When locking begins, pages of mapped files and pages in swap are read from the disk. Other memory is
 locked page by page, when each page is first used, so that unused parts of stacks and of the heap
-take no memory. Memory that was used once stays locked, so use little.
+take no memory. Memory stays locked after its first use, so use little.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class NameReader:
                     self._names.pop(key, None)
 
     def keep(self, alive: Set[Key]) -> None:
-        """Forget the names that no call needs, of processes that are not in `alive` (see
+        """Forget each name that no call needs and whose process is not in `alive` (see
         `keys_of`)."""
         self._names = {
             key: names for key, names in self._names.items() if key in alive or key in self._needed

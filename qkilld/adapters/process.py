@@ -202,7 +202,7 @@ def _open_pidfd(pid: int) -> int:
     except OverflowError:
         raise NoSuchProcess(f"No process has the id {pid}") from None
     except OSError as error:
-        # For a thread's id, the error is EINVAL up to Linux 6.8, and ENOENT since.
+        # For a thread's id, the error is EINVAL up to Linux 6.8, ENOENT in later versions.
         if pid > 0 and error.errno in (errno.EINVAL, errno.ENOENT):
             raise NoSuchProcess(
                 f"{pid} is the id of a thread; give the id of its process"
@@ -214,7 +214,8 @@ def _open_pidfd(pid: int) -> int:
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
     """Use a pidfd that was stored for a guest's process. The process may have exited. If the
-    process blocks the reading of its start time, the start time is checked before a signal is sent.
+    process blocks the reading of its start time, the start time is checked later, before a signal
+    is sent.
 
     Raises ProcessChanged if the descriptor is not a pidfd of this process, or if the start time
     cannot be read for another reason. The caller then still owns the descriptor.

@@ -118,8 +118,8 @@ def pids(proc: Path = PROC) -> list[int]:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
-    """Read stat. Raises OSError, such as FileNotFoundError or ProcessLookupError if there is no
-    process, or Unanswered if the process blocks the reading."""
+    """Read stat. Raises OSError: for example, FileNotFoundError or ProcessLookupError if there is
+    no process, Unanswered if the process blocks the reading."""
     return blockable.shared.one(f"{proc}/{pid}", _stat)
 
 
@@ -247,7 +247,7 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """Return the target of exe, and whether it is deleted; ("", False) if there is none.
 
     Kernel threads and exiting processes have no exe. If the first thread has exited, exe of another
-    thread is read. Raises OSError, such as PermissionError if the kernel does not show exe, or
+    thread is read. Raises OSError: for example, PermissionError if the kernel does not show exe,
     Unanswered if the process blocks the reading.
     """
     return blockable.shared.one(f"{proc}/{pid}", _executable)
@@ -256,7 +256,7 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
 def read_executables(
     pids: Iterable[int], proc: Path = PROC
 ) -> Iterator[tuple[int, tuple[str, bool] | Exception]]:
-    """Yield what `read_executable` returns or raises for each process."""
+    """For each process, yield what `read_executable` returns or raises."""
     wanted = list(pids)
     directories = [f"{proc}/{pid}" for pid in wanted]
     return zip(wanted, blockable.shared.each(directories, _executable), strict=True)
@@ -280,7 +280,7 @@ def read_identity(pid: int, proc: Path = PROC) -> Identity:
 def read_identities(
     pids: Iterable[int], proc: Path = PROC
 ) -> Iterator[tuple[int, Identity | Exception]]:
-    """Yield what `read_identity` returns or raises for each process."""
+    """For each process, yield what `read_identity` returns or raises."""
     wanted = list(pids)
     directories = [f"{proc}/{pid}" for pid in wanted]
     return zip(wanted, blockable.shared.each(directories, _identity), strict=True)
@@ -295,7 +295,7 @@ def _identity(directory: str) -> Identity:
         pid=int(directory.rpartition("/")[2]),
         start_time=stat.start_time,
         uid=uid,
-        command=sys.intern(stat.command),  # Most guests share this text and the executable.
+        command=sys.intern(stat.command),  # Most guests have the same command and executable.
         state=stat.state,
         executable=sys.intern(executable),
         executable_deleted=deleted,

@@ -72,7 +72,7 @@ class ServiceManager:
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         loop = asyncio.get_running_loop()
         received = asyncio.Event()
-        loop.add_reader(read, received.set)  # The pipe ends when systemd closes its end.
+        loop.add_reader(read, received.set)  # Readable when systemd closes its end.
         self._put("BARRIER=1", write, always=True)
         try:
             async with asyncio.timeout(timeout_s):

@@ -125,13 +125,13 @@ class StateDirectory:
         self._put(number, None)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the writing thread when each state saved before has been written or
-        its writing has failed."""
+        """Call `callback` in the writing thread when every state saved so far has been written, or
+        could not be written."""
         self._writer.put(callback)
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
         """Write the saved state of a job before those of others. Call `callback` in the writing
-        thread when the state is written or has failed."""
+        thread when the state has been written, or could not be written."""
         self._first.append((number, callback))
         self._writer.put(_do_nothing)  # Wakes the thread, which reads _first at each item.
 

@@ -21,9 +21,9 @@ MAX_BYTES: Final = 4 << 20
 def read_subordinate_uids(
     subuid: Path = SUBUID, passwd: Path = PASSWD
 ) -> list[tuple[int, int, int]]:
-    """Return the first and the last uid of each range, and its user. A user whose uid is not in
-    `passwd` gets a negative number. The ranges of root are left out, because root gives them to
-    containers."""
+    """Return the first and the last uid of each range, and the uid of its user. A user name that is
+    not in `passwd` gets a negative number. The ranges of root are left out, because root gives them
+    to containers."""
     uids = {name: int(uid) for name, _, uid, *_ in _lines(passwd, 7) if uid.isdecimal()}
     ranges = []
     for name, first, count in _lines(subuid, 3):

@@ -43,7 +43,7 @@ def open_path(root: Path, path: str, directory: Path | None = None) -> int:
 
 
 def read_config(pid: int, path: str, proc: Path = PROC) -> str:
-    """Read a -readconfig file of a process, if its user can read it.
+    """Read a -readconfig file of a process, if the process's user can read the file.
 
     The process chooses the path, so this function must not reveal a file that the process's user
     cannot read. Raises OSError. Raises ValueError if the file is not a regular one, or too long.

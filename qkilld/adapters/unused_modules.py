@@ -39,8 +39,8 @@ def set_up() -> None:
 
 
 def _annotations(cls: type) -> dict[str, Any]:
-    """Replaces inspect.get_annotations() on Python 3.13, where dataclasses call nothing else of
-    `inspect`."""
+    """Replaces inspect.get_annotations(), the only function of `inspect` that `dataclasses` calls
+    on Python 3.13."""
     return dict(vars(cls).get("__annotations__", {}))
 
 

@@ -211,8 +211,8 @@ class _Adopter:
             )
         return Failed(f"{text}, so there is nothing to undo")
 
-    # A scope has no ExecStop=. So another unit, the scope's guard, is stopped before the scope, and
-    # its ExecStop= stops the guest.
+    # A scope has no ExecStop=. So another unit (the scope's guard) is stopped before the scope. The
+    # guard's ExecStop= stops the guest.
 
     async def _guard(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         guard = report.surroundings.guard
@@ -291,7 +291,7 @@ class _Adopter:
         return base
 
     async def _reload(self, done: str) -> None:
-        """Reload systemd. If that fails, raise Failed with a message that begins with `done`."""
+        """Reload systemd. On failure, raise Failed with a message that begins with `done`."""
         try:
             await self._systemd.reload()
         except QkilldError as error:

@@ -363,8 +363,8 @@ def _transport(name: str) -> str:
 
 
 def _is_remote(kind: str) -> bool:
-    # A FUSE file system counts as remote, because it ends with its daemon, and the daemon may use
-    # the network.
+    # A FUSE file system counts as remote, because it ends when its daemon ends, and the daemon may
+    # use the network.
     return kind in REMOTE_TYPES or kind.startswith("fuse")
 
 

@@ -192,7 +192,7 @@ class _JobRow(NamedTuple):
         return self.status.result if self.status else ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the same document as the command status. If the daemon has forgotten the job,
+        """Return the same document as `qkillctl status`. If the daemon has forgotten the job,
         values that are not in the list are null."""
         if self.status is not None:
             return self.status.as_json()

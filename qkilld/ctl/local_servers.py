@@ -151,7 +151,7 @@ def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
 
 def _may_listen_elsewhere(name: str) -> bool:
     """Return whether a process in another network namespace may listen on a socket with this file
-    name; False only if it is known that no process of this container does."""
+    name; True if that is unknown. Processes outside this container are not seen."""
 
     def matches(path: bytes) -> bool:
         return os.path.basename(os.fsdecode(path)) == name  # noqa: PTH119
@@ -160,8 +160,8 @@ def _may_listen_elsewhere(name: str) -> bool:
 
 
 def _device_of(file: int, mounts: procfs.Mounts) -> int:
-    """Return the device number of an open file from mountinfo, because stat() returns another
-    number on btrfs and overlays. Raises OSError."""
+    """For an open file, return the device number in mountinfo, because stat() returns another one
+    on btrfs and overlays. Raises OSError."""
     with open(f"/proc/self/fdinfo/{file}") as lines:  # noqa: PTH123
         mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "-1")
     filesystem = mounts.get(int(mount))

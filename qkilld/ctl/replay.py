@@ -116,8 +116,8 @@ def _step(recorded: RealOutcome, step: Step) -> dict[str, Any]:
 
 
 def _story(replayed: Replay) -> list[tuple[str, str, str, str]]:
-    """Return a row for each change of the verdict, and for each SIGCONT, each SIGKILL and giving
-    up."""
+    """Return a row for each change of the verdict, each SIGCONT, each SIGKILL, and the decision to
+    give up."""
     action_names = {Action.KILL: "SIGKILL", Action.CONTINUE: "SIGCONT", Action.GIVE_UP: "gave up"}
     rows = []
     before = None

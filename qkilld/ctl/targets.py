@@ -243,8 +243,8 @@ class Resolver:
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
             return process
-        # Read the start time before the second list: if the pid was reused by then, the second list
-        # shows another process.
+        # If the pid was reused before its start time is read, the second list shows another
+        # process.
         start_time = await self._start_time(target, process.pid)
         guests = await guest_rows(self._manager)
         guest = next(

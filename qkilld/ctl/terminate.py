@@ -192,9 +192,9 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. The stream is None if D-Bus must be used, because
-    the Varlink socket is unknown, the call failed, polkit may have to ask (callers of the system's
-    daemon who are not root), or there is nothing to follow (NOWAIT, or no --wait)."""
+    """Stop and follow all guests with one call. The stream is None if D-Bus must be used: if the
+    Varlink socket is unknown, if the call failed, if polkit may have to ask (the daemon is the
+    system's, and the user is not root), or if no job is to be followed (NOWAIT, or no --wait)."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []
@@ -366,7 +366,7 @@ async def _follow_stream(
 def _print_error(session: Session, outcome: TargetOutcome) -> None:
     if outcome.error is not None:
         text = explain(outcome.error, session.bus)
-        # The error text may already contain the target, if it was not found.
+        # If the target was not found, the error text may already contain it.
         target = printable(outcome.text)
         is_named = outcome.pid is None and (f'"{target}"' in text or f" {target}: " in text)
         session.output.error(text if is_named else f"{outcome.title}: {text}")

@@ -126,8 +126,8 @@ async def gather(
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # Empty for units of a user manager, which need no order: user@.service has one, and is
-        # stopped after these units.
+        # Empty for units of a user manager. They need no order, because user@.service is ordered,
+        # and is stopped after them.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -172,8 +172,8 @@ async def with_target(systemd: Systemd, place: Storage) -> Storage:
 async def find_keepers(
     systemd: Systemd, facts: UnitFacts | None, guests: Iterable[int]
 ) -> tuple[GuestKeeper, ...]:
-    """Find the units that shut down these guests of a unit, and that are active or being stopped.
-    `facts` is None if the guests run in no unit."""
+    """Find the active or stopping units that shut down these guests. `facts` describes the unit in
+    which the guests run; None if they run in no unit."""
     runtime: dict[str, str] = {}
     for pid in guests:
         runtime |= runtime_keepers(ancestors(pid), services_that_run)
@@ -270,7 +270,7 @@ def _would_listen(options: Sequence[QemuOption]) -> list[UnixListener]:
 
 
 def _other_unit(facts: UnitFacts, config: Config) -> str:
-    """Return the name of another unit if the guest of this unit runs there; "" if none is known."""
+    """If the guest of this unit runs in another unit, return that unit's name, otherwise ""."""
     if facts.active_state != "active" and not starts_elsewhere(facts):
         return ""
     for pid in procfs.pids():
@@ -331,7 +331,7 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
 def instances_with_own(
     search_path: Sequence[str], template: str, wanted: Sequence[Change]
 ) -> Iterator[str]:
-    """Yield the instances of a template that have files with settings which our drop-in for the
+    """Yield each instance of a template if its own files have settings that our drop-in for the
     template would override. Leave out instances that have their own drop-in of adopt, because it
     takes precedence."""
     prefix, _, kind = template.partition("@")
