@@ -59,7 +59,7 @@ READ_BYTES: Final = 64 * 1024
 READS: Final = 4
 """How many recv() calls to make before the loop serves its timers and pidfds. Four calls read up to
 2,000 small messages in 10 ms. The bus has a single queue for all senders, so a sender that fills it
-blocks the others; one call would not empty it fast enough."""
+blocks the others; a single recv() would not empty it fast enough."""
 HELD_BACK_S: Final = 0.25
 """How long the refusals of a flood of calls are collected before they are sent together. Otherwise,
 each refusal would cost two context switches, and a client that waits for each answer would send
@@ -141,7 +141,7 @@ class Connection:
         self._schedule_write()
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
-        """Send a signal, as `send` does. Does nothing if the connection is lost."""
+        """Send a signal in the next turn of the loop. Does nothing if the connection is lost."""
         if self.connected:
             encoded = encode_body(signature, body)
             serial, length = self._next_serial(), len(encoded)

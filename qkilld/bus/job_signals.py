@@ -115,8 +115,8 @@ class Announcer:
         self._round = loop.call_later(delay_s, self._announce_due)
 
     def _announce_due(self) -> None:
-        """Announce ends and changes for at most STEP_S, because thousands of jobs may end or change
-        at a time. The next round follows when the loop has handled other events."""
+        """Spend at most STEP_S on announcing ends and changes, because thousands of jobs may end or
+        change at a time. The next round follows when the loop has handled other events."""
         self._round = None
         loop = asyncio.get_running_loop()
         end = time.monotonic() + STEP_S

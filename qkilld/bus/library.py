@@ -1,9 +1,9 @@
 """The parts of a D-Bus library that qkilld uses: outgoing messages, their types, authentication.
 
 The library is dbus-next. If dbus-next is missing or cannot be imported, as under Python 3.15, the
-library is dbus-fast, its maintained successor with the same names. Connecting and parsing are done
-in bus.transport, bus.framing and bus.values: both libraries keep every signature that they have
-ever parsed, and each release of them connects in a different way.
+library is dbus-fast, its maintained successor with the same API. Connecting and parsing are done in
+bus.transport, bus.framing and bus.values: both libraries keep every signature that they have ever
+parsed, and each release of them connects in a different way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Encode replies that list any number of objects, in steps. The event loop runs between the steps.
 
-A client gets the signals sent between the steps before it gets the reply. So the reply must be as
-new as these signals: if a signal announces an object, that object is encoded again.
+Signals that are sent between the steps reach the client before the reply does. So the reply must
+be as new as these signals: if a signal announces an object, that object is encoded again.
 """
 
 from __future__ import annotations

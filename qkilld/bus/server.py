@@ -315,9 +315,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name. Prefer a name
-        without waiting calls, because the next call of a dropped name overtakes its waiting
-        calls."""
+        """Cache a uid. If the cache is full, drop the least recently used name, if possible
+        one without waiting calls: the next call of a dropped name would overtake them."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]

@@ -28,9 +28,9 @@ MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait, including up to MAX_READS of the kind READ."""
 TOGETHER: Final = 32
-"""The limits for all users except root together, as a multiple of those for one user. One user may
-count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait takes 3 kB
-(measured), so all Waits together take at most 100 MB."""
+"""The limits of one user, multiplied by this, apply to all users other than root, taken together.
+One user may count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait
+takes 3 kB (measured), so all Waits together take at most 100 MB."""
 RESERVE: Final = 4
 """A fourth of all descriptors is reserved for root's calls and for running jobs."""
 
@@ -40,7 +40,7 @@ class CallLimits:
         self._unlimited = unlimited
         self._running: Counter[tuple[int, Cost]] = Counter()
         self._total: Counter[Cost] = Counter()
-        """The number of open calls of each kind, for all users with limits together."""
+        """The number of open calls of each kind, summed over all users who have limits."""
 
     def begin(self, uid: int, cost: Cost) -> None:
         """Count a call; `end` must follow. Raises Busy."""

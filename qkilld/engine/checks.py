@@ -1,5 +1,5 @@
 """Check a process before it is stopped: it must be QEMU and still the same process, and the caller
-must be allowed to stop it. Describe it for polkit's dialog.
+must be allowed to stop it. Describe the process for polkit's dialog.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def check_answer(answer: Answer, what: str) -> None:
 
 
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
-    """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
+    """Return details of a request, for polkit's rules and dialog.
 
     The guest's owner may have chosen any name, so `for_dialog` makes the name harmless.
     """
@@ -155,7 +155,7 @@ def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
 
 
 def details_of_all(flags: Flag) -> dict[str, str]:
-    """Return the details (see `details_of`) for the guests of all other users."""
+    """Return the same details for the guests of all other users."""
     target = "all QEMU guests of other users"
     return dict.fromkeys(("pid", "guest", "unit", "uid"), "") | {
         "target": target,

@@ -36,8 +36,8 @@ SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which usually takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while the job waits for a backup or is held, and of samples during a
-flush."""
+"""Interval (µs) between readings of the disks while the job is held or waits for a backup,
+and between samples during a flush."""
 REREAD_INTERVAL: Final = 50_000
 """The first interval (µs) between checks for stuck requests. Later intervals are longer."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
@@ -78,8 +78,8 @@ class FlushPhase:
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether the processors are possibly stopped: set before QEMU is told to stop them. Unless
-        a signal is sent, they must be started again."""
+        """Whether the processors may have been stopped: set before QEMU is told to stop them.
+        Unless a signal is sent, they must be started again."""
         self._timer: Timer | None = None
         self._until = self._due = INFINITY
         """`_until`: when the current step is abandoned. `_due`: the deadline to report."""
@@ -90,7 +90,7 @@ class FlushPhase:
         self.disks: tuple[GuestDisk, ...] = ()
         """The disks at the last reading."""
         self.stuck: tuple[str, ...] = ()
-        """The names of stuck disks' block nodes that have a network connection."""
+        """The block nodes of stuck disks: the names of those that have a network connection."""
         self._first: BlockState | None = None
         self._is_early_flush = False
         """Whether healthy disks are flushed before QEMU asks the file systems."""
@@ -123,8 +123,8 @@ class FlushPhase:
     def lasts(self, not_before: int) -> bool:
         """Return whether SIGTERM must wait. This call may end the job.
 
-        `not_before`: unless a flush has proven that all data is safe, SIGTERM waits until this time
-        (µs, CLOCK_MONOTONIC), but not longer than MaxSec= allows.
+        `not_before`: SIGTERM waits until this time (µs, CLOCK_MONOTONIC), but not longer than
+        MaxSec= allows. If a flush has proven that all data is safe, this time does not matter.
         """
         job, now = self._job, self._clock.now()
         if self._process.exited():
@@ -549,7 +549,7 @@ class FlushPhase:
     # ---- starting the processors again ----
 
     def _undo(self) -> None:
-        """Start the processors over the open connection, or over a new one."""
+        """Use the open connection, or a new one, to start the processors again."""
         self._job.flush = replace(self._job.flush, proven=False)
         step = self._start(UNDO_TIMEOUT)
 

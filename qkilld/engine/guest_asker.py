@@ -265,8 +265,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
-                # Continue: qkilld can still press the power button, or try that once more. The
-                # guest may also react to an earlier request.
+                # Continue: the power button can still be pressed, or pressed again if that failed
+                # once. The guest may also react to an earlier request.
                 self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:

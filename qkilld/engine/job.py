@@ -239,7 +239,7 @@ class Job:
         return may_open and (named or link.is_passed or link.is_kept)
 
     def resume(self, past: Snapshot, monitor: KeptMonitor | None = None) -> None:
-        """Continue a job of an earlier daemon, instead of `start`. Sends no signal."""
+        """Call this instead of `start` to continue a job of an earlier daemon. Sends no signal."""
         self.guest, self.phase, self.verdict = past.guest, past.phase, past.verdict
         self.flags, self.policy, self.control = past.flags, past.policy, past.control
         self.started, self.ended = past.started, past.ended
@@ -321,8 +321,8 @@ class Job:
         the new request also sets the spans and FIXED, the owner's hold ends, and the owner's
         extensions are cut to `owner_limit`.
 
-        If the job and the request both only ask the guest, no signal follows. The job ends right
-        after asking only if both have NOWAIT.
+        If the job and the request both only ask the guest, no signal follows. Only if both have
+        NOWAIT does the job end right after asking.
 
         A request with FORCE and NOWAIT sends SIGKILL now. It raises UnknownIdentity if the
         process's executable is unreadable, and Failed if the job is held or extended. A hold or
@@ -416,8 +416,8 @@ class Job:
             self._changed()
 
     def _kill(self) -> None:
-        # SIGKILL may be sent a little later. Until then, a reply of the monitor must not end the
-        # job.
+        # The intention to send SIGKILL may have to be saved first. Meanwhile, a reply of the
+        # monitor must not end the job.
         self._powerdown.close()
         self._signals.force()
 
@@ -548,8 +548,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Do this now, because the monitor will soon report that it was closed. This report
-            # changes the state of both phases.
+            # Do this now, before the monitor reports that it was closed: that report changes the
+            # state of both objects.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:

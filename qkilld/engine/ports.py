@@ -289,7 +289,7 @@ class Monitors(Protocol):
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """Read the disks of a guest without a job. Return None if another program uses its QMP
+        """Read the disks of a guest that has no job. Return None if another program uses its QMP
         monitor, or if the monitor does not answer within a second. `files`: see
         GuestMonitor.read_disks."""
 
@@ -348,7 +348,7 @@ class Store(Protocol):
     """Stores jobs so that they outlast this program. Nothing here blocks or raises."""
 
     def store_fd(self, number: int, process: Process) -> None:
-        """Store the pidfd of the job's process in systemd."""
+        """Give systemd the pidfd of the job's process."""
 
     def save(self, state: JobState) -> None:
         """Save a job's state, in place of an earlier one."""
@@ -361,7 +361,7 @@ class Store(Protocol):
         written, or writing has failed."""
 
     def store_monitor(self, number: int, fd: int) -> None:
-        """Store a copy of this job's connection to its guest's monitor in systemd."""
+        """Give systemd a copy of this job's connection to its guest's monitor."""
 
     def drop_fd(self, number: int) -> None:
         """Drop the stored pidfd of the job's process."""

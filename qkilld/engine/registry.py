@@ -48,9 +48,9 @@ MAX_JOBS_PER_UID: Final = 2048
 """The maximum number of running and ended jobs of one user, so that no user can fill the memory.
 Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
-"""The maximum number of jobs of all users except root. At 80 kB each (units/qkilld.service), these
-jobs take 490 MB, and their descriptors 350 MB. Together with all calls that users may have open,
-this is two thirds of MemoryMax=."""
+"""The maximum number of jobs of all users other than root, taken together. At 80 kB each
+(units/qkilld.service), these jobs take 490 MB, and their descriptors 350 MB. With all calls that
+users may have open, this is two thirds of MemoryMax=."""
 
 
 class Registry:
@@ -115,9 +115,9 @@ class Registry:
     def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
         """Join the running job for this process, or start a new one. Return the job.
 
-        The registry owns the process from now on, even if this raises an exception. `passed` is a
-        connection to the monitor for a new job; the registry owns it unless this raises an
-        exception. Raises what Job.start and Job.join raise, and Busy.
+        The registry owns the process from now on, even if this raises an exception. `passed`: a
+        connection to the guest's monitor, for use by a new job. The registry owns it unless this
+        raises an exception. Raises what Job.start and Job.join raise, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
@@ -168,14 +168,15 @@ class Registry:
         *,
         among_many: bool = False,
     ) -> Job:
-        """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
+        """Continue a job of an earlier daemon. Its number, rungs, flags, policy and times are kept.
 
         `process` must be the process in the snapshot, or None if that has exited. If it is None, a
-        running job ends as exited or killed. The registry owns `process` and `monitor` from now on.
-        With `among_many`, a job that would begin with a sample does nothing until `follow_resumed`.
+        running job ends as exited or killed. The registry owns `process` from now on and,
+        unless this raises an exception, `monitor`. With `among_many`, a job that would begin with a
+        sample does nothing until `follow_resumed`.
 
         Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
-        In this case, `process` is closed, and the caller still owns `monitor`.
+        In this case, `process` is closed.
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or ExitedProcess(past.guest)
@@ -372,8 +373,8 @@ class Registry:
 
     def _forget_entirely(self, job: Job) -> None:
         """Remove the saved state of a job, and stop counting the job for its user. Call this when
-        the job's object is gone and, if the process survived the job, the process is gone or has a
-        new job."""
+        the job's object is gone. If the process survived the job, wait until it is gone, too, or
+        has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))

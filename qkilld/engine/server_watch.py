@@ -1,4 +1,4 @@
-"""Watch the servers of a guest's network disks while the guest is stopped.
+"""Watch the servers of a guest's network disks while a job stops the guest.
 
 decision.servers decides what the end of a server means. The servers must be known before the guest
 gets SIGTERM, because QEMU exits in a few milliseconds if it has lost its disks. So SIGTERM waits

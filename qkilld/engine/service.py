@@ -104,7 +104,7 @@ class Service:
         self._host = host
         self._access = Access(config, host, lambda key: registry.running_for(key) is not None)
         self.units = units
-        """None if there is no bus. `units` is replaced with each new connection to a bus."""
+        """None if there is no bus. Each new connection to a bus sets it again."""
         self._clock = clock
         self._sampler = sampler
         self._monitors = monitors
@@ -514,7 +514,7 @@ def _spans(given: Mapping[str, object]) -> dict[str, int]:
 
 
 def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, object]:
-    """Check the options. Return the value of each by its name; OPTION_TYPES has the types."""
+    """Check the options. Return their values by name."""
     for name, option in options.items():
         shown = printable(name, 64)
         if (expected := OPTION_TYPES.get(name)) is None:

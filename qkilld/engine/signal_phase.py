@@ -185,7 +185,7 @@ class SignalPhase:
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot, with a record of SIGKILL if it is forced or about to be sent."""
+        """Return the snapshot, and record in it whether SIGKILL is forced or about to be sent."""
         if self._forced:
             snapshot = replace(snapshot, forced=True)
         if self._intent is _Intent.NONE or snapshot.result is not None:
@@ -255,8 +255,8 @@ class SignalPhase:
         self._unidentified_since = None
 
     def check_on_request(self) -> None:
-        """Check the identity for a caller's request, without sending a signal. If it has changed,
-        end the job as failed.
+        """Check the identity for a caller's request, without sending a signal. If the identity
+        has changed, end the job as failed.
 
         Raises ProcessChanged, UnknownIdentity.
         """

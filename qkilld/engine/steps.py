@@ -26,7 +26,7 @@ class Steps:
         """The work for each user. The first user has the next turn, unless there is work for
         root."""
         self._end = 0.0
-        """When the present step ends, time.monotonic()."""
+        """The end of the present step, by time.monotonic()."""
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
@@ -36,8 +36,8 @@ class Steps:
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Shorten the present step by this time, because its work has started a task that takes
-        this long."""
+        """Count this time as used by the present step, because its work has started a task that
+        takes this long."""
         self._end -= seconds
 
     def _continue(self) -> None:
@@ -70,8 +70,8 @@ _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Steps] = WeakKeyDictionar
 
 
 def job_steps() -> Steps:
-    """Return the Steps of the running loop. Jobs use it to act on ends of processes and on
-    timers."""
+    """Return the Steps of the running loop. Jobs use them to handle timers and the exits of
+    processes."""
     loop = asyncio.get_running_loop()
     steps = _of_loop.get(loop)
     if steps is None:

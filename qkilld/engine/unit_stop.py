@@ -54,12 +54,13 @@ class UnitStops:
         task.add_done_callback(self._tasks.discard)
 
     def reason(self, pid: int) -> str:
-        """Return a reason that names the unit whose ExecStop= process is `pid`; "" if unknown."""
+        """Return a reason for a stop: the unit with the ExecStop= process `pid`; "" if unknown."""
         process = self._describe(pid)
         return f"ExecStop of {process.unit.name}" if process and process.unit.name else ""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
-        """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
+        """Make the jobs obey the settings of the unit whose ExecStop= process is `pid`. `uid`: the
+        user of this process.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
         caller is root or the owner of the guest's process. Once the jobs are saved, return the

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank`, and before them for opening the monitor if
-it is still being opened. When it expires, SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank` together. If the monitor is still being
+opened, there is another timeout of this length for that. When one expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
