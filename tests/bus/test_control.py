@@ -124,7 +124,7 @@ def test_a_flood_of_commands_does_not_flood_the_journal(
     daemon: Daemon, client: Client, fake_qemu: Make
 ) -> None:
     guest = fake_qemu(stubborn=True)
-    job = client.terminate(guest.pid)
+    job = client.terminate(guest.pid, grace_usec=("t", 60 * S))
     began = time.monotonic()
     for _ in range(200):
         call(client, job, "Hold")
@@ -139,7 +139,7 @@ def test_a_stranger_who_waits_is_not_missed(
 ) -> None:
     needs.root("to be another user")
     guest = fake_qemu(stubborn=True)
-    job = client.terminate(guest.pid)
+    job = client.terminate(guest.pid, grace_usec=("t", 60 * S))
     with daemon.bus.client(uid=OTHER_UID) as stranger:
         for _ in range(100):
             stranger.send("Wait", path=job, interface=JOB)

@@ -166,7 +166,7 @@ def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qe
     and its pid is reused."""
     needs.root("to have the kernel give out a certain process id")
     first = fake_qemu(stubborn=True)
-    job = client.terminate(first.pid, FORCE, grace_usec=("t", 200_000))
+    job = client.terminate(first.pid, FORCE, grace_usec=("t", 1_500_000))
     deadline = client.properties(job, "org.qkilld1.Job")["DeadlineUSec"]
     signal.pidfd_send_signal(daemon.pidfd, signal.SIGSTOP)
     pid = first.pid
