@@ -29,8 +29,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The key of a wait for a call to storage begins with this, followed by the numbers of the disks
-and mounts."""
+"""This prefix, followed by the numbers of the disks and mounts, is the key of a wait in a call to
+storage."""
 
 
 @dataclass(frozen=True, slots=True)

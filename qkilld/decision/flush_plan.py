@@ -54,8 +54,8 @@ class FlushPlan:
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return whether the guest runs and has a local disk whose requests only evidence from outside
-    shows, because QEMU does not report them."""
+    """Return whether the guest runs and has a local disk whose requests QEMU does not report, so
+    that only evidence from outside shows them."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING

@@ -156,9 +156,9 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
 
 
 def share_growth(now: Rates, baseline: Rates) -> float:
-    """Return the factor by which the guest's share has grown since the baseline: the processor time
-    that it gets, divided by the time that it wants. The factor is at least 1, and is 1 if the guest
-    wanted little in the baseline, because its share is then too uncertain.
+    """Return the factor by which the guest's share has grown since the baseline. The share is the
+    processor time that the guest gets, divided by the time that it wants. The factor is at least 1,
+    and is 1 if the guest wanted little in the baseline: its share is then too uncertain.
 
     The number of requests per second of processor time may grow by the same factor, because QEMU's
     threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as
@@ -176,7 +176,7 @@ def _requests_of_load(now: Rates, baseline: Rates) -> float:
     present processor time."""
     requests = (baseline.requests or 0.0) * share_growth(now, baseline)
     more_time = max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
-    # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.
+    # Add LEAST_REQUESTS, because the baseline may have missed a request of a load that makes few.
     return (requests + LEAST_REQUESTS) * more_time
 
 

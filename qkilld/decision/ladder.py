@@ -51,8 +51,8 @@ PER_JOB: Final = 2_000
 jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
 """After the last progress, doubtful movement, which other processes may have caused, delays SIGKILL
-for at most `storage_stall` times this number. The limit is needed because a server that works for
-others may be stuck for this guest."""
+for at most `storage_stall` times this number. The limit is needed because a server may work for
+others and be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
 
@@ -161,8 +161,8 @@ def decide(facts: JobFacts, now: int) -> Decision:
     due = kill_due(facts)
     evidence = facts.assessment
     # Promise a time (JobFacts.promised) only if it is based on a real sample, not on assumptions
-    # about a gap or a useless sample. Otherwise, on a busy host, every useless sample would start
-    # the time again.
+    # about a gap or a useless sample. Otherwise, on a busy host, every useless sample would delay
+    # SIGKILL further.
     promised = facts.promised if evidence is None or tells_nothing(evidence.last) else due
     return _by_evidence(facts, _deadline(facts, due), now, promised)
 

@@ -89,8 +89,7 @@ EFFECT: Final = 10 * USEC_PER_SEC
 """If a way of asking has no effect within this time (µs), the next way is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 """Without a ShutdownSign, the guest's work counts as a shutdown for at most this long (µs) after
-the guest was first asked. A longer PowerdownSec= replaces this limit. The limit is needed because
-the work may be an unrelated load that runs forever."""
+the guest was first asked. A longer PowerdownSec= replaces this limit."""
 CLOSING: Final = 300_000
 """The time (µs) reserved between the end of asking and SIGTERM. An observation and the flush take
 40 to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
@@ -103,7 +102,7 @@ RECENT: Final = 10 * USEC_PER_SEC
 LASTING: Final = RECENT // 2
 """Work is lasting if it takes at least this time (µs) in total within RECENT."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""A guest may be too busy to be measured for this long (µs) after it was resumed or woken."""
+"""How long (µs) a guest that was resumed or woken may be too busy to be measured."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -333,7 +332,7 @@ def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
 
 
 def obstacle_to_asking(sample: Sample) -> str:
-    """Explain why the guest cannot be asked because its process cannot run; "" if it can."""
+    """If the guest's process cannot run, explain why the guest cannot be asked; otherwise, ""."""
     if not (reason := standstill(sample)):
         return ""
     hint = "; the option resume continues it first" if can_be_continued(sample) else ""
@@ -427,8 +426,8 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
     SIGTERM should follow within PowerdownSec= + BASELINE after the start, even if measuring took
-    longer than BASELINE. So the wait ends when only CLOSING is left of that time, unless this would
-    cut PowerdownSec= by more than CUT allows, or the guest has booted.
+    longer than BASELINE. So the wait ends when only CLOSING is left of that time, unless the guest
+    has booted, or PowerdownSec= would be cut by more than CUT allows.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -530,8 +529,8 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether, since it was asked, the guest has worked more than before for at least
-    LASTING in total."""
+    """Return whether the guest has done more work than in the baseline for at least LASTING in
+    total after it was asked."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
@@ -564,9 +563,9 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 
 
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done no work for QUIET, apart from disk requests during at most
-    BURST. If these requests took longer than BURST, the result is False, because the guest may have
-    waited for its disks. The result is also False if the work is unknown."""
+    """Return whether the guest has done no work for QUIET, except disk requests for at most BURST.
+    If these took longer, the result is False, because the guest may have waited for its disks. The
+    result is also False if the work is unknown."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)

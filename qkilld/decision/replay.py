@@ -29,8 +29,7 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""If a decision at a deadline needs a sample, a sample recorded within this time (µs) after the
-deadline is used."""
+"""A sample recorded within this time (µs) after a deadline is used for the decision at it."""
 
 _NONE: Final = Flag(0)
 _ENDS: Final = {
@@ -101,8 +100,8 @@ class Replay:
     data_at_risk: bool
     """Whether the replay's SIGKILL may have lost data."""
     written_later: int | None
-    """How many bytes the process really wrote after the last sample before the replay's SIGKILL;
-    None if unknown, or if the replay sent no SIGKILL."""
+    """How many bytes the process really wrote after the sample on which the replay's SIGKILL was
+    based; None if unknown, or if the replay sent no SIGKILL."""
 
 
 def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:

@@ -90,8 +90,8 @@ class StorageServers:
     disconnected: tuple[Node, ...] = ()
     """The nodes that should be connected, but were not connected in any sample."""
     unchecked: tuple[Node, ...] = ()
-    """The nodes that were not connected in any sample, if it is unknown whether they should be.
-    Only samples with detail show whether their servers listen."""
+    """Like `disconnected`, but it is unknown whether the nodes should be connected. Only
+    samples with detail show whether their servers listen."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of each group, keyed by Node.group."""
 
@@ -179,7 +179,7 @@ def _follow_group(
     users = {known[name].inode: name for name in names if name in known}
     free = [one for one in names if one not in known or known[one].inode not in inodes]
     free.sort(key=lambda one: one in known)
-    free_names = dict.fromkeys(reversed(free))  # Reversed, because the last one is used first.
+    free_names = dict.fromkeys(reversed(free))  # Reversed: names are taken from the end.
     for socket in sockets:
         name = users.get(socket.inode, "")
         if not name:
@@ -249,8 +249,8 @@ class ServerEnds:
 
 
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
-    """Return whether to wait SETTLE µs, because nothing else can show whether a server was being
-    stopped when the guest ended. `closed_first`: see ServerEnds."""
+    """Return True if only a wait of SETTLE µs can show whether a server was being stopped when the
+    guest ended. `closed_first`: see ServerEnds."""
     known = servers.connected if servers is not None else {}
     return any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
@@ -314,8 +314,8 @@ def _should_be_connected(node: Node, sample: Sample) -> bool:
 
 
 def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
-    """Return whether, because of `reconnect-delay`, QEMU would have kept the data until `ended`
-    even if any of these nodes had lost its server."""
+    """Return whether the `reconnect-delay` of every node was still running at `ended`, so that QEMU
+    would have kept the data of a lost server."""
     return all(
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes

@@ -1,8 +1,8 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
-The numbers are counters: those of the disk that a thread waits for, of a connection and the server
-at its other end, or of the process and its control group. waits.py assigns signs to waits;
-verdict.py compares their values.
+The numbers count the work of a disk that a thread waits for, of a connection, of the server at its
+other end, of the process, or of its control group. waits.py assigns signs to waits; verdict.py
+compares their values.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _WRITES: Final = frozenset(
 _SERVER: Final = "peer:"
 """The names of all signs of servers begin with this."""
 _RUNS: Final = "serves"
-"""The end of the name of the sign which shows that a server runs."""
+"""If a sign shows that a server runs, its name ends with this."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
@@ -96,7 +96,7 @@ class Sign:
     least: int = 1
     sure: bool = True
     """False if the sign is doubtful: it may also move without progress, because of other processes
-    or of endless repetitions, so its movement leaves open whether there is progress."""
+    or endless repetitions."""
     is_reply: bool = False
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
@@ -136,8 +136,8 @@ def works(peer: Peer | None) -> bool:
     work on."""
     if peer is None or peer.shared is not False:
         return False
-    # Unread data of a process without disks proves nothing: the process may be a client of the
-    # server's monitor that never reads.
+    # Unread data of a process without disks proves nothing: the process may be a client that never
+    # reads from the server's monitor.
     behind = any(
         other.certain and ((other.unread and (other.devices or other.behind)) or works(other))
         for other in peer.behind
@@ -167,8 +167,8 @@ def write_signs(devices: Iterable[Device]) -> list[Sign]:
 
 
 def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign]:
-    """Return a sign for the completed requests of each device, QUIET if the requests do not count
-    as the guest's.
+    """Return a sign for each device: its completed requests. The sign is QUIET if the requests do
+    not count as the guest's.
 
     `writing`: the signs are for calls that only write.
     """
@@ -345,9 +345,9 @@ def _awaited_mounts(peer: Peer) -> set[str] | None:
 
 
 def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
-    """Return the signs of a server without other clients: bytes that it reads and writes, requests
-    of the disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign
-    that the server runs."""
+    """Return the signs of a server without other clients: bytes that it reads and writes, completed
+    writes of the disks that its calls wait for, and the return of its calls on mounts. For NBD,
+    there may also be a sign that the server runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     # If one of the server's calls is stuck, the server's reads and writes may be its own work,
     # such as a backup job.
@@ -426,8 +426,8 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
-    for a worker of an io_uring, the thread may wait for any of the server's disks, but only the
-    right disk wakes it.
+    for a worker of an io_uring, the thread may wait for any of the server's disks. If there are
+    several, their signs are doubtful without `awake`, because only the right disk wakes a thread.
 
     `awake`: whether all of these threads have run since the last sample.
     """

@@ -39,8 +39,8 @@ class Limits:
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int, guest_unit: UnitFacts | None) -> Limits:
-    """Return the limits of process `own_pid`, which runs as ExecStop= of the unit with these
-    `facts` to stop process `pid`. `guest_unit`: the unit of `pid`, such as the scope that a
+    """Return the limits of process `own_pid`, which is to stop process `pid`, and runs as ExecStop=
+    of the unit with these `facts`. `guest_unit`: the unit of `pid`, such as the scope that a
     qkilld-scope@.service guards; None if unknown."""
     if pid == facts.main_pid:
         guest_unit = facts  # systemd kills the main process whatever its control group is.
@@ -85,8 +85,8 @@ def would_be_killed(facts: UnitFacts, pid: int) -> bool:
 
 
 def _is_stopping(facts: UnitFacts) -> bool:
-    # The job of an active unit can only be a stop or a restart that waits for another unit's
-    # ExecStop=.
+    # If an active unit has a job, this can only be a stop or restart, which waits for another
+    # unit's ExecStop=.
     return facts.active_state == "deactivating" or facts.job != 0
 
 

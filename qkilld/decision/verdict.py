@@ -147,7 +147,7 @@ class Assessment:
 
     @property
     def may_be_outstanding(self) -> bool:
-        """Whether I/O is outstanding, or may be because something is unreadable."""
+        """Whether I/O is outstanding; also True if something unreadable may hide it."""
         return self.outstanding is not False
 
     @property
@@ -449,8 +449,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return how long (µs) servers that are now sampled for the first time may have made progress
-    that no sample has shown: since their wait began, but not before the last progress."""
+    """Return for how long (µs) samples could not show progress of servers that are sampled now for
+    the first time: from the start of the wait or from the last progress, whichever is later."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -563,9 +563,8 @@ def _verdict(
 
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
-    """Return whether an exiting process (for example after SIGKILL) waits for storage to close its
-    files, and this storage has not moved recently. The start of the exit does not count as
-    movement."""
+    """Return whether an exiting process (for example after SIGKILL) cannot close its files because
+    it waits for storage that has not moved recently. The start of the exit is no movement."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)

@@ -2,7 +2,7 @@
 
 A QEMU that received SIGTERM exits within milliseconds unless it waits for something. `open_waits`
 lists the waits in one sample, each with its own signs (signs.py). Only a wait's own signs show its
-progress: other guests on other disks, traffic on a console and timers do not.
+progress: timers, other guests on other disks, and traffic on a console do not.
 
 An unreadable source counts as a wait, too, of the kind UNSEEN, so it never makes a process look
 idle.
@@ -123,8 +123,8 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # The signs of disks are doubtful: other processes may use one disk while this one writes to
-    # another.
+    # The signs of disks are doubtful: other processes may use one disk while this process writes
+    # to another.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -227,8 +227,8 @@ def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
 
 
 def _woken(threads: Sequence[Thread], text: str = "the storage answered its thread") -> Sign:
-    """Return a sign for waits for storage without counters: how often the threads were woken. Only
-    a reply wakes a thread that waits for it."""
+    """Return a sign for threads that wait for storage without counters: how often they were woken.
+    Only a reply wakes a thread that waits for it."""
     woken = sum(thread.switches or 0 for thread in threads)
     return Sign("woken", SignKind.CHANGE, woken, text)
 
@@ -237,9 +237,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for the writes and reads of the process while calls wait for these devices.
 
     If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    and the process's own reads and writes say nothing about it, because as long as the guest runs,
-    they may go to other disks. If the devices count requests and have none in flight, the signs are
-    doubtful, because a layer above the devices may hold a request back.
+    but while the guest runs, the process's reads and writes may go to other disks. If the devices
+    count requests and have none in flight, the signs are doubtful, because a layer above the
+    devices may hold a request back.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -397,8 +397,8 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "threads":
-        # A thread may wait for any file of the process, but others may use the disks of these
-        # files, too.
+        # The unreadable threads may wait for any file of the process. The signs of its disks are
+        # doubtful, because other processes may use these disks, too.
         signs = _doubtful(_unlocated_signs(sample, previous, dirties=False))
     elif what == "sockets":
         # If an unreadable socket is a connection to storage, QEMU's threads write to each other at
@@ -462,8 +462,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count at most the backend itself as watched: if the client begins to use a server later,
-        # samples have missed no progress of that server.
+        # Count only the backend itself as watched: if the client begins to use a server later, the
+        # earlier samples have missed no progress of that server.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))

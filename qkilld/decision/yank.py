@@ -4,8 +4,8 @@
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
 looks like a dead one. So only one group of connections is cut off, the first that is not empty:
 
-- A reply is certainly missing: bytes are unacknowledged or the server has not read them, there is
-  no server, or a request had no reply before SIGTERM.
+- A reply is certainly missing: bytes are unacknowledged or unread, there is no connection or no
+  server, or a request had no reply before SIGTERM.
 - The server waits for its own storage, perhaps on behalf of another disk of the guest.
 - The connection does not move.
 
@@ -52,7 +52,7 @@ def choose(
     disks        the disks that were known before SIGTERM
     stuck        names of nodes that did not answer at that time
     cut_off      names of connections that were cut off already
-    still_since  leave connections alone that have moved since this time; CLOCK_MONOTONIC, µs
+    still_since  do not cut off connections that have moved since this time; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     nodes = {node.name: node for node in evidence.last.nodes or ()}

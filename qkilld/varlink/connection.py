@@ -28,12 +28,12 @@ MAX_CALL, because parsing and checking 64 KiB takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
 """The maximum number of descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20
-"""The maximum number of unhandled input bytes of one user except root, over all connections."""
+"""The maximum number of unhandled input bytes of one user other than root, over all connections."""
 MAX_TOTAL: Final = 16 << 20
-"""The maximum number of unhandled input bytes of all users except root together."""
+"""The maximum number of unhandled input bytes of all users other than root, in total."""
 MAX_FIRST: Final = 32 << 10
-"""Each user's unhandled bytes beyond this number count towards a limit for all users together, half
-of MAX_TOTAL. So users with much input leave room for the calls of others."""
+"""A user's unhandled bytes beyond this number count towards another limit for all users in total:
+half of MAX_TOTAL. So users with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
@@ -45,7 +45,7 @@ def encode(value: Mapping[str, Any]) -> bytes:
 
 
 def encode_list(name: str, elements: Iterable[bytes], more: Mapping[str, Any]) -> bytes:
-    """Encode an object from a list of encoded elements and the members of `more`."""
+    """Encode an object that has a list `name` of encoded elements, and the members of `more`."""
     return join_encoded(b'"%b":[%b]' % (name.encode(), b",".join(elements)), more)
 
 

@@ -261,8 +261,8 @@ class VarlinkMethods:
 
 
 def _may_follow(call: VarlinkCall, jobs: int) -> bool:
-    """Count a call that follows this many jobs. If there are too many such calls, return False
-    instead of raising Busy, because the jobs have begun."""
+    """Count the cost of a call that waits for this many jobs. If there are too many such calls,
+    return False instead of raising Busy, because the jobs have begun."""
     try:
         for _ in range(1, math.ceil(jobs / JOBS_OF_WAIT)):
             call.charge(Cost.WAIT)

@@ -106,8 +106,8 @@ def _service_description() -> idl.Description:
 
 
 class ProcessAuthority(Protocol):
-    """Decides whether a process may act if its user is neither root nor the owner of the guest.
-    Implemented by polkit's client."""
+    """Decides whether to permit an action of a process whose user is neither root nor the owner of
+    the guest. Implemented by polkit's client."""
 
     async def check_process(
         self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
@@ -350,7 +350,7 @@ class VarlinkServer:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     async def answer_first(self, timeout_s: float) -> None:
-        """Wait until the calls that came before the start have been answered."""
+        """Wait until the calls that came before the daemon's start have been answered."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._has_answered.wait()

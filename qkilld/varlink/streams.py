@@ -234,7 +234,7 @@ class JobStream:
         """Encode or send a little; return whether more is due."""
         self._is_scheduled = False
         more = not self._is_closed and (self._encode_end() or self._send())
-        self._is_scheduled |= more  # `_send` may have scheduled a later call.
+        self._is_scheduled |= more  # `_send` may have scheduled a later step.
         return more
 
     def _encode_end(self) -> bool:
