@@ -2,8 +2,8 @@
 
 The requester of a job is root, a user whom polkit authorized, or the owner of the process. Root and
 authorized users may steer every job. The owner of the process may steer a job that the owner
-requested. For any other job, the owner can only delay SIGKILL, and only up to a limit. Otherwise,
-owners could prevent root from stopping their guests.
+requested. The owner can steer any other job only by extending it up to a limit. Otherwise, owners
+could prevent root from stopping their guests.
 """
 
 from __future__ import annotations
