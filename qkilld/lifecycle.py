@@ -390,8 +390,8 @@ class RunningDaemon:
         # not a caller, has cancelled the job.
         self._varlink.close()
         await self._leave(bus)
-        # systemd must start a new daemon for the remaining jobs. Unless this is a restart, systemd
-        # does so only if this daemon fails.
+        # systemd must start a new daemon for the remaining jobs. It does so in a restart, and
+        # otherwise only after a failure.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 

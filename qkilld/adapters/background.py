@@ -26,7 +26,7 @@ class BackgroundWriter(Generic[T]):
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
-        """For each item, call `write` in the thread `name`. Exceptions of `write` are ignored.
+        """For each item, call `write` in a thread called `name`. Exceptions of `write` are ignored.
 
         `limit` is the maximum number of queued items; None if the caller limits them.
         """
@@ -52,7 +52,7 @@ class BackgroundWriter(Generic[T]):
     def close(self) -> bool:
         """Wait up to FLUSH_TIMEOUT_S until the queued items are written; return whether all were.
 
-        May be called again.
+        Can be called again.
         """
         self._start()
         self._closed = True
@@ -80,6 +80,6 @@ class BackgroundWriter(Generic[T]):
                 try:
                     self._write(item)
                 except Exception as error:
-                    # Log this only once, because the debug log itself is written by a thread like
-                    # this one.
+                    # Log this only once: if this thread writes the debug log, the new line may fail
+                    # to be written, too.
                     note_once(f"writing to {self._name}", error)

@@ -114,7 +114,7 @@ class _ReadingThread:
 
 
 class BlockableReads:
-    """Runs reads in threads. Threads may share it."""
+    """Runs reads in threads. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = _thread.allocate_lock()

@@ -19,7 +19,7 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
 
     `own` and `init` are the contents of the cgroup files of the process and of process 1 of the
     same system. `uses_v2` (`systemd_uses_v2`) is called only if the process is in both hierarchies.
-    systemd then uses one of them, and other programs may use the other.
+    systemd then uses one of them, and other programs can use the other.
     """
     paths, roots = _paths(own), _paths(init)
     v2: bool | None = "" in paths

@@ -142,7 +142,7 @@ def _read(path: Path, root: Path, settings: _Settings) -> None:
 
 
 def _real(path: Path, root: Path) -> Path:
-    """Resolve `path`, with `root` as the root of every link. Return _MASK for /dev/null.
+    """Resolve the links in `path` as if `root` were the root directory. Return _MASK for /dev/null.
 
     Raises OSError; FileNotFoundError also for a dangling link.
     """

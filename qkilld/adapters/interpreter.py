@@ -1,5 +1,5 @@
-"""Set up the Python interpreter so that the event loop stays responsive, and sends signals on
-time."""
+"""Set up the Python interpreter so that the event loop stays responsive, and signals are sent
+on time."""
 
 from __future__ import annotations
 

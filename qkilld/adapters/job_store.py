@@ -206,7 +206,7 @@ class JobStore:
 
 
 def _in_loop(callback: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that any thread may call. It calls `callback` in the running loop."""
+    """Return a function that any thread can call. It calls `callback` in the running loop."""
     loop = asyncio.get_running_loop()
 
     def call() -> None:

@@ -58,7 +58,7 @@ class QueuedJournal:
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
-        """Items are events, or the number of events dropped at that point."""
+        """Items are events and, in the place of dropped events, their number."""
 
     def write(self, event: Event) -> None:
         """Queue an event. If the queue is full, drop the event and count it. Never blocks."""
@@ -68,7 +68,7 @@ class QueuedJournal:
                 self._dropped += 1
 
     def close(self) -> None:
-        """Write what is queued, for at most background.FLUSH_TIMEOUT_S, and wait for the reader."""
+        """Write all queued items (limit: background.FLUSH_TIMEOUT_S), and wait for the reader."""
         if self._writer.close() and self._wait is not None:
             self._wait()
 
@@ -118,7 +118,7 @@ class Journald:
             self._socket = None
 
     def wait_until_processed(self) -> None:
-        """Wait until journald has processed all entries, for at most PROCESSING_TIMEOUT_S.
+        """Wait up to PROCESSING_TIMEOUT_S until journald has processed all entries.
 
         When journald processes an entry, it reads the sender's unit from /proc/PID. If the sender
         has exited by then, the entry belongs to no unit. Then `journalctl --unit` does not show the
@@ -187,7 +187,7 @@ def _connect(path: Path) -> socket.socket:
 
 
 def _unread(connected: socket.socket) -> bool:
-    """Return True if the other end has not read every datagram yet."""
+    """Return whether the other end still has datagrams to read."""
     size = fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4))
     return any(size)
 
@@ -247,9 +247,9 @@ def _object_fields(guest: Guest) -> dict[str, str]:
     """Return OBJECT_PID= and the guest's unit.
 
     For OBJECT_PID=, journald adds the unit of the process (systemd.journal-fields(7)), but cannot
-    find this unit after the process has exited. So these fields name the unit, and `journalctl -u
-    UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds the same field, it drops the
-    duplicate.
+    find this unit after the process has exited. So these fields name the unit. `journalctl -u UNIT`
+    matches OBJECT_SYSTEMD_UNIT= in entries written by root. If journald adds the same field, it
+    drops the duplicate.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit

@@ -149,7 +149,7 @@ def _is_credible(entry: Mapping[str, Any]) -> bool:
 
     Anyone can write to the journal, but only journald sets fields that begin with an underscore.
     These fields show the writer. Trusted writers are root, the user who reads the entry, and
-    processes of the unit in the entry, such as qkilld-stop in a unit with User=.
+    processes of the unit that the entry is about, such as qkilld-stop in a unit with User=.
     """
     unit = _unit(entry)
     writer = _number(entry, "_UID")

@@ -1,8 +1,8 @@
 """Keep this program in memory with mlockall(2), because its pages may be on a disk that hangs.
 
 When locking begins, pages of mapped files and pages in swap are read from the disk. Other memory is
-locked page by page, when each page is first used, so that unused parts of stacks and of the heap
-take no memory. Memory stays locked after its first use, so use little.
+locked page by page, when each page is first used, so unused parts of stacks and of the heap take no
+memory. Memory stays locked after its first use, so use little.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MemoryLock:
     from a disk."""
 
     def __init__(self, on_error: Callable[[str], None]) -> None:
-        """`on_error` is called at most once, in any thread."""
+        """`on_error` is called at most once, in a separate thread."""
         self._on_error = on_error
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._lock = threading.Lock()

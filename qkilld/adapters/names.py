@@ -38,7 +38,7 @@ RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 24
 """See FairShares."""
 MAX_QUEUE: Final = 16_384
-"""The maximum number of command lines of one user that may wait for a thread."""
+"""The maximum number of command lines of one user that wait for a thread."""
 MAX_NAMES: Final = 16_384
 """The maximum number of names that are kept after the call that needed them."""
 _TICK_S: Final = 0.01

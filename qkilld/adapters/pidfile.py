@@ -149,7 +149,7 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Return whether a process exists, although /proc does not show it."""
+    """Return whether the process exists but is not shown in /proc."""
     try:
         os.close(os.pidfd_open(pid))
     except ProcessLookupError:

@@ -244,7 +244,7 @@ def _read(path: str) -> bytes:
 
 
 def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
-    """Return the target of exe, and whether it is deleted; ("", False) if there is none.
+    """Return the target of exe, and whether the target is deleted; ("", False) if there is no exe.
 
     Kernel threads and exiting processes have no exe. If the first thread has exited, exe of another
     thread is read. Raises OSError: for example, PermissionError if the kernel does not show exe,

@@ -57,8 +57,8 @@ would make the keys of all elements below it at least as long."""
 MAX_KEYS: Final = 64 << 10
 """See QemuOption.flat (characters)."""
 
-# A string without a closing quote matches up to the end of the text, so that the text is searched
-# only once.
+# A string without a closing quote matches up to the end of the text. Otherwise, the search would
+# start again after each quote, and take quadratic time.
 _STRINGS: Final = re.compile(r"'((?:[^'\\]++|\\.)*+)'?|\"(?:[^\"\\]++|\\.)*+\"?", re.DOTALL)
 _INET: Final = re.compile(r"(tcp|telnet|tn3270|websocket|udp):(\[[^\]]*\]|[^:,]*):([^,@]*)")
 _SECTION: Final = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')

@@ -65,14 +65,14 @@ class ServiceManager:
         self._put(f"FDSTOREREMOVE=1\nFDNAME={name}", None)
 
     async def barrier(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` until the manager has processed everything sent before
+        """Wait up to `timeout_s` until the manager has processed everything sent so far
         (sd_notify_barrier(3))."""
         if self._writer is None:
             return
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         loop = asyncio.get_running_loop()
         received = asyncio.Event()
-        loop.add_reader(read, received.set)  # Readable when systemd closes its end.
+        loop.add_reader(read, received.set)  # `read` becomes readable when systemd closes `write`.
         self._put("BARRIER=1", write, always=True)
         try:
             async with asyncio.timeout(timeout_s):
@@ -84,7 +84,7 @@ class ServiceManager:
             os.close(read)
 
     def close(self) -> None:
-        """Send what is queued, for at most background.FLUSH_TIMEOUT_S."""
+        """Send all queued messages (time limit: background.FLUSH_TIMEOUT_S)."""
         if self._writer is not None:
             self._writer.close()
 
@@ -101,7 +101,7 @@ class ServiceManager:
             sd_notify.send(self._address, state, fd, wait=True)
         if fd is None:
             return
-        if is_socket(fd):  # Closing may block if a caller has made this connection.
+        if is_socket(fd):  # Closing a socket that came from a caller may block.
             close_later(fd)
         else:
             os.close(fd)

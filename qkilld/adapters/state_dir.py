@@ -1,8 +1,8 @@
 """Store jobs in the runtime directory (RUNTIME_DIRECTORY, systemd.exec(5)), one file for each.
 
 Writing must not delay a job, so a separate thread writes the newest state of each job. If writing
-fails, for example because /run is full, jobs continue, and the first failure after a success is
-reported.
+fails, for example because /run is full, jobs continue, and only the first of consecutive failures
+is reported.
 
 Files may come from an earlier run, or from anyone else. A file that is incomplete or not ours is
 renamed to NAME.bad and reported. A file is reported and kept if it is of a newer version, or if
@@ -104,7 +104,7 @@ class StateDirectory:
                     if not _is_usable_later(error):
                         self.set_aside(name)
                     elif job := _JOB.fullmatch(name):
-                        last = max(last, int(job[1]))  # Do not reuse its number.
+                        last = max(last, int(job[1]))  # Do not reuse the job's number.
         last = max([last, *(snapshot.number for snapshot in documents)])
         try:
             self._reserve(last)
@@ -145,7 +145,7 @@ class StateDirectory:
                 os.unlink(name, dir_fd=self._directory)
 
     def close(self, last: int) -> None:
-        """Write what is queued, for at most background.FLUSH_TIMEOUT_S. May be called again.
+        """Write all queued items (time limit: background.FLUSH_TIMEOUT_S). Can be called again.
 
         `last` is the highest job number so far.
         """
@@ -242,8 +242,8 @@ class StateDirectory:
         except OSError:
             return False
         try:
-            # If the old text is longer, overwrite its rest with spaces, which JSON allows at its
-            # end.
+            # If the old text is longer, overwrite the rest of it with spaces, which JSON allows
+            # after a document.
             text = text.ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:

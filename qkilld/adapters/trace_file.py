@@ -53,7 +53,7 @@ class TraceDirectory:
         return TraceFile(header, self._put)
 
     def close(self) -> None:
-        """Write what is queued, for at most background.FLUSH_TIMEOUT_S. May be called again."""
+        """Write all queued items (time limit: background.FLUSH_TIMEOUT_S). Can be called again."""
         if not self._writer.close() or self._directory < 0:
             return
         for file in self._open:

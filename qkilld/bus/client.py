@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qkilld.model.job_status import JobStatus
 
 INTERACTIVE_CALL_TIMEOUT_S: Final = 150.0
-"""Longer than polkit may wait for a password (bus.polkit.INTERACTIVE_TIMEOUT_S)."""
+"""Longer than the time for a person to enter a password (bus.polkit.INTERACTIVE_TIMEOUT_S)."""
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _OWNER_RULE: Final = (
@@ -322,7 +322,7 @@ class JobProxy:
                 with contextlib.suppress(QkilldError):
                     now = await self._properties()
                     # Take only the invalidated properties from the reply. For all others, a signal
-                    # received meanwhile may have newer values.
+                    # received meanwhile may contain newer values.
                     properties.update({name: now[name] for name in names})
                     changed(self._status(properties))
 

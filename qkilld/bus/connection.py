@@ -176,7 +176,7 @@ class Connection:
         return serial
 
     def _send_with(self, message: Message) -> int:
-        """Begin to send a message, and its descriptors with the first byte. Return the serial.
+        """Begin to send a message; its descriptors go with the first byte. Return the serial.
         Raises BusError if the socket is full or lost."""
         message.serial = serial = self._next_serial()
         data = bytes(encode(message))
@@ -470,7 +470,7 @@ class Connection:
             await asyncio.shield(self._end)
 
     async def flush(self) -> None:
-        """Return when everything queued before has been written, the connection is lost, or
+        """Return when everything queued so far has been written, the connection is lost, or
         CALL_TIMEOUT_S has passed."""
         with contextlib.suppress(Exception):
             await self.request_bus("GetId")

@@ -86,7 +86,7 @@ class Frames:
 
     def feed(self, chunk: bytes) -> Iterator[IncomingMessage | None]:
         """Yield the messages that `chunk` completes; None for one whose header cannot be parsed. A
-        message that is too long is yielded without its body once its header is complete."""
+        message that is too long is yielded without its body, as soon as its header is complete."""
         if self._skip:
             skipped = min(self._skip, len(chunk))
             self._skip -= skipped

@@ -14,7 +14,8 @@ from qkilld.engine.service import Service
 from qkilld.model.constants import GUEST_PATH_PREFIX
 
 MAX_WATCHERS_PER_UID: Final = 16
-"""The number of connections remembered for each user. The oldest is dropped first."""
+"""The maximum number of connections remembered for each user. If there are more, the one that
+called least recently is dropped."""
 
 
 class GuestObject:

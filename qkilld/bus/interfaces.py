@@ -16,7 +16,7 @@ from qkilld.model.constants import GUEST_INTERFACE, JOB_INTERFACE, MANAGER_INTER
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import ConfigError
 
-# The directory of an installed qkilld, and that of a checkout.
+# The directory of the XML files in an installed qkilld, and in a checkout.
 _DIRECTORIES: Final = (Path(__file__).parents[1] / "interfaces", Path(__file__).parents[2] / "dbus")
 
 _STANDARD: Final = """

@@ -127,8 +127,8 @@ def properties(job: ObservedJob, *, private: bool) -> dict[str, Any]:
 
 
 def changing(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return the properties that change. Without `private`, the values of those in PRIVATE are
-    unknown or empty, but Receipt has what Wait returns to any caller."""
+    """Return the properties that change. Without `private`, those in PRIVATE are unknown or
+    empty, except Receipt: it contains what Wait returns to any caller."""
     evidence = job.assessment if private else None
     progress_at = job.assessment.progress_at if job.assessment else None
     next_rung = outlook(job)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob
 
 REPLIES_FIRST_S: Final = 0.001
-"""The delay of signals, so that the replies for which callers wait are sent before them."""
+"""Signals are delayed by this time, so that replies for which callers wait are sent first."""
 MIN_INTERVAL_S: Final = 0.2
 """The shortest time between two PropertiesChanged signals of a job."""
 

@@ -3,7 +3,7 @@
 The library is dbus-next. If dbus-next is missing or cannot be imported, as under Python 3.15, the
 library is dbus-fast, its maintained successor with the same API. Connecting and parsing are done in
 bus.transport, bus.framing and bus.values: both libraries keep every signature that they have ever
-parsed, and each release of them connects in a different way.
+parsed, and how they connect differs between their releases.
 """
 
 from __future__ import annotations

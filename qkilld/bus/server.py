@@ -33,7 +33,7 @@ MAX_NAMES: Final = 4096
 MAX_ASKING: Final = 32
 """How many uids of connections may be requested from the bus at a time."""
 MAX_DEPTH: Final = 3
-"""Nesting depth of values in a call, enough for an option that is a list."""
+"""The maximum nesting depth of values in a call, enough for an option that is a list."""
 
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _ERROR: Final = "org.freedesktop.DBus.Error."
@@ -315,8 +315,9 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name, if possible
-        one without waiting calls: the next call of a dropped name would overtake them."""
+        """Cache a uid. If the cache is full, drop the least recently used name without waiting
+        calls, because a later call of a dropped name would overtake those. If all names have
+        waiting calls, drop the least recently used one."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]

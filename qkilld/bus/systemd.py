@@ -18,7 +18,7 @@ NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
 """systemd answers in milliseconds; if it does not answer within this time, it is unreachable."""
 KINDS: Final = {".service": "Service", ".scope": "Scope"}
-"""Suffixes of the units that have processes, with the D-Bus interface for each."""
+"""The kinds of units in which guests can run: the name suffix, and the D-Bus interface."""
 
 _PATH: Final = "/org/freedesktop/systemd1"
 _MANAGER: Final = "org.freedesktop.systemd1.Manager"
@@ -160,7 +160,7 @@ class Systemd:
         unit = await self._properties(path, _UNIT)
         name = str(unit["Id"])
         interface = next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
-        # Units of other kinds (mounts, for example) have only the general part.
+        # For units of other kinds (mounts, for example), read only the general properties.
         specific = await self._properties(path, f"{NAME}.{interface}") if interface else {}
         return _facts(unit, specific)
 

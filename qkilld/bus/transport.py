@@ -23,7 +23,7 @@ from qkilld.foreign_descriptors import take_over
 from qkilld.model.bus_address import BusAddress
 
 MAX_LINE: Final = 4096
-"""Bytes of a line during authentication; a bus sends at most 40."""
+"""The maximum length of a line during authentication, in bytes; a bus sends at most 40."""
 RETRY_S: Final = 0.01
 """Delay before connecting again to a bus whose backlog is full."""
 

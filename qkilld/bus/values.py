@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from qkilld.model.dataclass import dataclass
 
 MAX_DEPTH: Final = 12
-"""Nesting depth of arrays, structures and variants. systemd's deepest value has 5."""
+"""The maximum nesting depth of arrays, structures and variants. systemd's deepest value has 5."""
 
 _NUMBERS: Final = {
     "y": ("B", 1),

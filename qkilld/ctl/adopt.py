@@ -102,7 +102,7 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # The drop-in is complete, so something overrides it, or systemd has not reloaded yet.
+            # The drop-in is complete, so another one overrides it, or systemd must reload it.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(f"{drop_in.path} is complete")
@@ -351,7 +351,7 @@ class _Adopter:
 
 
 def _compare_with_prediction(before: UnitReport, after: UnitReport) -> None:
-    """Raise Failed if the adopted unit keeps less data than predicted."""
+    """Raise Failed if the adopted unit is less safe than predicted."""
     predicted, real = before.comparison.adopted, after.comparison.now
     worse = [each.value for each in predicted if not real[each] >= predicted[each]]
     if worse:

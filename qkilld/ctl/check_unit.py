@@ -109,7 +109,7 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
     documents: list[dict[str, Any]] = []
     if not names:
         names = _with_guests(config.executables, user=session.bus.user)
-        # Only root may read the executables of other users' processes.
+        # Only root can read the executables of other users' processes.
         if not session.bus.user and (os.geteuid() != 0 or others_are_hidden()):
             codes.append(ExitCode.UNSAFE)
             session.output.error(
@@ -265,7 +265,7 @@ _WITHOUT_GUEST: Final = {
 
 
 def _verdict_lines(report: UnitReport) -> Iterator[str]:
-    """If the verdict is not safe, yield its reason and the advice."""
+    """Unless the verdict is SAFE, yield its reason and the advice."""
     comparison = report.comparison
     if comparison.word is UnitVerdict.SAFE:
         return
@@ -275,7 +275,7 @@ def _verdict_lines(report: UnitReport) -> Iterator[str]:
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital letter, except for the name systemd."""
+    """Capitalize the first letter, unless the text begins with "systemd"."""
     return text if text.startswith("systemd") else text[:1].upper() + text[1:]
 
 

@@ -59,7 +59,7 @@ def plain_names(names: Iterable[str]) -> Iterator[str]:
 
 
 def _guests() -> Iterator[int]:
-    """Yield the QEMU processes whose executable the caller may read; root may read all."""
+    """Yield the QEMU processes whose executable the caller can read; root can read all."""
     try:
         executables = config.load().executables
     except Exception:

@@ -213,8 +213,9 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 
 def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
-    """Yield the unit of each process that listens at this address of the host. If root finds no
-    such process, yield nothing: the server is in the kernel or outside this container."""
+    """Yield the unit of each process that listens at this address of the host. If all processes
+    could be read and none listens, yield nothing: the server is in the kernel or outside this
+    container."""
     place = printable(end.path) or f"port {end.port}"
     try:
         inodes = (

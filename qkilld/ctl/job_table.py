@@ -47,8 +47,8 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE, and its next step either is due now or can be delayed only by
-    progress."""
+    """Whether the job has FORCE, and its next step is due now or will follow at the shown time
+    unless there is progress."""
 
 
 class Shape(NamedTuple):

@@ -36,10 +36,10 @@ async def shut_down_by_libvirt(
     """If libvirt manages the guest, ask the guest through libvirt to shut down, and wait for its
     exit.
 
-    libvirt uses the monitor, so the shutdown cannot be observed. So the guest gets a fixed time:
-    `span` (µs) or, if that is None, the guest's PowerdownSec=. If the guest has not exited in this
-    time, a job follows, unless `only` is set. Without `wait`, return as soon as libvirt has
-    asked the guest, and no job follows.
+    libvirt occupies the monitor, so qkilld cannot watch the shutdown there. The guest therefore
+    gets a fixed time: `span` (µs) or, if that is None, its PowerdownSec=. If the guest has not
+    exited in this time, a job follows, unless `only` is set. Without `wait`, return as soon as
+    libvirt has asked the guest, and no job follows.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN

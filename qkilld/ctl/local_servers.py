@@ -116,8 +116,8 @@ def tcp_listeners(host: str, port: int | None) -> set[int]:
 
 def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
     """Return the inode of the socket that a connection to this path reaches; empty if nobody
-    listens. `may_hang` returns whether a file system of a type may hang. Such file systems are not
-    accessed.
+    listens. `may_hang` takes a file system type, and returns whether file systems of this type may
+    hang. They are not accessed.
 
     Raises OSError if the path or the sockets cannot be read, or if the socket may be in another
     network namespace.

@@ -100,8 +100,8 @@ class Output:
         # The widths below include the blanks between columns, because versions of rich differ in
         # whether a width includes the padding.
         table = Table(box=None, pad_edge=False, padding=0, header_style="bold")
-        # Only the last column wraps, and only between words. If the terminal is too narrow, the
-        # terminal itself wraps the lines, so that a UUID or the name of a unit can still be copied.
+        # Only the last column wraps, and only between words. If a line is still too long, let the
+        # terminal wrap it: then a UUID or the name of a unit can be copied in one piece.
         *least, last = _least_widths([columns, *cells])
         widths = [size + 2 for size in least]
         for column, size in zip(columns, [*widths, None], strict=True):

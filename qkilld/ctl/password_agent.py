@@ -1,4 +1,4 @@
-"""Run pkttyagent(1), which asks for a password on this terminal, as systemctl(1) does."""
+"""Like systemctl(1), run pkttyagent(1), which asks for a password on this terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
     """Within the context, let polkit ask on this terminal, unless the session has its own agent.
 
     Does nothing for root, who is never asked. If pkttyagent is missing or cannot register, polkit
-    asks another agent or nobody. Blocks until pkttyagent has registered, at most READY_TIMEOUT_S.
+    asks another agent or nobody. Blocks up to READY_TIMEOUT_S until pkttyagent has registered.
     """
     program = shutil.which("pkttyagent")
     if not wanted or os.geteuid() == 0 or program is None:

@@ -96,7 +96,7 @@ def _attribute(pid: int, name: str) -> Any:
 
 
 def short_span(usec: int) -> str:
-    """Format with the two largest units, such as `2d 3h`, `1min 5s` or `12.34s`."""
+    """Format with at most two units, such as `2d 3h`, `1min 5s` or `12.34s`."""
     return " ".join(format_usec(rounded(usec)).split()[:2])
 
 

@@ -48,8 +48,8 @@ async def stopping_units(systemd: Systemd) -> list[str]:
 def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
     """Return the units of the processes named qkilld-stop. qkilld-stop itself sets this name.
 
-    systemd is not asked for the processes of a unit, because it would read their command lines. A
-    stuck guest can block that read, and so block process 1. Reading comm and cgroup does not block.
+    systemd is not asked for the processes of a unit, because process 1 would then read their
+    command lines, and a stuck guest can block this read. Reading comm and cgroup does not block.
     """
     units = set()
     for pid in procfs.pids(proc):

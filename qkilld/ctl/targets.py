@@ -1,4 +1,4 @@
-"""Targets: the words that users type, and the processes that they mean.
+"""Targets: the words that users type, and the processes that these words mean.
 
 `parse` and `find` are pure; `Resolver` asks the daemon.
 """
@@ -168,8 +168,8 @@ def matches(target: Target, guest: GuestRow) -> bool:
 def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
     """Return the only guest that matches.
 
-    Raises NoSuchProcess or NoSuchUnit if no guest matches, AmbiguousTarget if several do. Anyone
-    can give a QEMU any name, so an attacker could choose the guest if this function guessed.
+    Raises NoSuchProcess or NoSuchUnit if no guest matches, AmbiguousTarget if several do.
+    Never guesses, because anyone can give a QEMU any name, and could thereby choose the guest.
     """
     candidates = [guest for guest in guests if matches(target, guest)]
     if len(candidates) == 1:

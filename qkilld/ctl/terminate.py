@@ -381,7 +381,7 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
     """Return whether the job has NOWAIT. If the call has joined an older job, that job may
-    lack it."""
+    lack NOWAIT."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

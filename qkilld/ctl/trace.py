@@ -26,7 +26,7 @@ class Observation:
     verdict: str
     reasons: tuple[str, ...] = ()
     written: int | None = None
-    """A counter of bytes written, which began before the trace."""
+    """Bytes written, including those written before the trace began."""
     pending: int | None = None
     """Bytes still to be written."""
 

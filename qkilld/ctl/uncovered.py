@@ -20,7 +20,7 @@ _SHOWN: Final = 1000
 
 
 class UncoveredGuests:
-    """The uncovered guests that the caller may see: root may see all, and other users their own."""
+    """The uncovered guests that the caller can see: root can see all, and other users their own."""
 
     def __init__(self, executables: Sequence[str]) -> None:
         self._executables = executables

@@ -13,8 +13,8 @@ from qkilld.debug_log import ignore
 
 
 def unit_name_of(pid: int, *, user: bool) -> str:
-    """Return the unit in which a process runs; "" for none, or if it cannot be read. `user`: the
-    unit of our own user manager, not of the system's."""
+    """Return the unit in which a process runs; "" for none, or if it cannot be read. `user`:
+    return the unit of our user manager, not that of the system manager."""
     if user:
         return _unit_of_user(pid)
     unit = procfs.read_unit(pid)

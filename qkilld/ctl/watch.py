@@ -79,7 +79,7 @@ async def _watch_lines(bus: BusAddress, output: Output, *, json: bool) -> int:
         while not output.abandoned and not feed.done():
             await asyncio.wait((feed,), timeout=TICK_S)
         if feed.done():
-            feed.result()  # Raises the exception of the task.
+            feed.result()  # If the task has failed, raise its exception.
     finally:
         feed.cancel()
         await asyncio.gather(feed, return_exceptions=True)

@@ -1,5 +1,4 @@
-"""Distinguish QEMU's own work from work that it may do for a client, such as a backup program.
-Pure.
+"""Distinguish QEMU's own work from work that it does for a client, such as a backup program. Pure.
 
 While QEMU's main loop waits for a dead disk, an export in an iothread continues to serve its
 client, perhaps forever. A client that only reads causes no writes. A client that writes may also
@@ -61,7 +60,7 @@ def _clients(sample: Sample) -> list[Socket]:
 
 
 def _sends_data(client: Socket) -> bool:
-    """Return whether the client has sent too many bytes to be only reading."""
+    """Return whether the client has sent more bytes than a client that only reads would."""
     received, sent = client.received or 0, client.acked or 0
     return received > max(HANDSHAKE, sent // _READS_SHARE)
 

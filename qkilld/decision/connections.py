@@ -17,7 +17,7 @@ from qkilld.model.dataclass import dataclass
 
 BREAKS: Final = 3
 """After this many connections of a node have broken without a reply, movement on the next
-connection may come only from repeated requests."""
+connection may come from repeated requests alone."""
 LASTS: Final = 6 * USEC_PER_SEC
 """If a connection has lasted this long (µs), and twice as long as any that broke without a reply,
 movement on it counts as progress."""
@@ -40,7 +40,7 @@ class Connections:
 
     @property
     def repeats(self) -> bool:
-        """Whether movement on these connections may come only from repeated requests."""
+        """Whether movement on these connections may come from repeated requests alone."""
         lasted = self.seen_at - self.since
         return self.broken >= BREAKS and (lasted < LASTS or lasted < 2 * self.longest)
 

@@ -1,4 +1,4 @@
-"""Plan which disks to flush before QEMU asks a file system that may not answer. Pure.
+"""Plan which disks to flush before QEMU asks a file system that may hang. Pure.
 
 When QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
 system of each image for the image's size. If a file system does not answer, the main thread and the
@@ -40,7 +40,7 @@ class EarlyFlush:
     others: tuple[GuestDisk, ...]
     """The disks to flush after the healthy ones, because their flush may hang."""
     hang_reason: str
-    """Why a file system may not answer and must not be asked; "" if all may be asked."""
+    """Why query-block would hang; "" if nothing indicates that it would."""
 
 
 def may_hang(sample: Sample) -> bool:

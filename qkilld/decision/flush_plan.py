@@ -26,7 +26,7 @@ from qkilld.model.guest_state import POWERED_OFF, RUNNING
 from qkilld.model.job import Risk
 
 OLD: Final = USEC_PER_SEC
-"""If a request has been in flight for this long (µs), its disk may not answer."""
+"""A request that has been in flight for this long (µs) may be stuck."""
 INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
 """Runstates of a migration in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
@@ -44,7 +44,7 @@ class FlushPlan:
     started again."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
-    """Why not all disks are flushed with `stop`; "" if they are."""
+    """Why some disks are not flushed with `stop`; "" if all are."""
     before: tuple[GuestDisk, ...] = ()
     """The disks to flush before `stop`, if the processors run; local disks come first. This flush
     finds disks that do not answer, and leaves little data for `stop` to flush. Only the flush after
@@ -54,8 +54,8 @@ class FlushPlan:
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return whether the guest runs and has a local disk whose requests QEMU does not report, so
-    that only evidence from outside shows them."""
+    """Return whether the guest runs and has a local disk whose requests QEMU does not report: only
+    evidence from outside shows them."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING

@@ -22,8 +22,8 @@ from qkilld.model.guest_state import GuestObservation
 BASELINE: Final = 1 * USEC_PER_SEC
 """Before the guest is asked, its work is measured for at least this time (µs), for comparison."""
 IDLE_DISKS: Final = 2 * USEC_PER_SEC
-"""Disks count as idle if they have completed no request for this long (µs). After a shorter time,
-disks may only be slow: a guest under load looked idle for 0.8 s (measured)."""
+"""Disks count as idle if they have completed no request for this long (µs). A shorter time
+proves nothing: a guest under load looked idle for 0.8 s (measured)."""
 IDLE_SHARE: Final = 0.05
 """All virtual processors of an idle guest together use at most this share of one processor."""
 GROWTH: Final = 3
@@ -32,7 +32,7 @@ MORE_TIME: Final = 1.5
 """More demand for processors is new work only if the virtual processors also run longer, by more
 than this factor."""
 LEAST_REQUESTS: Final = 1
-"""Fewer requests per second than this count as no requests."""
+"""If there are fewer requests per second than this, assume that there are none."""
 HALF_BUSY: Final = 0.5
 """A load with at least this demand counts as busy. The end of a smaller load cannot be detected."""
 CALM: Final = 0.2

@@ -9,7 +9,7 @@ time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 - No SIGKILL within `stall` after the last progress, or after the end of the last wait.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` after
   the last progress, or after SIGTERM. If evidence is missing, the process counts as waiting.
-- Movement that may not be progress delays SIGKILL, but not forever (DOUBT).
+- Doubtful movement delays SIGKILL, but not forever (DOUBT).
 - Only time with samples is counted, because a gap without samples does not prove that nothing
   moved.
 - After `max`, SIGKILL is sent whatever the evidence shows. But if SIGTERM was late, because the
@@ -80,7 +80,7 @@ class JobFacts:
     flags: Flag
     policy: Policy
     started: int | None = None
-    """When the job began; None if unknown, so that `term_at` is used instead."""
+    """When the job began; None if unknown: `term_at` is used instead."""
     term_at: int | None = None
     """When SIGTERM was sent."""
     kill_at: int | None = None
@@ -126,7 +126,7 @@ def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Pol
 
 
 def lengthen(policy: Policy, spans: Mapping[str, int]) -> Policy:
-    """Return the policy with each span replaced by the requested one if that is longer."""
+    """Lengthen the spans of the policy to the requested ones, but shorten none."""
     return replace(
         policy, **{name: max(usec, getattr(policy, name)) for name, usec in spans.items()}
     )
@@ -229,8 +229,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples since `began`. Up to 1 s before the first sample does
-    not count."""
+    """Return the time (µs) without samples since `began`. Of the time before the first sample, only
+    the part beyond 1 s counts."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 

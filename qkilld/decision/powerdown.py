@@ -24,7 +24,7 @@ guest was asked. `judge` interprets the observations at any time. The decisions 
   restarted.) Without such a sign, work that began after the press counts as a shutdown for at most
   UNCERTAIN_MAX, because it may be an unrelated load.
 
-- An agent that does not answer is not a sign, because it may be starved or hang.
+- An agent that does not answer is not a sign, because it may be starved or stuck.
   x-query-virtio-status would show whether the guest has reset a device, but is not used: if QEMU
   cannot decode the features of the device's type, it aborts and loses all data that it holds
   (qmp_decode_features in hw/virtio/virtio-qmp.c).
@@ -440,8 +440,8 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     now.
 
     The power button is tried after the agent. A second press cancels the shutdown of some systems
-    (illumos), so the button is pressed again only if no register shows whether the guest has
-    noticed the first press. While a guest boots, the button is pressed repeatedly, because the
+    (illumos), so the button is pressed again only on machines that do not show whether the guest
+    has noticed the first press. But while a guest boots, it is pressed repeatedly, because the
     kernel listens seconds before a program is ready to act on a press.
     """
     last_ask = attempt.asked[-1]
@@ -539,8 +539,8 @@ def _load_ended(attempt: Attempt) -> bool:
     """Return whether a load has ended: the guest was busy in the baseline, but its demand in the
     last LASTING µs was less than half of the baseline's. The end of a boot does not count.
 
-    If the guest still makes as many requests as before, its load has not ended: the demand may have
-    fallen only because the host's disks have become faster.
+    If the guest still makes as many requests as before, its load has not ended: perhaps the demand
+    has fallen just because the host's disks have become faster.
     """
     baseline = attempt.baseline
     if attempt.boots or baseline.vcpus is None or baseline.demand < HALF_BUSY:

@@ -29,7 +29,7 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""A sample recorded within this time (µs) after a deadline is used for the decision at it."""
+"""A sample recorded within this time (µs) after a deadline is used for the decision then due."""
 
 _NONE: Final = Flag(0)
 _ENDS: Final = {

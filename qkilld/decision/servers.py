@@ -63,8 +63,7 @@ class NodeServer:
 
     @property
     def is_nbd_over_tcp(self) -> bool:
-        """Whether this is NBD over TCP, so that the kernel may know which end closed the connection
-        first."""
+        """Whether this is NBD over TCP, for which the kernel may know which end closed first."""
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
     def outlived(self, closed_first: bool | None) -> bool:
@@ -314,8 +313,8 @@ def _should_be_connected(node: Node, sample: Sample) -> bool:
 
 
 def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
-    """Return whether the `reconnect-delay` of every node was still running at `ended`, so that QEMU
-    would have kept the data of a lost server."""
+    """Return whether the `reconnect-delay` of every node was still running at `ended`: QEMU would
+    then have kept the data of a lost server."""
     return all(
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes

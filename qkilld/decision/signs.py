@@ -23,8 +23,8 @@ KEEPALIVE: Final = 512
 """Fewer bytes than this in a WINDOW show no progress: they may be keepalives. iSCSI sends 48 bytes
 each way every 5 s."""
 SERVES: Final = 3
-"""An NBD server serves requests if it has this many context switches in a WINDOW, even if no sample
-finds one of its threads in a call."""
+"""Assume that an NBD server serves requests if it has this many context switches in a WINDOW, even
+if no sample finds one of its threads in a call."""
 HANDSHAKE: Final = 16 * 1024
 """If fewer bytes than this were acknowledged on a connection, data from the server does not count
 as a reply, because it may belong to the handshake."""
@@ -61,7 +61,7 @@ _WRITES: Final = frozenset(
 _SERVER: Final = "peer:"
 """The names of all signs of servers begin with this."""
 _RUNS: Final = "serves"
-"""If a sign shows that a server runs, its name ends with this."""
+"""The names of signs that show only that a server runs end with this."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
@@ -213,8 +213,8 @@ def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> b
 
 
 def _may_work(device: Device) -> bool:
-    """Return whether the device has requests in flight, or does not count its requests, so that
-    only the layer below it shows movement."""
+    """Return whether the device may have requests in flight: it has some, or the kernel does not
+    count them. In the latter case, only the layer below shows movement."""
     return device.in_flight > 0 or device.accounting is False
 
 
@@ -325,7 +325,7 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     for other in peer.behind:
         of_other = peer_signs(other, earlier.get(other.pid), "")
         if other.serves and awaited is not None and awaited.isdisjoint(other.serves):
-            # No call waits for this file system, so the kernel may only be writing cached pages
+            # No call waits for this file system. Perhaps the kernel is just writing cached pages
             # back, which shows nothing about the guest's requests.
             of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
         # If `peer` has other clients, it may use `other` for them, unless `other` stores the

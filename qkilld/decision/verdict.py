@@ -193,8 +193,8 @@ def assess(
     """Return the assessment after one more sample. `before` is None for the first sample.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, its delay beyond SLACK counts as time without samples. If this one was missed, all
-    time since the last one counts.
+    SLACK late, its delay beyond SLACK counts as time without samples. If this one could not be
+    taken (Sample.missed), all time since the last one counts.
     """
     if before is None:
         return _first(sample)
@@ -240,8 +240,8 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing has moved in the last two samples and no open wait has signs, so that
-    the result stays the same.
+    """Return whether nothing has moved in the last two samples and no open wait has signs: the
+    result stays the same.
 
     This check only saves time: for most idle guests it returns True, and listing their waits again
     would cost three times as much.

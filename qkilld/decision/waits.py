@@ -161,7 +161,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
-    """Return Wait.watched of the file systems that the threads may wait for."""
+    """Return Wait.watched for the calls of these threads on file systems."""
     numbers = {thread.mount for thread in threads if thread.target in ("disk", "mount")}
     return max(
         (
@@ -215,8 +215,8 @@ def _call_signs(
 
 
 def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices. Set only_reads if it was set in this sample or the previous one, because
-    one sample may miss it: a read that is not dispatched yet looks like a flush."""
+    """Return the devices. If a device with requests in flight had only_reads in the previous
+    sample, set it again: a read that is not dispatched yet looks like a flush."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return [
         replace(device, only_reads=True)
@@ -462,8 +462,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count only the backend itself as watched: if the client begins to use a server later, the
-        # earlier samples have missed no progress of that server.
+        # Count only the backend itself as watched: a new server behind the client does not mean
+        # that earlier samples may have missed progress.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
@@ -488,8 +488,8 @@ def _node_wait(
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
-                # Until a reply comes, keep the mark of the sure sign: the server may be busy, or
-                # may repeat a request that fails.
+                # If the process has not run, it got no reply: perhaps the server just repeats a
+                # request that fails. So only a doubtful sign can move now.
                 kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
                 signs.append(replace(sign, name=name, kind=kind, sure=False))
                 sign = replace(sign, kind=sign.kind if ran else SignKind.KEPT)
@@ -567,7 +567,7 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
         return [Wait("spin", WaitKind.PROCESSOR, text)]
     if share < _STARVES:
-        # The sign is doubtful, because the process may work, or may only spin with a small quota.
+        # The sign is doubtful, because a process that spins with a small quota looks the same.
         text = "it wants to run, but gets hardly any processor time"
         got = "it got some processor time"
         sign = Sign("cpu", SignKind.COUNT, sample.cpu, got, sure=False)

@@ -1,6 +1,6 @@
 """Open a process by pid, and check that it is QEMU and that the caller has the needed rights.
 
-The checks come in an order that reveals nothing that the caller may not know:
+The checks come in an order that reveals nothing that the caller must not learn:
 
 1. The process is opened first, and then the caller is identified.
 2. If the caller is root or the process's own user, only the process is checked.
@@ -54,7 +54,7 @@ _FIRST_PAUSE_S: Final = 0.05
 
 
 class CheckedProcess(NamedTuple):
-    """An open process, and the uid of the caller, who may do what was requested."""
+    """An open process, and the uid of the caller, who is allowed to do what was requested."""
 
     process: Process
     uid: int
@@ -163,7 +163,7 @@ class Access:
                     raise
             await asyncio.sleep(min(pause, left))
             pause *= 2
-            # A user may have made thousands of calls. Let the loop do other work between two reads.
+            # Thousands of calls can wait here: let the loop do other work between two reads.
             async with self._turn:
                 await asyncio.sleep(0)
 
@@ -176,7 +176,8 @@ class Access:
 
 def retry_until() -> float:
     """Return the default for `until` of Access.open_checked. A call for many processes uses one
-    value for all of them, so that processes which stay unreadable delay it only once."""
+    value for all of them, so that unreadable processes do not each delay it by
+    IDENTITY_TIMEOUT_S."""
     return asyncio.get_running_loop().time() + IDENTITY_TIMEOUT_S
 
 

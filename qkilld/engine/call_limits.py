@@ -29,7 +29,7 @@ MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait, including up to MAX_READS of the kind READ."""
 TOGETHER: Final = 32
 """The limits of one user, multiplied by this, apply to all users other than root, taken together.
-One user may count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait
+One user can count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait
 takes 3 kB (measured), so all Waits together take at most 100 MB."""
 RESERVE: Final = 4
 """A fourth of all descriptors is reserved for root's calls and for running jobs."""
@@ -59,7 +59,7 @@ class CallLimits:
             del self._running[user, cost]
 
     def check_descriptors(self, uid: int) -> None:
-        """Raise Busy if a call that opens descriptors must not begin now."""
+        """Raise Busy if too few descriptors are free for a call that opens some."""
         if uid not in self._unlimited and not _descriptors_to_spare():
             raise Busy("qkilld is short of file descriptors, and keeps the rest for running jobs")
 
@@ -94,7 +94,7 @@ def _check_together(count: int, limit: int, what: str) -> None:
 
 def _descriptors_to_spare() -> bool:
     """Return whether a user's call may open descriptors. This is an estimate: descriptors above the
-    lowest free one may be in use, too."""
+    lowest free one can be in use, too."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

@@ -155,7 +155,8 @@ def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
 
 
 def details_of_all(flags: Flag) -> dict[str, str]:
-    """Return the same details for the guests of all other users."""
+    """Return the details, under the same keys, of a request to stop the guests of all other
+    users."""
     target = "all QEMU guests of other users"
     return dict.fromkeys(("pid", "guest", "unit", "uid"), "") | {
         "target": target,

@@ -38,7 +38,7 @@ class Collaborators(Generic[J]):
     load: Callable[[], int]
     """Returns the number of running jobs."""
     when_saved: Callable[[Callable[[], None]], None]
-    """Calls back once all changes so far are saved, or saving has failed."""
+    """Calls back when all changes so far are saved, or saving has failed."""
     on_change: Callable[[J], None]
     on_sample: Callable[[J], None]
     """Called instead of `on_change` after a sample that changed nothing worth reporting."""

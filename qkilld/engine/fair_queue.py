@@ -20,17 +20,17 @@ MAX_BYTES: Final = 256 << 10
 """The maximum number of bytes in the bodies of one uid's waiting calls."""
 MAX_TOTAL: Final = 4096
 """The maximum number of calls that may wait in total. When this number is reached, each connection
-may still have SPARE waiting calls, of at most SPARE_BYTES together."""
+may still have up to SPARE calls waiting, with at most SPARE_BYTES in total."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""This is also the maximum length of one call. A bus allows 2,048 connections, so their spare calls
-need at most 32 MiB."""
+"""This is also the maximum length of a call by a user with limits. A bus allows 2,048 connections,
+so their spare calls need at most 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
 CROWD: Final = 64
-"""A user with more waiting calls than this gets one call in each turn."""
+"""A user with more waiting calls than this gets only one call per turn."""
 
 Item = TypeVar("Item")
 

@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.flush_plan decides which disks to flush and what that proves. If the guest's processors are
-stopped, a flush also proves that QEMU holds no data back. The intention to stop them is saved
-first. If the job ends without a signal, or the daemon crashes, the processors are started again.
-The API calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The
-monitor stays open until the job ends, because QEMU answers no new connection after SIGTERM.
+decision.flush_plan decides which disks to flush and what the flush proves. If the guest's
+processors are stopped, a flush also proves that QEMU holds no data back. The intention to stop them
+is saved first: if the job ends without a signal, or the daemon crashes, they are started again. The
+API calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor
+stays open until the job ends, because QEMU answers no new connection after SIGTERM.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ FLUSH_TIMEOUT: Final = USEC_PER_SEC
 """Timeout (µs) for stopping the processors and flushing. The timeout is short, because the job
 cannot be held while the processors are stopped."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
-"""A flush that does not stop the processors is abandoned after this time (µs) without progress, and
-in any case after StorageStallSec=. Disks write data back in bursts up to 5 s apart."""
+"""A flush that does not stop the processors is abandoned after this time (µs) without progress, or
+when it has lasted for StorageStallSec=. Disks write data back in bursts up to 5 s apart."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
 """How long (µs) QEMU may take to exit after `quit`."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
@@ -69,7 +69,7 @@ class FlushPhase:
         when_saved: Callable[[Callable[[], None]], None],
         sampler: Sampler | None,
     ) -> None:
-        """`when_saved` calls back once the job's current state is saved."""
+        """`when_saved` calls back when the job's current state is saved."""
         self._job, self._process, self._clock = job, process, clock
         self._journal, self._link, self._when_saved = journal, link, when_saved
         self._sampler = JobSampler(job, process, sampler, clock)
@@ -90,10 +90,10 @@ class FlushPhase:
         self.disks: tuple[GuestDisk, ...] = ()
         """The disks at the last reading."""
         self.stuck: tuple[str, ...] = ()
-        """The block nodes of stuck disks: the names of those that have a network connection."""
+        """The names of the stuck disks' block nodes that have a network connection."""
         self._first: BlockState | None = None
         self._is_early_flush = False
-        """Whether healthy disks are flushed before QEMU asks the file systems."""
+        """Whether disks are flushed before QEMU asks a file system that may hang."""
         self._flushed: tuple[str, ...] = ()
         """The disks that were flushed early."""
         self._unflushed: tuple[str, ...] = ()
@@ -496,7 +496,7 @@ class FlushPhase:
             monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
-        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if it does not exit."""
+        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if QEMU does not."""
         monitor = self._link.monitor
         if not self._powered_off or monitor is None or self._job.control.held:
             self._finish()

@@ -1,8 +1,7 @@
 """Ask a guest to shut down: open the monitor, observe the guest, ask it, and watch how it reacts.
 
 decision.powerdown draws conclusions from the observations. GuestAsker acts on them, with one
-command to the monitor at a time. Asking ends with an AskOutcome, unless GuestAsker is closed
-before.
+command to the monitor at a time. Asking ends with an AskOutcome, unless GuestAsker is closed first.
 """
 
 from __future__ import annotations
@@ -265,8 +264,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
-                # Continue: the power button can still be pressed, or pressed again if that failed
-                # once. The guest may also react to an earlier request.
+                # Continue: the power button can still be pressed, or once more if the first press
+                # failed. The guest may also react to an earlier request.
                 self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:

@@ -38,7 +38,7 @@ class GuestEnd:
         self._status = 0
 
     def note(self, signals: SignalPhase, *, wait: bool) -> bool:
-        """Note that the process has exited. Return whether the job can end now. If not,
+        """Call this when the process has exited. Return whether the job can end now. If not,
         `job.note_gone` is called again later. Without `wait`, the job can always end now, even if
         its risks are not known yet."""
         now = self._clock.now()
@@ -55,7 +55,7 @@ class GuestEnd:
         return now >= self._settled_at
 
     def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
-        """Return the risks of an exit without SIGKILL from qkilld."""
+        """Return the risks of an exit that was not caused by SIGKILL from qkilld."""
         job, ended = self._job, self.at if self.at is not None else self._clock.now()
         evidence, flushed = job.assessment if job.by_evidence else None, job.flush.proven
         terminated = signals.sent

@@ -107,7 +107,7 @@ class GuestWatch:
                 await self._scan(tell=False)
             except Exception as error:
                 first.set_exception(error)
-                first.exception()  # Avoid asyncio's warning if nobody waits.
+                first.exception()  # Avoid asyncio's warning about an unread exception.
                 return
             first.set_result(None)
             while True:
@@ -120,7 +120,7 @@ class GuestWatch:
                     # Continue to watch, because the next scan may succeed.
                     self._on_fault("looking for guests", error)
         finally:
-            # However the watch ends, the next call of `guests` starts another one.
+            # However the watch ends, the next call of `guests` starts another watch.
             if self._scanning is asyncio.current_task():
                 self._end()
 

@@ -45,10 +45,10 @@ class Job:
 
     `phase` goes from powerdown to quit, terminate, kill, reap and done, and skips phases that are
     not needed. If progress or a caller delays SIGKILL, `phase` returns from kill to terminate.
-    `result` is None while the job runs. After the end, only `processors_stopped` may change.
+    `result` is None while the job runs. After the end, only `processors_stopped` can change.
     """
 
-    # Slots save memory: there may be thousands of jobs, and each would need a dictionary of 1.8 kB.
+    # Without slots, each of thousands of jobs would need a dictionary of 1.8 kB.
     __slots__ = (
         "_configured", "_end", "_flush_phase", "_link", "_parts", "_powerdown", "_process",
         "_servers", "_signals", "_timer", "_trace", "_waiters", "_yank", "assessment", "control",
@@ -325,9 +325,10 @@ class Job:
         NOWAIT does the job end right after asking.
 
         A request with FORCE and NOWAIT sends SIGKILL now. It raises UnknownIdentity if the
-        process's executable is unreadable, and Failed if the job is held or extended. A hold or
-        extension by the owner prevents only the owner's requests. If the identity has changed,
-        every request with FORCE ends the job as failed and raises ProcessChanged.
+        process's executable is unreadable, and Failed if the job is held or extended. If it was the
+        owner who held or extended the job, only the owner's own requests of this kind fail. If the
+        identity has changed, every request with FORCE ends the job as failed and raises
+        ProcessChanged.
         """
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
@@ -498,7 +499,7 @@ class Job:
         self._parts.on_change(self)
 
     def note_sample(self) -> None:
-        """Report a sample after which callers see no change."""
+        """Note a sample that changed nothing worth reporting."""
         self._parts.on_sample(self)
 
     def advance(self) -> None:
@@ -548,8 +549,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Do this now, before the monitor reports that it was closed: that report changes the
-            # state of both objects.
+            # Do this before the monitor reports that it was closed, which changes the state of
+            # `_powerdown` and `_yank`.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:

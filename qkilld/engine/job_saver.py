@@ -26,8 +26,7 @@ PER_JOB: Final = 20_000
 """With many jobs, PROGRESS_INTERVAL grows to this time (µs) multiplied by their number."""
 
 TIMEOUT_S: Final = 0.05
-"""How long saving may delay SIGKILL. Saving usually takes 0.1 ms, but /run may be full or
-locked."""
+"""How long saving may delay SIGKILL. Saving usually takes 0.1 ms, but can fail or block."""
 ANSWER_TIMEOUT_S: Final = 0.5
 """How long saving may delay the reply to a caller. This limit is longer than TIMEOUT_S, because
 even on a busy host a job should be saved before its caller relies on it."""
@@ -50,7 +49,7 @@ class _SavedValues(NamedTuple):
 
 
 class JobSaver:
-    """Saves the jobs of a registry to a store, as rarely as possible."""
+    """Saves the jobs of a registry to a store."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -81,7 +80,8 @@ class JobSaver:
         self._store.save(job.snapshot())
 
     def job_sampled(self, job: Job) -> None:
-        """Save the job after a sample that changed nothing, unless it was saved recently."""
+        """Save the job after a sample that changed nothing worth reporting, unless it was saved
+        recently."""
         saved = self._saved.get(job.number)
         if saved is None or self._clock.now() - saved[1] >= self._interval():
             self.job_changed(job)
@@ -91,7 +91,7 @@ class JobSaver:
 
     def write_first(self, job: Job, callback: Callable[[], None]) -> None:
         """Write the changes of this job before those of others, because its SIGKILL waits for that.
-        Call back once they are written, or after TIMEOUT_S."""
+        Call back when they are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:
@@ -106,7 +106,7 @@ class JobSaver:
         self._store.write_first(job.number, once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written, or writing has failed. No time limit."""
+        """Call back when all changes so far are written, or writing has failed. No time limit."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:

@@ -42,7 +42,7 @@ class LadderJob(ObservedJob, Protocol):
         """Call this after each signal."""
 
     def note_unsent(self) -> None:
-        """Note that a signal cannot be sent yet."""
+        """Call this when a signal cannot be sent yet."""
 
     def write_down(self, go_on: Callable[[], None]) -> None:
         """Save the job, and call back when this is done or takes too long."""

@@ -1,8 +1,7 @@
 """Prepare long replies without blocking the loop.
 
 One user alone may have 2,048 jobs, and encoding all properties of all users' jobs takes half a
-second. During this time, no job may miss a deadline, and no notification of the watchdog may be
-late.
+second. Meanwhile, jobs must meet their deadlines, and systemd's watchdog must be notified in time.
 """
 
 from __future__ import annotations

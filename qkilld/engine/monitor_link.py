@@ -1,5 +1,5 @@
 """The connection of one job to its guest's monitor. All phases share it. It is opened again if it
-is lost, and closed with the job.
+is lost, and closed when the job ends.
 
 After SIGTERM or `quit`, QEMU answers only out-of-band commands, and only on connections that were
 open before (measured, QEMU 7.2 and 10.0). So the connection must also survive a restart of the

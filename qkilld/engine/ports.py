@@ -26,7 +26,7 @@ from qkilld.model.unit import UnitFacts
 
 
 class Process(Protocol):
-    """A process opened by pidfd, so that it stays the same process even if its pid is reused."""
+    """A process opened by pidfd. It stays the same process even if its pid is reused."""
 
     @property
     def guest(self) -> Guest: ...
@@ -100,8 +100,8 @@ class Host(Protocol):
         """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
-        """Return the names of a guest within a second. If reading them blocks, the guest's name is
-        None."""
+        """Return the names of a guest. Takes at most a second; if reading them blocks, the guest's
+        name is None."""
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         """Return the names of many guests, in this order. Takes at most a second, even if some
@@ -156,7 +156,7 @@ class Sampler(Protocol):
 class GuestMonitor(Protocol):
     """The open monitor of one guest. Callbacks are called in the loop, and never after `close`.
 
-    A callback receives an exception if qkilld has a bug.
+    A callback receives an exception only if a bug in qkilld caused it.
     """
 
     @property
@@ -233,7 +233,8 @@ class GuestMonitor(Protocol):
         missing."""
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
-        """Undo everything that `stop_and_flush` has done, as soon as the monitor answers."""
+        """As soon as the monitor answers, remove the exports made for flushing and start the
+        processors."""
 
     def query_yank(
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
@@ -374,7 +375,7 @@ class Store(Protocol):
 
 
 class ObservedJob(Protocol):
-    """The part of a job that others may read. engine.job documents each member."""
+    """The readable part of a job. engine.job documents each member."""
 
     @property
     def number(self) -> int: ...

@@ -215,7 +215,7 @@ class PowerdownPhase:
         job.enter(job.phase)
 
     def _was_pressed(self) -> None:
-        """Note that somebody else has pressed the guest's power button. A job with NOWAIT then
+        """Record that somebody else has pressed the guest's power button. A job with NOWAIT then
         ends."""
         self._job.guest_asked = GuestAsked.ASKED
         if Flag.NOWAIT in self._job.flags:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 WINDOW: Final = USEC_PER_SEC
-"""The time (µs) in which each job gets one entry of each LIMITED kind."""
+"""At most one entry of each LIMITED kind is written for each job in this time (µs)."""
 LIMITED: Final = frozenset(
     (
         MessageId.JOB_JOINED,
@@ -35,7 +35,7 @@ _Key = tuple[MessageId, str]
 
 @dataclass(slots=True)
 class _Window:
-    """The events of one kind since one of them was last written."""
+    """The events with one key (`_key`) since one of them was last written."""
 
     latest: Event | None = None
     """The newest event that was held back."""
@@ -47,7 +47,7 @@ class RateLimitedJournal:
     """Implements engine.ports.Journal. Use it only in the loop.
 
     The first event of each kind is written at once. More events of this kind within a second are
-    only counted. When the second ends, the last of them is written, with the count.
+    only counted. At the end of this second, the last of them is written, with the count.
     """
 
     def __init__(self, journal: Journal, clock: Clock) -> None:

@@ -38,8 +38,8 @@ class JobSampler:
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
     ) -> None:
-        """Request a sample, but do nothing if a request is pending. With `detail`, the sample is
-        expensive (evidence.sampler). With `urgent`, it is taken before those of other jobs.
+        """Request a sample, unless a request is pending. With `detail`, the sample is expensive
+        (evidence.sampler). With `urgent`, it is taken before those of other jobs.
 
         After TIMEOUT, `callback` gets an empty sample. If the real sample comes later, `callback`
         gets it, too.

@@ -119,7 +119,7 @@ class ServerWatch:
                 self._end_search()
 
     def note_sample(self, sample: Sample) -> None:
-        """Note the connections in any sample of the guest."""
+        """Record the connections that a sample of the guest shows."""
         if self._servers is NO_SERVERS and not sample.nodes:
             return
         with self._failures():
@@ -137,7 +137,7 @@ class ServerWatch:
                 self._exits.add(pid, sample.at)
 
     def note_exit(self) -> bool:
-        """Note that the guest has just exited. Return whether `risks` must wait for SETTLE."""
+        """Call this when the guest has just exited. Return whether `risks` must wait for SETTLE."""
         servers, exits = self._servers, self._exits
         if servers is None or exits is None:
             return False
@@ -152,8 +152,8 @@ class ServerWatch:
         return not self._has_failed and needs_settling(servers, self._closed_first)
 
     def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
-        """Return the risks after the guest has exited at `ended`. Call this once, after `note_exit`
-        and before `close`. `settled`: whether SETTLE has passed, or `note_exit` returned False."""
+        """Return the risks of the guest's exit at `ended`. Call this once, after `note_exit` and
+        before `close`. `settled`: whether SETTLE has passed, or `note_exit` returned False."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
                 risks = self._risks(self._exits, ended)
@@ -176,7 +176,7 @@ class ServerWatch:
         risks = risks_of_servers(self._servers, ends)
         connected = {} if self._servers is None else self._servers.connected
         for node in self._late_nodes:
-            # If QEMU exited before its reconnect-delay had passed, no data was lost
+            # Until a node's reconnect-delay has passed, QEMU does not exit with unwritten data
             # (decision/risk.py).
             keeps = node.reconnect or 0
             if node.name not in connected and ended >= started + keeps * USEC_PER_SEC:

@@ -62,7 +62,7 @@ class Option:
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
-"""The maximum number of processes that one user's TerminateAll calls open at a time. Each may
+"""The maximum number of processes that one user's TerminateAll calls open at a time. Each can
 occupy a thread, and opening many at a time would delay the calls of other users."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,

@@ -98,7 +98,7 @@ class StandstillCheck:
             self._parts.journal.write(events.signal_refused(job, SIGCONT))
             callback(reason, False)
         except (ProcessChanged, UnknownIdentity) as error:
-            # SIGTERM comes next. Its check of the identity will end the job or make SIGTERM wait.
+            # SIGTERM comes next: the identity check before it will end the job or delay SIGTERM.
             note(f"continuing process {job.guest.identity.pid}", error)
             callback(reason, False)
         else:

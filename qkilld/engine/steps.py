@@ -1,8 +1,8 @@
 """Do long work, such as that for thousands of jobs, in steps, so that the loop can do other work
 between them.
 
-A user can make thousands of jobs end or change at a time. The signals of other jobs must still be
-on time.
+A user can make thousands of jobs end or change at the same time. The signals of other jobs must
+still be on time.
 """
 
 from __future__ import annotations

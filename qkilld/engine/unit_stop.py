@@ -63,7 +63,7 @@ class UnitStops:
         user of this process.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner of the guest's process. Once the jobs are saved, return the
+        caller is root or the owner of the guest's process. When the jobs are saved, return the
         limits that apply to all of them. In these limits, `force` says whether systemd would send
         SIGKILL to all guests. It does not say whether the jobs have FORCE.
         """

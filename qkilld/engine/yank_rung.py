@@ -75,7 +75,7 @@ class YankRung:
         """Start an attempt to cut off storage, if none is in progress. When the attempt ends, it
         calls the job's `advance`.
 
-        Return False if nothing can be cut off, so that SIGKILL is next.
+        Return False if nothing more can be cut off: SIGKILL is then next.
         """
         if self._until is not None and self._clock.now() >= self._until:
             self._note_unanswered()

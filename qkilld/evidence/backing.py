@@ -1,9 +1,9 @@
 """Find the file system under a loop device's backing file or an overlay's upper directory.
 
-The kernel names both only by their paths, and does not report in which mount namespace a path is
-valid. So a container's "/tmp/image" could be mistaken for a file on the host's root disk. To
-prevent this, a path on a local file system is accepted only if it leads to the right kind of file:
-a loop device needs a block device or a file of the right length, and an overlay needs a directory.
+For both, the kernel shows only a path, and does not report in which mount namespace it is valid. So
+a container's "/tmp/image" could be mistaken for a file on the host's root disk. To prevent this, a
+path on a local file system is accepted only if it leads to the right kind of file: a loop device
+needs a block device or a file of the right length, and an overlay needs a directory.
 LOOP_GET_STATUS64 would return the file's device and inode, but it blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked, because the walk could block.
@@ -23,12 +23,12 @@ from qkilld.debug_log import note_once
 from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
-"""Timeout for walking a path in a separate thread. In the right namespace, a walk takes less time,
-because the kernel has the directories in memory; in a wrong one, it may have to wait for a disk."""
+"""Timeout for walking a path in a separate thread. In the right namespace, a walk is faster than
+this, because the kernel has the directories in memory; in a wrong one, it may wait for a disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")
-"""A path is searched in the mount namespaces of these processes, in this order."""
+"""A path is looked up in the mount namespaces of these processes, in this order."""
 
 _LOCAL: Final = frozenset({"btrfs", "overlay", "zfs", "bcachefs", "tmpfs", "ramfs", "devtmpfs"})
 """Local file systems whose st_dev is not the number of a block device."""

@@ -149,7 +149,7 @@ class BlockGraph:
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
     """Return the path or port that the kernel shows for a connection's server. `relative`: the file
-    names of all relative paths. Paths with these names are compared only by name (sockets.py)."""
+    names of all relative paths. A path that ends in one of these is compared by file name alone."""
     if not end.path:
         return end.port
     path = without_link(end.path)
@@ -196,8 +196,8 @@ def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
 
 
 def _shares_memory(option: QemuOption) -> bool:
-    """Return whether the option makes memory that other processes may use. memory-backend-file and
-    memory-backend-ram do so only with share=on, the other memory backends by default."""
+    """Return whether the option creates memory that other processes may use. memory-backend-file
+    and memory-backend-ram do so only with share=on, the other memory backends by default."""
     kind = option.flat.get("qom-type", "") if option.name == "object" else ""
     default = "off" if kind in ("memory-backend-file", "memory-backend-ram") else "on"
     return kind.startswith("memory-backend-") and option.flat.get("share", default) not in _OFF

@@ -6,11 +6,11 @@
 Both versions are read if the host has both. If a controller is not enabled for the process's group,
 the nearest ancestor group that has it is read. Needs no rights.
 
-Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. The
-processes are listed every REFRESH_S, and when the process has moved to another group.
+Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. This
+is done every REFRESH_S, and after the process has moved to another group.
 
-Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, blkio counts only
-writes to disks on which a limit was ever set.
+Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, blkio ignores
+disks on which no limit was ever set.
 """
 
 from __future__ import annotations

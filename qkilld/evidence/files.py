@@ -8,7 +8,7 @@ and devtmpfs, which are in memory, are accessed: stat(2) shows which of them are
 their content shows which are images.
 
 The kernel does not show which open files are images. Regular files and block devices count as
-images, except the guest's memory, and files that are open only for writing, such as QEMU's logs.
+images, except the guest's memory and files that are open only for writing, such as QEMU's logs.
 
 Needs the ptrace right (PTRACE_MODE_READ_FSCREDS) for another user's process: CAP_SYS_PTRACE.
 """

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_DELAY_S: Final = 0.02
-"""A complete sample waits at most this long to be handed over with the next one, because taking the
-next one may block."""
+"""The longest time a complete sample waits to be handed over with the next one. The wait is limited
+because taking the next one may block."""
 AT_ONCE: Final = 4
 """The number of samples handled before the loop checks its timers and pidfds again."""
 

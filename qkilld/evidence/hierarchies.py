@@ -21,7 +21,7 @@ from qkilld.model.named_tuple import NamedTuple
 
 _RELOAD_S: Final = 60.0
 CROWDED_S: Final = 1.0
-"""How long a group that has too many processes is not listed again. It may contain thousands
+"""A group with too many processes is listed again only after this time. It may contain thousands
 of guests, and would be listed for each of them."""
 _MAX_CROWDED: Final = 256
 _MAX_MOUNTINFO: Final = 4 << 20
@@ -68,7 +68,7 @@ class Hierarchies:
         self._reload_at = 0.0
         self._mounts: list[tuple[frozenset[str], str, str]] = []
         self._crowded: dict[str, float] = {}
-        """For directories of groups with too many processes: until when they are not listed."""
+        """When a group with too many processes may be listed again, keyed by its directory."""
 
     def groups(self, membership: bytes) -> dict[str, Group]:
         """Return groups by controller ("memory", "blkio", "name=systemd"); the key of v2 is "".

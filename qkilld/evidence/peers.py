@@ -36,8 +36,8 @@ from qkilld.model.sample import Mount, Peer
 MAX_PEERS: Final = 64
 """The maximum number of servers sampled for one guest, including those behind other servers."""
 OWN_PEERS: Final = 16
-"""How many servers that the guest itself uses may be sampled in addition to MAX_PEERS. Some are
-found only after other servers have used up MAX_PEERS."""
+"""Servers that the guest itself uses may exceed MAX_PEERS by this many, because some are found only
+after other servers have used up MAX_PEERS."""
 MAX_PLACES: Final = 1024
 """How many servers behind other servers fit into one sample. If a server is behind several
 connections of the guest, it counts once for each, because the sample has a copy for each."""
@@ -102,7 +102,7 @@ class ServerReader:
         """When each FUSE connection was first seen (time.monotonic())."""
         self._new_missing_ends: Set[int] = _NONE
         self._new_connections: dict[int, float] = {}
-        """The values of `missing_ends` and `_connections` that the present read_all() has found so
+        """The values of `_missing_ends` and `_connections` that the present read_all() has found so
         far. The values are kept apart, because search() may run in another thread."""
         self._sampled: dict[int, Peer] = {}
         """The servers that the present read_all() has sampled, without the servers behind them,

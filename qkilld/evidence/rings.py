@@ -4,9 +4,9 @@ With aio=io_uring or aio=native, QEMU passes its requests to the kernel and wait
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also uses an io_uring to wait
 for events. Requests that poll descriptors are on a separate list (PollList) and are not counted.
-One more request may be a timer, and nothing distinguishes a timer from a request to a disk. QEMU 11
-uses one ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging QEMU 11
-had a timer on its ring.
+One of the counted requests may be a timer, and nothing distinguishes it from a request to a disk.
+QEMU 11 uses one ring for events and disks. In all cases that were measured (NBD, iSCSI), a hanging
+QEMU 11 had a timer on its ring.
 
 The kernel does not show Linux AIO requests in flight. A process can have AIO requests only if it
 has an AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT,
@@ -18,10 +18,10 @@ Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at e
 descriptors and mappings are read again when the number of descriptors changes, and otherwise every
 REFRESH_S, or every IDLE_REFRESH_S if the process has not run since the last reading. Reading
 them costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
-the mappings. The mappings are read only if a file is open with O_DIRECT and any process on the host
-has an AIO context. Reading the mappings takes the process's memory lock, and may block as long as
-the process's storage hangs. So a separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S
-the result is unknown.
+the mappings. The mappings are read only if a file is open with O_DIRECT and some process on the
+host has an AIO context. Reading the mappings takes the process's memory lock, and may block as long
+as the process's storage hangs. So a separate thread reads the mappings, and after
+MAPPINGS_TIMEOUT_S the result is unknown.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ class TargetWatch:
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
         # Do this even if a sample was requested before: that sample may be complete, but waiting to
-        # be handed over with another sample, which blocks.
+        # be handed over with one that blocks.
         self._handover.expect()
 
     @property

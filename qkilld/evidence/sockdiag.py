@@ -505,7 +505,7 @@ def _request(
     """Yield the kernel's replies. The limit is `seconds`; if that is None, MAX_SOCKETS
     replies. `lock_s`: how long to wait for other threads.
 
-    Raises _TooMany above this limit, OSError (ENOENT if there is no such socket, or if the kernel
+    Raises _TooMany above the limit, OSError (ENOENT if there is no such socket, or if the kernel
     lacks the family), ValueError and struct.error.
     """
     with _kernel(lock_s) as kernel:

@@ -71,9 +71,9 @@ _MAX_SETTLED: Final = 16
 reading the kernel's table is cheaper than checking the link of each descriptor."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
-"""Connections with these descriptors are normally standard streams. They count as storage only if
-the command line says so: QEMU may get these numbers for its disks if it starts without such
-streams."""
+"""Connections with these descriptors are normally standard streams. They do not count as storage
+unless the command line says so: if QEMU starts without such streams, it may get these numbers for
+its disks."""
 
 
 class SocketReader:
@@ -462,7 +462,8 @@ class SocketReader:
     def _foreign_unix(
         self, rows: Sequence[UnixRow], inodes: frozenset[int], table: SocketTable
     ) -> Iterator[Socket]:
-        """Return the unix sockets of another network namespace.
+        """For a process in another network namespace: yield its unix sockets that are not in our
+        namespace's table.
 
         The rows do not show which two sockets are connected with each other, and only an accepted
         socket has a path. So each connection that the process has made gets its purpose from the

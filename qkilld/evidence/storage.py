@@ -98,8 +98,8 @@ class StorageTable:
 class StorageReader:
     """Reads the storage under one process's images. Not thread-safe. Keeps no descriptors open.
 
-    A device that was once seen is kept: close(2) removes an image from /proc/PID/fd, and may still
-    wait for its storage after that.
+    A device is kept when its image disappears from /proc/PID/fd, because close(2) may still wait
+    for the storage after that.
     """
 
     __slots__ = (
@@ -188,9 +188,9 @@ class StorageReader:
         }
 
     def _may_write(self, number: int) -> bool:
-        """Return whether the file is open for writing and is not a log. A descriptor that was not
-        inherited is never a log, even if it has the number of a standard stream, and the command
-        line names the file by a symbolic link."""
+        """Return whether the file is open for writing and is not a log. An inherited
+        standard stream is a log if the command line is known and has no image of its name. Other
+        files are never logs, because the command line may name them by a symbolic link."""
         image = self._images[number]
         if number > _STANDARD_ERROR or self.names is None or not image.inherited:
             return image.writable

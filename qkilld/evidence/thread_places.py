@@ -49,7 +49,7 @@ def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) 
 
 
 def _kind(pid: int, descriptor: int, proc: Path) -> str:
-    """Return file, pipe, socket or other; "" if there is no such descriptor."""
+    """Return "file", "pipe", "socket" or "other"; "" if there is no such descriptor."""
     try:
         link = os.readlink(f"{proc}/{pid}/fd/{descriptor}")  # noqa: PTH115 - half the cost
     except OSError as error:

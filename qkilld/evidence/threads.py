@@ -33,8 +33,8 @@ from qkilld.model.text import printable
 MAX_THREADS: Final = 512
 """A process with more threads is not examined."""
 _IDLE_WORKERS: Final = ("io_wq_worker", "io_wqe_worker", "vhost_task_fn")
-"""Functions in which idle kernel workers of the process sleep: two of io_uring (the second
-in Linux 6.1), and one of vhost."""
+"""Functions in which idle kernel workers of the process sleep: that of io_uring (in Linux
+6.1, io_wqe_worker), and that of vhost."""
 _RING_WORK: Final = Call(
     "", waits=False, reads=False, submits=True, of_files=False, descriptor=None
 )

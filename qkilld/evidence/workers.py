@@ -23,7 +23,7 @@ RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
 """See FairShares. Dead storage often blocks many guests of one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One worker is never blocked, so that it can run `instead` (see submit)."""
+"""One more than MAX_BLOCKED, to run `instead` (see submit)."""
 
 Call = Callable[[], None]
 
@@ -52,8 +52,9 @@ class Workers:
         self.grow()
 
     def grow(self) -> None:
-        """Add a worker if calls wait and all workers are blocked. A program that may block
-        (qkilld-stop) runs the calls in this thread if no worker exists or can be started."""
+        """Add a worker if calls wait and all workers are blocked. If there is no worker and none
+        can be started, a program that is allowed to block (qkilld-stop) runs the calls in this
+        thread."""
         with self._lock:
             if self._idle or self._count >= MAX_WORKERS or not self.waiting:
                 return

@@ -84,8 +84,8 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -
     """Return QEMU's argv.
 
     `machine` is the architecture from uname(2). `qmp` and `agent` are the paths of sockets that
-    QEMU creates. A QMP monitor is always added. A name and a display are added only if the file has
-    none.
+    QEMU creates. A QMP monitor is always added; a name is added if the file has none, and a
+    display likewise.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):

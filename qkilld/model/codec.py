@@ -3,8 +3,8 @@
 A Flag becomes a list of names. Any other Enum becomes its value, and a tuple or set becomes a list.
 A Policy becomes an object of time spans as in systemd.time(7).
 
-For each type, a function is made that converts its values. The functions are kept, because it takes
-longer to examine a type than to convert a value, and a job has 300 values.
+Each type gets a function that converts its values. The functions are cached, because examining a
+type takes longer than converting a value, and a job has 300 values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qkilld.model.policy import Policy
 
 _ENDLESS: Final = INFINITY // 2
 """Time spans of this length (µs) or more are written as infinity, because systemd.time(7) cannot
-express all of them."""
+express some of them."""
 
 _Convert = Callable[[Any], Any]
 
@@ -155,8 +155,8 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """For each field, return the function that converts its value, and whether it may be missing.
 
-    Call this only to convert a value, not in advance: a class may have fields of its own type, so
-    the recursion would not end.
+    Call this when a value is converted, not when its decoder is made: for a class that has fields
+    of its own type, the recursion would not end.
     """
     hints = typing.get_type_hints(cls)
     return {

@@ -43,8 +43,9 @@ else:
 
 _LOCK = threading.RLock()
 _INCOMPLETE: dict[type, tuple[dict[str, Any], bool]] = {}
-"""For each class that was not used yet: its namespace (with the fields' default values), and
-whether the fields are keyword-only. Keeping the class without slots instead would take 3 kB."""
+"""For each class that has not been used yet: its namespace (with the fields' default values), and
+whether the fields are keyword-only. Keeping the class without slots instead would take 3 kB
+per class."""
 
 
 def _namespace_of(cls: Any) -> dict[str, Any]:
@@ -103,7 +104,8 @@ _LATER = [_Later(name) for name in (*_FROM_DATACLASSES, "_values")]
 
 
 def _complete(made: Any, cls: Any, kw_only: bool) -> None:
-    """Let Python's module make what `made` lacks. `cls` is the same class without slots."""
+    """Let Python's module make the attributes that `made` lacks. `cls` is the same class without
+    slots."""
     if not cls.__doc__:
         # Otherwise, Python's module would set __doc__ to the signature. Making the signature takes
         # as long as all the rest.
@@ -115,7 +117,7 @@ def _complete(made: Any, cls: Any, kw_only: bool) -> None:
 
 
 def _values_of(fields: tuple[dataclasses.Field[Any], ...]) -> Any:
-    """Return a function that returns the compared values of an object."""
+    """Return a function that returns the values by which an object is compared."""
     names = [field.name for field in fields if field.compare]
     return attrgetter(*names) if names else staticmethod(lambda obj: ())
 

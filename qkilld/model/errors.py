@@ -7,7 +7,7 @@ no internal names, and only those facts about a process that the caller is allow
     ├── InvalidArgs          a wrong argument, flag or option
     ├── NoSuchProcess        no process has that id (any more)
     │   └── ExitInProgress   the process is exiting: its executable can no longer be read
-    ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
+    ├── NotQemu              the process is not, or cannot be shown to be, QEMU
     ├── ProcessChanged       the id now belongs to another process, program or user
     ├── NoSuchUnit
     ├── NoSuchJob
@@ -40,8 +40,8 @@ ERROR_PREFIX: Final = "org.qkilld1.Error."
 
 
 class QkilldError(Exception):
-    """The base of all errors. `bus_name`: the D-Bus error name. `exit_code`: the exit code of a
-    client."""
+    """The base of all errors. `bus_name`: the D-Bus error name. `exit_code`: the exit code of
+    qkillctl and qkilld-stop after this error."""
 
     bus_name: ClassVar[str] = ERROR_PREFIX + "Failed"
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
@@ -98,7 +98,7 @@ class UnknownIdentity(Failed):
     def __init__(self, text: str, *, exiting: bool = False) -> None:
         super().__init__(text)
         self.exiting = exiting
-        """Whether the process is exiting, so that its executable will stay unreadable."""
+        """Whether the process is exiting. If so, its executable will stay unreadable."""
 
     @classmethod
     def blocked(cls, pid: int, why: str | None) -> UnknownIdentity:
@@ -120,7 +120,8 @@ class InteractiveAuthorizationRequired(AccessDenied):
 
 
 class MonitorError(QkilldError):
-    """A guest's monitor or agent cannot be used. Texts that they sent are made printable."""
+    """A guest's monitor or agent cannot be used. Texts from the monitor or agent are made
+    printable."""
 
 
 class MonitorUnreachable(MonitorError):
@@ -164,8 +165,8 @@ class ConfigError(QkilldError):
     def __init__(self, text: str, *, place: str = "") -> None:
         super().__init__(text)
         self.place = place
-        """FILE:LINE of the first mistake, for users who must not see the text because they
-        cannot read the file."""
+        """FILE:LINE of the first mistake, for users who cannot read the file, and so must not
+        see the text."""
 
 
 class BusError(QkilldError):

@@ -41,7 +41,7 @@ class Ancestor:
     words: tuple[str, ...]
     """Its command line."""
     service: str
-    """The system service in which it runs; "" for none."""
+    """The system service in which the process runs; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)

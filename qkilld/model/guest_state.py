@@ -18,8 +18,8 @@ POWERED_OFF: Final = "shutdown"
 """The runstate after the guest has powered off, if QEMU was started with -no-shutdown or -action
 shutdown=pause."""
 PAUSED: Final = frozenset({"paused", "io-error", "save-vm", "restore-vm", "finish-migrate"})
-"""The runstates of a guest that was paused, for example for a snapshot or because of a full
-disk, and may run again soon."""
+"""The runstates of a paused guest that may soon run again. A guest is paused, for example, for a
+snapshot or because of a full disk."""
 
 
 class Button(StrEnum):
@@ -107,8 +107,8 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """Whether the guest has not noticed a press of the button yet; None if unknown. Before the
-    guest is asked, also True if somebody else pressed the button in the last 10 s."""
+    """True if the button was pressed and the guest has not noticed it yet; None if unknown. Before
+    the guest is asked, also True if somebody else pressed the button in the last 10 s."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     request_time: int | None = None
@@ -128,4 +128,4 @@ class GuestObservation:
     """Whether the guest's agent has its port open; None if unknown."""
     signs: frozenset[ShutdownSign] = frozenset()
     """The signs seen since the guest was first asked, except those disproved later. POWERED_OFF is
-    included even if it was seen earlier."""
+    included even if it was seen before the guest was asked."""

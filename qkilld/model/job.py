@@ -23,7 +23,7 @@ class Request:
     powerdown_only: bool = False
     """Only ask the guest: send no signal even if it does not shut down."""
     help: tuple[GuestOrder, ...] = ()
-    """Those orders among RESUME, WAKE and THAW that the caller allows. They make the guest able to
+    """Those orders among RESUME, WAKE and THAW that the caller allows. They enable the guest to
     react when it is asked."""
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
@@ -42,7 +42,7 @@ class Control:
     """How callers have steered a running job."""
 
     held: bool = False
-    """Whether the job is held, so that the next rung waits until it is released."""
+    """Whether the job is held: the next rung waits until the job is released."""
     not_before: int = 0
     """The earliest time of SIGKILL (CLOCK_MONOTONIC, µs)."""
     held_until: int = INFINITY

@@ -109,7 +109,7 @@ JOB_SPANS: Final = tuple(span for span in SPANS if span.of_job)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switches:
-    """The keys of `[Policy]` that are yes or no."""
+    """The keys of `[Policy]` whose value is yes or no."""
 
     powerdown: bool = True
     """qkilld-stop asks the guest to shut down before it sends a signal."""
@@ -142,12 +142,12 @@ class Config:
 
     def asks(self, name: str | None) -> bool:
         """Return Powerdown= for the guest with this name. If the name is unknown, return whether
-        Powerdown= is yes for any guest."""
+        Powerdown= is yes in at least one section."""
         return any(switches.powerdown for switches in self._switches(name))
 
     def yanks(self, name: str | None) -> bool:
         """Return Yank= for the guest with this name. If the name is unknown, return whether Yank=
-        is yes for all guests."""
+        is yes in all sections."""
         return all(switches.yank for switches in self._switches(name))
 
     def _switches(self, name: str | None) -> tuple[Switches, ...]:

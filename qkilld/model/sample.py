@@ -83,7 +83,7 @@ class Device:
     counters may change while those of the device above it do not, for example if a loop device
     waits for a flush."""
     own: bool = False
-    """Whether the process has opened the device itself, not a file on it, so that other users are
+    """Whether the process has opened the device itself, not a file on it. If so, other users are
     unlikely."""
     writable: bool = True
     """Whether an image on the device is open for writing, not only for reading."""
@@ -106,7 +106,7 @@ class Cgroup:
     """The control group that the process is in."""
 
     own: bool
-    """Whether the group contains only this guest, according to its name and its processes."""
+    """Whether the group, according to its name and its processes, contains only this guest."""
     dirty: int | None
     """Bytes of the page cache that are not written yet."""
     writeback: int | None
@@ -146,8 +146,8 @@ class Peer:
     """MAJOR:MINOR of the storage under the image that the peer serves to this process: block
     devices, or a file system without a block device. () if unknown."""
     behind: tuple[Peer, ...] = ()
-    """Servers on this host that the peer uses itself, and processes that the peer has started and
-    may wait for."""
+    """Servers on this host that the peer uses itself, and processes that it has started and is
+    possibly waiting for."""
     unread: int | None = None
     """Bytes that this process has sent to the peer and that the peer has not read yet."""
     parent: int = 0
@@ -164,8 +164,8 @@ class Peer:
     the other peer; () if it also serves further processes."""
     certain: bool = True
     """For a peer in the `behind` of another: whether it certainly works for the other peer. This is
-    uncertain if the kernel does not show which process serves a file system, or if it is only known
-    that the other peer has started this one."""
+    uncertain if the kernel does not show which process serves a file system, or if nothing more is
+    known than that the other peer has started this one."""
     unseen_requests: bool | None = None
     """Whether the peer may have file requests in flight, on an io_uring or in Linux AIO, for which
     no thread waits."""
@@ -232,8 +232,8 @@ class Node:
 class Mount:
     """A file system without a block device that contains an image: a network file system, FUSE, …
 
-    Only NFS has counters (/proc/PID/mountstats). For FUSE, the servers show progress. For other
-    types, nothing shows progress.
+    Only NFS has counters (/proc/PID/mountstats). For FUSE, the activity of the servers shows
+    progress. For other types, nothing shows progress.
     """
 
     kind: str
@@ -271,7 +271,7 @@ class Sample:
     state: str
     """The state of the main thread, proc(5)."""
     missed: bool = False
-    """Whether qkilld had no thread for the sample, because processes of other users block its
+    """Whether qkilld had no free thread for the sample, because processes of other users block its
     threads. All other values are unknown then, and the time since the last sample proves
     nothing."""
     term_pending: bool | None = None
@@ -318,7 +318,7 @@ class Sample:
     images: tuple[ImagePlace, ...] | None = None
     """The images open for writing; () if `mounts` is empty."""
     searching: bool = False
-    """Whether a search for the servers of connections is in progress, so that a later sample may
+    """Whether a search for the servers of connections is in progress. If so, a later sample may
     have servers that are missing in this one."""
     ringless: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices that no io_uring is used for, according to the command line; () if

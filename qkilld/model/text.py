@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_TEXT: Final = 256
-"""The maximum number of characters kept of a string from an untrusted process."""
+"""Strings from untrusted processes are cut to this number of characters."""
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:

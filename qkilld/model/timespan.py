@@ -9,7 +9,7 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.text import printable
 
 ENDLESS: Final = 100 * 365 * 86_400 * USEC_PER_SEC
-"""In a call, a time span of this length (µs) or more means infinity."""
+"""In a call over D-Bus or Varlink, a time span of this length (µs) or more means infinity."""
 
 _US: Final = {
     "us": 1,

@@ -88,8 +88,8 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. For a list of denied
-    families, the value shows correctly only whether AF_UNIX is allowed."""
+    """The families that RestrictAddressFamilies= allows; None for all. If the setting
+    lists denied families, this value is correct only for AF_UNIX."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from the unit's processes."""
     noexec_paths: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ class AgentClient(Channel):
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> Any:
-        """Only one command may run at a time.
+        """Callers must run only one command at a time.
 
         Raises CommandRefused if the agent refuses. On any other MonitorError, the connection is
         closed.
@@ -76,9 +76,9 @@ class AgentClient(Channel):
     async def send(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> None:
-        """Run a command. A late, lost or invalid reply is no error, because the agent may still
-        execute the command. Raises CommandRefused if the agent refuses; another MonitorError if the
-        command was not sent."""
+        """Run a command. A late, lost or invalid reply is not an error, because the agent may
+        still execute the command. Raises CommandRefused if the agent refuses; another MonitorError
+        if the command was not sent."""
         self._is_sent = False
         try:
             await self.execute(command, arguments, timeout_s=timeout_s)

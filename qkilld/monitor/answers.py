@@ -47,7 +47,7 @@ class AgentPort:
     opened: bool
     """Whether a program in the guest, normally its agent, has the port open."""
     held: bool
-    """Whether a client on the host is connected, so that no other client can connect."""
+    """Whether a client on the host is connected, in which case no other client can connect."""
 
 
 def read_runstate(answer: object) -> str:
@@ -69,8 +69,8 @@ def read_runstate_text(text: str) -> str:
 def find_event_registers(tree: str) -> int | None:
     """Return the I/O port of the register PM1_STS in `info mtree`. The port of PM1_EN is 2 higher.
 
-    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet,
-    so that the guest's operating system cannot listen to the power button.
+    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet.
+    Until then, the guest's operating system cannot listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))

@@ -244,7 +244,7 @@ def _is_unsafe(node: Mapping[str, Any]) -> bool:
 
 
 def _protocols(file: str) -> set[str]:
-    """Return the drivers that one of QEMU's file names contains (json:... or a URL)."""
+    """Return the drivers named in a file name from QEMU, which may be json:... or a URL."""
     if file.startswith("json:"):
         try:
             return set(_drivers(decode_json(file.removeprefix("json:").encode()), 0))

@@ -2,8 +2,8 @@
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
 exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports the failure. The
-processors are stopped first, so that nothing is written after the flush, and because QEMU's export
-code has failed an assertion while they ran (QEMU issue 945).
+processors are stopped first, because running ones could write after the flush, and because QEMU's
+export code has failed an assertion while they ran (QEMU issue 945).
 
 Nobody else must be able to read the export. So QEMU's NBD server gets a listening socket whose
 name the kernel has chosen, and accepts a fixed number of connections. qkilld makes all of them, and
@@ -34,8 +34,8 @@ QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
 """Timeout of each command of `resume`: the monitor may have to finish earlier commands first."""
 MAX_QUEUES: Final = 256
-"""If a guest has this many queues, they count as unreadable, because reading each takes 0.3 ms
-(measured)."""
+"""If a guest has this many queues or more, they count as unreadable, because reading each takes
+0.3 ms (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"
@@ -154,8 +154,8 @@ class ExportServer:
     """What is known about the NBD server in QEMU."""
 
     may_be_our_server: bool | None = None
-    """Whether qkilld may have started the server over this connection; None if it may have done so
-    over an earlier connection."""
+    """Whether qkilld might have started the server over this connection; None if it might have done
+    so over an earlier connection."""
 
 
 async def flush(
@@ -238,7 +238,7 @@ async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
 
     If QEMU's NBD server also has exports of another program, only our exports are removed. If the
     server has only our exports, it is stopped. If the server has no exports, it is stopped only if
-    qkilld may have started it.
+    qkilld might have started it.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
@@ -293,7 +293,7 @@ async def _serve(
 async def _flush_one(
     qmp: QmpClient, number: int, node: str, title: str, connection: NbdConnection
 ) -> FlushResult:
-    """Raises MonitorTimeout if the disk was not exported in time, so that no flush was tried."""
+    """Raises MonitorTimeout if the disk was not exported in time."""
     name = f"{EXPORT_PREFIX}{number}"
     export = {"type": "nbd", "id": name, "node-name": node, "name": name}
     try:

@@ -53,7 +53,7 @@ class UnixListener:
     line breaks. An abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether a client is connected, so that others must wait."""
+    """Whether a client is connected. If so, others must wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class TcpListener:
     port: int
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether a client is connected, so that others must wait."""
+    """Whether a client is connected. If so, others must wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,8 @@ class GuestEndpoints:
     """Texts that say which monitors and agents cannot be used, and why. The plan shows them."""
     libvirt: bool = False
     expected: bool = False
-    """The command line names a monitor socket on which the process does not listen. If QEMU has
-    just started, it may listen soon."""
+    """The command line names a monitor socket on which the process does not listen. A QEMU that
+    has just started may not listen yet."""
     agent_chardev: str = ""
     """The agent's label in query-chardev."""
     agent_device: str = ""
@@ -117,7 +117,7 @@ class _Claim:
 
 
 def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:
-    """Return whether a monitor may be on TCP, so that TCP listeners must be read.
+    """Return whether a monitor may be on TCP. If so, TCP listeners must be read.
 
     `unclear`: the descriptors of the process's sockets that may be TCP listeners.
     """

@@ -384,7 +384,8 @@ class GuestControl:
                 with contextlib.suppress(CommandRefused, MonitorProtocolError):
                     self._vcpus = await self._find_vcpus()
             totals = await self.block_totals()
-            # Use the time of the counters: on a busy host, the other replies may take seconds.
+            # Take the time when the counters are read: on a busy host, the other replies may take
+            # seconds.
             at, vcpus = time.monotonic_ns() // 1000, self._vcpus
             ran, waited = vcpus.times() if vcpus is not None else (None, None)
         signs = self.signs

@@ -77,7 +77,7 @@ class HmpClient(Channel):
         return client
 
     async def hmp(self, line: str, *, timeout_s: float) -> str:
-        """Run a line; return its output. Only one line may run at a time.
+        """Run a line; return its output. Callers must run only one line at a time.
 
         Raises CommandRefused if the output looks like an error. On any other MonitorError, the
         connection is closed, because a late reply would be taken for the reply to the next line.

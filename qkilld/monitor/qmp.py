@@ -113,7 +113,7 @@ class QmpClient(Channel):
         """Run a command; return its result. Waits until the previous command has its reply.
 
         `pass_fd`: a descriptor to pass to QEMU, for getfd. `on_sent` is called when the command has
-        been sent. QEMU may then execute it, even if there is no reply. Raises CommandUnsent,
+        been sent. From then on, QEMU may execute it even if no reply comes. Raises CommandUnsent,
         MonitorTimeout, CommandRefused, MonitorError.
         """
         until = self._loop.time() + timeout_s
@@ -130,7 +130,7 @@ class QmpClient(Channel):
         return await self._call("execute", command, arguments, number, until, pass_fd, on_sent)
 
     async def send(self, command: str, *, timeout_s: float) -> None:
-        """Run a command. A late or lost reply is no error, because QEMU may still execute the
+        """Run a command. A late or lost reply is not an error, because QEMU may still execute the
         command. Raises CommandRefused if QEMU refuses; another MonitorError if the command was not
         sent."""
         sent = asyncio.Event()
@@ -177,7 +177,7 @@ class QmpClient(Channel):
         number = self._in_band = self._last_id + 1
         self._idle.clear()
         arguments = {"enable": ["oob"]} if oob else None
-        until = max(until, self._loop.time() + timeout_s / 2)  # The greeting may have been late.
+        until = max(until, self._loop.time() + timeout_s / 2)  # A late greeting leaves little time.
         await self._call("execute", "qmp_capabilities", arguments, number, until)
         self.oob = oob
 

@@ -1,10 +1,10 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
-The path of the monitor comes from QEMU's command line, so QEMU's owner may have chosen the path of
+The path of the monitor comes from QEMU's command line, so QEMU's owner could name the path of
 any socket. connect(2) alone can start a service, or occupy another guest's monitor. So before
-connect(2), the kernel must confirm that the process's own socket is bound to this file. If the
-kernel does not show this, the file must belong to the process's user. After connect(2), before any
-byte is sent, SO_PEERCRED must show that the process is the peer.
+connect(2), the kernel must confirm that the process's own socket is bound to the file at this path.
+If the kernel does not show this, the file must belong to the process's user. After connect(2),
+before any byte is sent, SO_PEERCRED must show that the process is the peer.
 
 Sources: unix(7), proc_pid_net(5), sock_diag(7). SO_PEERCRED returns QEMU's pid even after
 -daemonize, and even if QEMU's parent called listen(2) on the socket and passed it with fd=
@@ -230,7 +230,7 @@ def _unix_listeners(
         rows.setdefault(row.inode, []).append(row)
     # If several rows have the same inode, at most one of them is true; the others are forged.
     # `connect` refuses forged paths. `used` leaves out all rows that share an inode: otherwise, a
-    # forged row could make the monitor look used, and the guest would not be asked.
+    # forged row could make the monitor seem in use, and the guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
     for inode, own in sorted(rows.items()):

@@ -1,4 +1,4 @@
-"""Find out whether a process waits for the host's processors more than it runs.
+"""Find out whether a process spends more time waiting for the host's processors than running.
 
 Source: proc(5), schedstat. The time that CPUQuota= withholds counts as waiting.
 """
@@ -27,8 +27,8 @@ class Starvation:
         self._at, self._times = time.monotonic(), times_of(tasks, self._threads())
 
     def is_starved(self) -> bool:
-        """Return whether the process has waited for longer than it ran, since the last call or
-        since this object was created. False if unknown."""
+        """Return whether the process waited for longer than it ran since the last call (at the
+        first call, since this object was created). False if unknown."""
         at, before, threads = self._at, self._times, self._threads()
         self._at, self._times = time.monotonic(), times_of(self._tasks, threads)
         if before is None or self._times is None:

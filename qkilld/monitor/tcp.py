@@ -156,7 +156,7 @@ def peer_address(connection: socket.socket) -> object:
 
 
 def needs_netns(endpoint: Endpoint) -> bool:
-    """Return whether the socket has no path, so that only `connect_in_netns` reaches it."""
+    """Return whether the socket has no path. If so, only `connect_in_netns` reaches it."""
     listener = endpoint.listener
     return isinstance(listener, TcpListener) or all(path.startswith("@") for path in listener.paths)
 

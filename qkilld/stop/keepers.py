@@ -75,7 +75,7 @@ class KeeperWatch:
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
         """Wait until the process is gone, until none of its keepers is being stopped, or until the
-        keepers' time is over and the guest makes no progress; at most LONGEST_S.
+        keepers' time is over and either the guest makes no progress or LONGEST_S has passed.
 
         If a keeper is being stopped, `on_keeper` is called once, with the name of the keeper.
         """
@@ -179,7 +179,7 @@ async def leave_all(
 
     watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
     events = {process: asyncio.Event() for process in processes}
-    """Each event is set once it is known whether a keeper of its process is being stopped."""
+    """Each event is set as soon as it is known whether a keeper of its process is being stopped."""
     remaining = set(processes)
 
     async def leave(process: ProcessHandle) -> None:

@@ -33,7 +33,8 @@ RESTART_S = 1.0
 def extension(deadlines: Iterable[int], now: int) -> int:
     """Return the value of EXTEND_TIMEOUT_USEC= for running jobs with these deadlines.
 
-    A deadline is the time of a job's next step. So the job's policy limits the extension.
+    A deadline is the time of a job's next step, which follows from the job's policy. So the policy
+    limits the extension.
     """
     longest = max((deadline - now for deadline in deadlines), default=0)
     return min(max(longest, 0), STEP) + MARGIN

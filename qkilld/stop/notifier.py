@@ -1,4 +1,4 @@
-"""Tell systemd how long a stop may still take, and what it waits for.
+"""Tell systemd how much longer a stop can take, and what the stop waits for.
 
 Imports little, to start fast: see stop.main.
 """

@@ -2,7 +2,7 @@
 cannot reach the monitor.
 
 The helper runs in the network namespace of its unit, which is usually that of the guest. If the
-guest is in another namespace, the helper can enter it only if it runs as root.
+guest is in another namespace, only a helper that runs as root can enter that namespace.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class StopRun:
             self.turn()
 
     def _stop_others(self) -> bool:
-        """Stop the other guests of the unit, if they are ours to stop; return whether any are."""
+        """Stop the other guests of the unit that are ours to stop; return whether there are any."""
         main_pid = os.environ.get("MAINPID", "")
         pids = {stop.process.pid for stop in self._stops}
         shelled = any(str(pid) != main_pid for pid in pids)
@@ -452,7 +452,7 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _handle_exit(self, stop: GuestStop) -> None:
-        """Handle a process that signals no longer affect, because it is gone or exiting."""
+        """Handle a process that is gone or exiting, and so no longer reacts to signals."""
         others = self.targets.left_to_us(self._substitutes())
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.

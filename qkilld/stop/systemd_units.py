@@ -78,8 +78,8 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool:
     """Return False if qkilld-stop will stop another guest of the unit in a later line of ExecStop=.
 
-    `options`: those of the line that runs now. `fails`: this line fails, so that systemd runs a
-    later line only if this line has the prefix `-`.
+    `options`: those of the line that runs now. `fails`: this line fails; systemd then runs a later
+    line only if this line has the prefix `-`.
     """
     from qkilld.unitcheck.command import helper_options, is_helper
 

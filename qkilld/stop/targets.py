@@ -174,9 +174,9 @@ class Targets:
         """Of these QEMU processes of our own unit, return those that are ours to stop, and close
         the handles of the others. Asks systemd.
 
-        Processes are not ours in two cases. With KillMode=process or none, all other processes
-        outlive the unit if its main process is a QEMU. If an option names a process, the others are
-        left to a later line of ExecStop=, if there is one.
+        Processes are not ours in two cases. If the main process is a QEMU and the unit has
+        KillMode=process or none, all other processes outlive the unit. If an option names a
+        process, the others are left to a later line of ExecStop=, if there is one.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
         `fails`: this line of ExecStop= fails; see is_last_line().
@@ -195,7 +195,8 @@ class Targets:
                     "another QEMU of the unit is not stopped, because KillMode= cannot be read."
                     " Write + before the path in ExecStop="
                 )
-                # If an option names a process, do not fail: systemd would then skip the next line.
+                # If an option names a process, do not fail, because after a failure, systemd would
+                # skip the next line.
                 self._has_left_others = not self._options.names_one
                 ours = []
         elif not is_last_line(facts, self._options, fails=fails):
@@ -241,7 +242,7 @@ class Targets:
     ) -> tuple[int, list[ProcessHandle]]:
         """Return the exit code for a named process that is not a QEMU, and the processes to
         stop among `others`. The code is 0 if the process may be a shell that runs the `others`. If
-        there are none, print where the guest of the unit runs."""
+        there are none, and the QEMU that our unit has started runs in another unit, print which."""
         if others:
             if _is_uncovered(pid):
                 say(f"{message}, and is left to systemd")

@@ -101,9 +101,9 @@ def compare(
     overrides: Sequence[Override] = (),
     instances: Sequence[str] = (),
 ) -> Comparison:
-    """Return the verdict. `findings`: from check(). `overrides`: the drop-ins that override lines
-    of adopt. `instances`: for a template, the instances with settings of their own that adopt would
-    override."""
+    """Return the verdict. `findings`: from check(). `overrides`: the later drop-ins that override
+    lines of adopt's drop-in. `instances`: for a template, the instances with settings of their own
+    that adopt would override."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)

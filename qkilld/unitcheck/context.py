@@ -71,7 +71,7 @@ class Surroundings:
     uncovered: tuple[str, ...] = ()
     """The paths of QEMU processes in the unit that do not match Executables=."""
     missing: tuple[str, ...] = ()
-    """For each line of qkilld-stop whose program does not exist: the program."""
+    """The program of each ExecStop= line for qkilld-stop, if that program does not exist."""
     has_foreign: bool = False
     """Whether a guest in the unit runs as a user other than the unit's User=."""
     is_running: bool = False

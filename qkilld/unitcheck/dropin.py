@@ -38,8 +38,8 @@ class Change:
 
 
 def changes(findings: Iterable[Finding]) -> list[Change]:
-    """Return the changes that adopt writes: the fixes of unsafe findings, except fixes that only
-    the owner can judge."""
+    """Return the changes that adopt writes: the fixes of problems that lose or may lose data,
+    except fixes that only the owner can judge."""
     wanted_changes: list[Change] = []
     lines_seen: set[Line] = set()
     for finding in findings:

@@ -383,9 +383,9 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
-    """Return the first line before the helper that systemd now skips after a failure. After
-    adoption, systemd would run it while the guest still runs. Lines that only ask the guest or
-    wait do not count."""
+    """Of the lines before the helper, return the first that systemd now skips after a failure.
+    After adoption, systemd would run it while the guest still runs. Lines that only ask the guest
+    or wait do not count."""
     place = _helper_place(facts, surroundings)
     first = _first_skipped(facts, surroundings, place)
     return stop_lines(facts, surroundings)[first] if first < place else None

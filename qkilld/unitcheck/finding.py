@@ -15,7 +15,7 @@ class Severity(StrEnum):
     LOSES = "loses data"
     """Every stop that takes long loses data that the guest's disks have acknowledged."""
     MAY_LOSE = "may lose data"
-    """Acknowledged data is lost only if something else fails, or if the host is slow."""
+    """Acknowledged data is lost only if something else fails or the host is slow."""
     ADVICE = "advice"
 
 

@@ -88,7 +88,7 @@ _OWNERS: Final = (
     ("nerdctl-", ("containerd.service",)),
     ("crio-", ("crio.service",)),
 )
-"""Prefixes of scopes that have no keeper in Before=, with the services that may be their
+"""Name prefixes of scopes that have no keeper in Before=, with the services that may be their
 keepers."""
 _SHIM: Final = re.compile(r"(?:docker-)?containerd-shim.*")
 """The supervisor of a container in containerd, or in docker, which uses containerd."""

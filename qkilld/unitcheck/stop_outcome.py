@@ -23,7 +23,7 @@ from qkilld.unitcheck.stop_line import StopLine
 
 
 class Patience(IntEnum):
-    """How long a stop waits until data is written."""
+    """How long a stop waits for data to be written."""
 
     NONE = 0
     TIMED = 1
@@ -96,7 +96,8 @@ class Assumption:
     can_ask: bool = False
     """Whether qkilld-stop can ask the guest to shut down."""
     helper_fails: bool = False
-    """Whether qkilld-stop fails or is cancelled, so that systemd runs the lines after it."""
+    """Whether qkilld-stop fails or is cancelled. If its line has the prefix `-`, systemd then runs
+    the lines after it."""
 
 
 class Helper(StrEnum):
@@ -379,8 +380,8 @@ class _Stop:
         return self._end(self.waited, Patience.TIMED, f"SIGKILL after {limit}", "kills")
 
     def _silence(self) -> Outcome:
-        """Simulate a signal that QEMU ignores. A guest that was asked can shut down until the
-        timeout."""
+        """Simulate a signal that QEMU ignores. A guest that was asked to shut down can do so until
+        systemd sends SIGKILL."""
         if not self.settings.is_cut:
             self._wait(Patience.PATIENT)
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))

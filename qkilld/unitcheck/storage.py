@@ -43,8 +43,8 @@ DEVICE_UNITS: Final = {
     "nbd": ("nbd-client.service",),
     "multipath": ("multipathd.service",),
 }
-"""Kinds of block devices that need the network, with the units that provide them. All these units
-are ordered before remote-fs-pre.target."""
+"""Kinds of block devices that need the network, with the units that provide the devices. All these
+units are ordered before remote-fs-pre.target."""
 _DEVICE_NAMES: Final = (
     (re.compile(r"/dev/disk/by-path/(?:ip|tcp)-.*-iscsi-"), "iscsi"),
     (re.compile(r"/dev/drbd\d|/dev/drbd/"), "drbd"),

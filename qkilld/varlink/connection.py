@@ -32,8 +32,8 @@ MAX_UNREAD: Final = 1 << 20
 MAX_TOTAL: Final = 16 << 20
 """The maximum number of unhandled input bytes of all users other than root, in total."""
 MAX_FIRST: Final = 32 << 10
-"""A user's unhandled bytes beyond this number count towards another limit for all users in total:
-half of MAX_TOTAL. So users with much input leave room for the calls of others."""
+"""A user's unhandled bytes beyond this number also count towards a limit that all users share: half
+of MAX_TOTAL. So users with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""

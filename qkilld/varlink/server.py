@@ -319,7 +319,7 @@ class VarlinkServer:
         """Set while there is no open call."""
         self._quiet.set()
         self._has_answered = asyncio.Event()
-        """Set once a call has been answered."""
+        """Set as soon as a call has been answered."""
         self._per_user: Counter[int] = Counter()
         """The number of connections of each user."""
         self._budget = InputBudget(turns.unlimited)

@@ -153,7 +153,7 @@ class JobStream:
         self._is_scheduled = False
         """Whether `_step` will be called."""
         self._is_waiting = False
-        """Whether `_schedule` will be called once the socket has taken all messages."""
+        """Whether `_schedule` will be called when the socket has taken all messages."""
         self._is_closed = False
         for job in jobs:
             if job.running:
