@@ -172,9 +172,12 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
                 break
         until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
         daemon = killed(daemon, start, guest)
+        began = time.monotonic()
         for _ in range(2):
             until(lambda: client.properties(job, JOB)["Verdict"], "guest-shutdown".__eq__)
             daemon = killed(daemon, start, guest)
+            if time.monotonic() - began > 15:
+                break  # On a busy machine, the guest may have shut down before the next kill.
         result, receipt = client.wait(job, timeout=300)
     assert (result, receipt["guest-asked"], actions(receipt)) == ("exited", "shut-down", ["button"])
     assert guest.wait_gone() == 0
@@ -188,13 +191,13 @@ def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
     """
     daemon.process.kill()
     daemon.wait_gone()
-    assert becomes_free(guest)
+    assert becomes_free(guest, 40)
     return start()
 
 
-def becomes_free(guest: Guest) -> bool:
-    """Wait a few seconds; return whether the guest's monitor has no client then."""
-    deadline = time.monotonic() + 10
+def becomes_free(guest: Guest, timeout: float = 10) -> bool:
+    """Wait up to `timeout` seconds; return whether the guest's monitor has no client then."""
+    deadline = time.monotonic() + timeout
     while any(each.in_use for each in read_listeners(guest.pid)):
         if time.monotonic() >= deadline:
             return False

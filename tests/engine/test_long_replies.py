@@ -52,7 +52,7 @@ from tests.lab.process import spawn, wait_gone
 from .conftest import FakeProcess, S, World, make_guest
 
 UID = 1000
-MAX_SHARE = 1 / 12
+MAX_SHARE = 1 / 6
 """The limit for the longest step, as a share of the processor time of MAX_READS calls. If each call
 were answered in a single step, its share would be 1 / MAX_READS."""
 

@@ -80,7 +80,8 @@ def test_a_frozen_file_system_is_not_waited_for_without_end(lab_dir: Path) -> No
         with reading(device), repeating(lambda: os.pwritev(neighbour, [page], 0)):
             job = stop(guest, STALL)
     assert actions(job) == ["SIGTERM", "SIGKILL"]
-    assert job.rungs[1].at - job.rungs[0].at < 10 * STALL["storage_stall"]
+    # It takes 33 to 42 s on a busy machine, and 60 s (MaxSec=) without an end.
+    assert job.rungs[1].at - job.rungs[0].at < 14 * STALL["storage_stall"]
 
 
 @pytest.mark.timeout(300)

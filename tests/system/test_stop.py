@@ -250,7 +250,7 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
 def test_the_daemon_is_killed_while_the_guest_flushes(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
-    guest = slow_guest("TimeoutStopSec=3", seconds=12)
+    guest = slow_guest("TimeoutStopSec=6", seconds=12)
     # The daemon is not started again, so the helper continues without it.
     system.write("/run/systemd/system/qkilld.service.d/once.conf", "[Service]\nRestart=no\n")
     system.run("systemctl", "daemon-reload")
