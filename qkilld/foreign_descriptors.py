@@ -13,9 +13,10 @@ O_NONBLOCK. A signal interrupts a thread that is stuck in closing a socket. Noth
 thread that is stuck in closing a file. If all MAX_THREADS threads for files are stuck, or
 MAX_PENDING files wait for them, descriptors are accepted only from a trusted end.
 
-A process cannot end while close(2) of a file is stuck: exit_group(2) waits for the thread, or
-closes the file itself. (This was measured with os._exit and SIGKILL. The kernel's fuse_flush is not
-killable.) So do not exit without need while `closes_files()` is true.
+A process cannot end while close(2) of a file is stuck: exit_group(2) waits for the stuck thread. If
+the file is not closed yet, exit_group(2) closes it, and gets stuck in the same way. (This was
+measured with os._exit and SIGKILL. The kernel's fuse_flush is not killable.) So do not exit without
+need while `closes_files()` is true.
 
 Every package may use this module.
 """

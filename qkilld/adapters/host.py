@@ -92,7 +92,8 @@ def _unidentified(pid: int, proc: Path) -> Unidentified:
 
 
 def _identify(pids: Sequence[int], proc: Path, identities: list[Identity]) -> list[int]:
-    """Append to `identities`; return the processes whose reads time out."""
+    """Append the identities that can be read to `identities`; return the ids of the processes that
+    could not be read in time."""
     unanswered = []
     for pid, identity in procfs.read_identities(pids, proc):
         match identity:

@@ -27,8 +27,8 @@ Names = tuple[str | None, str, bool, bool]
 a network. A missing name or UUID is "", and an unknown name is None."""
 UNKNOWN: Final[Names] = (None, "", False, True)
 Key = tuple[int, int, str]
-"""pid, start time, executable. The executable is included, because execve(2) changes the command
-line."""
+"""pid, start time, executable. The executable is included, because execve(2) keeps the pid and the
+start time, but replaces the command line, which has the names."""
 
 TIMEOUT_S: Final = 0.5
 TIMEOUT_EACH_S: Final = 0.0005

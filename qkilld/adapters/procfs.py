@@ -125,7 +125,7 @@ def read_stat(pid: int, proc: Path = PROC) -> Stat:
 
 def read_stat_patiently(pid: int) -> Stat:
     """Like `read_stat`, but retry for PATIENT_S if the process blocks the reading, as it does for a
-    moment while it executes a program on a busy host. Blocks, so the daemon must not call this."""
+    moment during execve(2) on a busy host. Blocks, so the daemon must not call this."""
     until = time.monotonic() + PATIENT_S
     while True:
         try:

@@ -151,7 +151,8 @@ class Connection:
 
     def reply(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
         """Write all queued messages and then the reply to a call, as soon as the socket has room.
-        Does nothing if the connection is lost. `body` is encoded (library.encode_body)."""
+        Does nothing if the connection is lost. `body` must already be encoded
+        (library.encode_body)."""
         if self.connected:
             self._unsent += reply_header(call, self._next_serial(), signature, len(body))
             self._unsent += body

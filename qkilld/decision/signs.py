@@ -427,7 +427,8 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
     for a worker of an io_uring, the thread may wait for any of the server's disks. If there are
-    several, their signs are doubtful without `awake`, because only the right disk wakes a thread.
+    several, their signs are sure only with `awake`: a thread that has run was woken by the disk
+    that it waited for.
 
     `awake`: whether all of these threads have run since the last sample.
     """

@@ -49,7 +49,8 @@ SLACK: Final = 1_500_000
 """A sample may be this late (µs); any further delay counts as time without samples."""
 LOG_LINE: Final = 32
 """A line of a log adds at least this many bytes to wchar. If wchar grows by less, only the event
-loop wrote (8 to 16 bytes a second), so a written page is not from a log."""
+loop wrote (8 to 16 bytes a second) and no log line was written. So a page that write_bytes counts
+at that time does not come from a log."""
 STUCK: Final = 30 * USEC_PER_SEC
 """If a certain wait (Wait.certain) has not moved for this time (µs), it may never end. Single
 requests to slow servers take up to 25 s (measured)."""

@@ -386,7 +386,7 @@ def _added_storage(sample: Sample) -> list[Wait]:
 
 
 def is_held_still(sample: Sample) -> bool:
-    """Return whether the process is stopped, traced or frozen, so that it cannot do anything."""
+    """Return whether the process cannot do anything, because it is stopped, traced or frozen."""
     frozen = sample.cgroup is not None and bool(sample.cgroup.frozen)
     return frozen or sample.state in ("T", "t")
 

@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 IDENTITY_TIMEOUT_S: Final = 3.0
 """How long to retry if a process cannot be identified. On a busy host, identifying it may fail for
-a moment while it executes a program."""
+a moment during execve(2)."""
 _FIRST_PAUSE_S: Final = 0.05
 
 

@@ -58,15 +58,15 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """Return the control of a job that is taken over: the owner's hold ends, and the owner's
-    extensions are cut to `limit` (see owner_limit)."""
+    """Return the new Control of a job that a caller of higher rank takes over from the owner: the
+    owner's hold ends, and the owner's extensions are cut to `limit` (see owner_limit)."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))
 
 
 def replace_request(before: Request, request: Request) -> Request:
-    """Return the new request of a job that is taken over. It also allows the help of the former
-    request, and keeps the former `qmp_socket` if it names none."""
+    """Return `request` with two additions from the former request: its allowed orders (`help`)
+    and, if `request` names no `qmp_socket`, its `qmp_socket`."""
     return replace(
         request,
         help=tuple(dict.fromkeys((*before.help, *request.help))),

@@ -100,7 +100,7 @@ class DescriptorSearch:
         """CompletedSearch.complete for the present search, so far."""
         self._is_blocked = False
         """Whether reading a process has timed out in the present search. A second attempt may
-        succeed: a process blocks readers for a moment while it executes a program."""
+        succeed: a process blocks readers for a moment during execve(2)."""
         self._left_out: frozenset[int] = frozenset()
         """The processes that the present search leaves to `beside` because of their number of
         descriptors."""

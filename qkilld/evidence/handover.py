@@ -43,7 +43,8 @@ class Handover:
             if urgent or not more:
                 self._loop.call_soon_threadsafe(self._deal)
             elif self._next is None:
-                # The run that `expect` had scheduled is over, and the next sample may block.
+                # The run that `expect` had scheduled is over. Schedule another, because taking the
+                # next sample may block, and then no later `put` would hand this call over.
                 self._loop.call_soon_threadsafe(self.expect)
         except RuntimeError:
             return False

@@ -4,9 +4,9 @@ Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/
 stat and status need none; io needs the ptrace right and, for another user's process,
 CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
 them has run since the last read. If the process's storage hangs, its memory lock may be held all
-the time. This module takes the lock only through rings.py, in a separate thread. A process that
-executes a program can block most other reads (adapters/blockable.py), so samples are taken in
-threads that may stay blocked (workers.py).
+the time. This module takes the lock only through rings.py, in a separate thread. A process in
+execve(2) can block most other reads (adapters/blockable.py), so samples are taken in threads that
+may stay blocked (workers.py).
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
 ran. If the clock has not advanced, no thread has run, so values that only the threads can change

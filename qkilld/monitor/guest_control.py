@@ -136,7 +136,7 @@ class GuestControl:
         agent_was_open: bool | None = None,
         proc: Path = procfs.PROC,
     ) -> GuestControl:
-        """Find the guest's monitor, prove that it is the guest's, and open it.
+        """Find the guest's monitor, prove that it belongs to the guest, and open it.
 
         `enter_netns`: include monitors on TCP and abstract sockets. To connect to them, a thread
         enters the guest's network namespace.

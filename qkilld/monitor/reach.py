@@ -1,4 +1,4 @@
-"""Connect to a process's monitor, and prove that it is the process's.
+"""Connect to a process's monitor, and prove that the monitor belongs to that process.
 
 The path of the monitor comes from QEMU's command line, so QEMU's owner could name the path of
 any socket. connect(2) alone can start a service, or occupy another guest's monitor. So before
@@ -168,7 +168,7 @@ async def _examine(process: Process, work: Callable[[], T]) -> T:
 async def connect(
     process: Process, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
 ) -> socket.socket:
-    """Connect to the endpoint, and prove that it belongs to the process. Sends nothing.
+    """Connect to the endpoint, and prove that the endpoint belongs to the process. Sends nothing.
 
     Raises MonitorBusy, MonitorUnreachable, MonitorTimeout.
     """

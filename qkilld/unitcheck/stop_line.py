@@ -121,7 +121,8 @@ def _expanded(words: Iterable[str], environment: Mapping[str, str]) -> list[str]
 
 
 def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ...]:
-    """Classify a simple command that reads `text`. `depth` counts nested shells."""
+    """Classify a simple command. `text` is what it gets on standard input; "<" stands for a file
+    with unknown content. `depth` counts nested shells."""
     words = list(words)
     while words and _ASSIGNMENT.match(words[0]):
         words.pop(0)
@@ -260,8 +261,8 @@ def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
 
 
 def _is_negated(node: Node) -> bool:
-    """Return whether a command normally fails, because it has a `!` before it, or tests that
-    something, usually the guest, does not exist."""
+    """Return whether a command is expected to fail while the guest exists: either it has a `!`
+    before it, or it tests that something, usually the guest, does not exist, but not both."""
     negated = isinstance(node, Pipeline) and node.negated
     return negated != bool(_TESTS_ABSENCE.search(_text_of(node)))
 

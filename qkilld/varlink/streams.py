@@ -231,7 +231,7 @@ class JobStream:
             self._streams.steps.put(self._call.uid, self._step)
 
     def _step(self) -> bool:
-        """Encode or send a little; return whether more is due."""
+        """Encode or send a little; return whether `_step` should run again."""
         self._is_scheduled = False
         more = not self._is_closed and (self._encode_end() or self._send())
         self._is_scheduled |= more  # `_send` may have scheduled a later step.
@@ -245,7 +245,7 @@ class JobStream:
         return True
 
     def _send(self) -> bool:
-        """Send something if the socket has room; return whether more is due."""
+        """Send something if the socket has room; return whether `_step` should run again."""
         if self._call.blocked:
             if not self._is_waiting:
                 self._is_waiting = True
@@ -278,8 +278,8 @@ class JobStream:
         self._schedule()
 
     def _prepare(self, first: FirstReply) -> bool:
-        """Prepare a part of the first reply, and send the reply if it is complete. Return whether
-        more is due."""
+        """Prepare a part of the first reply, or send the reply if it is complete. Return whether
+        `_step` should run again."""
         if first.is_optional and not self._callbacks:
             self._first = None
         elif not self._is_opening and not self._ends:

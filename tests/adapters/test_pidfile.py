@@ -129,7 +129,7 @@ def test_the_process_it_was_written_for(tmp_path: Path, child: subprocess.Popen[
 def test_a_process_that_is_unreadable_for_a_moment(
     tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy host, a process that executes a program may be."""
+    """On a busy host, a process may be unreadable during execve(2)."""
     stat = procfs.read_stat(child.pid)
     (tmp_path / "pid").write_text(str(child.pid))
     (tmp_path / "pid").chmod(0o644)

@@ -1,4 +1,4 @@
-"""QEMUs that do not match Executables=, so that qkilld ignores them."""
+"""QEMUs that qkilld ignores, because they do not match Executables=."""
 
 from __future__ import annotations
 
