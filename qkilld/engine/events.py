@@ -109,7 +109,7 @@ def disks_flushed(job: ObservedJob) -> Event:
     what = {
         "complete": "were flushed",
         "failed": "could not all be flushed",
-        "partial": "were flushed in part, in a way that hides errors",
+        "partial": "were flushed in part, without reporting the errors of disks",
     }.get(report.outcome, "were not flushed before SIGTERM")
     why = f": {report.reason}" if report.reason else ""
     return _of_job(
