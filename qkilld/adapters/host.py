@@ -13,10 +13,10 @@ from qkilld.adapters import procfs
 from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.names import Key, NameReader, keys_of
-from qkilld.adapters.process import PidfdProcess, open_process
+from qkilld.adapters.process import PidfdProcess, open_process, open_unidentified
 from qkilld.debug_log import note_once
 from qkilld.model.errors import Failed
-from qkilld.model.guest import Identity, Label, Unidentified
+from qkilld.model.guest import Guest, Identity, Label, Unidentified
 
 _OWN_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _TIMEOUT_S: Final = 2.0
@@ -36,6 +36,9 @@ class LocalHost:
 
     def open(self, pid: int) -> PidfdProcess:
         return open_process(pid, self._proc)
+
+    def open_unidentified(self, pid: int) -> PidfdProcess:
+        return open_unidentified(Guest(Identity.unread(pid), Label()), self._proc)
 
     async def label(self, identity: Identity) -> Label:
         ((name, uuid, qmp, remote),) = await self._names.names([identity])

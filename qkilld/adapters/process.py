@@ -180,13 +180,13 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     show the executable, UnknownIdentity if the process blocks the reading, Failed for other errors,
     such as EMFILE.
     """
-    pidfd = _open_pidfd(pid)
+    process = open_unidentified(Guest(Identity.unread(pid), Label()), proc)
     try:
-        identity = _identify(pid, pidfd, proc)
+        process.identify()
     except BaseException:
-        os.close(pidfd)
+        process.close()
         raise
-    return PidfdProcess(pidfd, Guest(identity, Label()), proc)
+    return process
 
 
 def open_unidentified(guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:

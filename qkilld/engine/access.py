@@ -100,8 +100,11 @@ class Access:
         """
         if pid == 0:
             raise InvalidArgs("0 is not the id of a process")
-        process = await self.identified(lambda: self._host.open(pid), until)
+        # If the process cannot be identified at once, it remains open while this retries, so that
+        # another process that reuses the pid is not taken for it.
+        process = self._host.open_unidentified(pid)
         try:
+            await self.identified(process.identify, until)
             uid = await caller.uid()
             before = process.guest.identity
             free = is_free(uid, before)

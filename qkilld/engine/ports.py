@@ -99,6 +99,10 @@ class Host(Protocol):
     def open(self, pid: int) -> Process:
         """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
+    def open_unidentified(self, pid: int) -> Process:
+        """Open a process by pidfd. Until its `identify` succeeds, only its pid is known
+        (Identity.unread). Raises NoSuchProcess, Failed."""
+
     async def label(self, identity: Identity) -> Label:
         """Return the names of a guest. Takes at most a second; if reading them blocks, the guest's
         name is None."""

@@ -26,6 +26,12 @@ class Identity:
     exiting: bool = False
     """All threads of the process are exiting, so it has no executable any more."""
 
+    @classmethod
+    def unread(cls, pid: int) -> Identity:
+        """Return the identity of a process of which only the pid is known. It is no identity of a
+        QEMU process, and belongs to no user."""
+        return cls(pid, -1, -1, "", "", "", executable_deleted=False)
+
     @property
     def key(self) -> tuple[int, int]:
         """The pid and the start time. No other process since the boot has the same two values."""

@@ -50,44 +50,49 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     Raises Failed if the process cannot be opened, or if its start time is needed but unreadable.
     Raises UnknownIdentity if the process blocks the reading of its start time.
     """
+    return _open(pid, start_time, timeout_s=0)
+
+
+def open_named(pid: int, start_time: int | None = None) -> ProcessHandle:
+    """Open a process as `open_process` does. If the process blocks the reading of its start time,
+    retry for IDENTITY_TIMEOUT_S."""
+    return _open(pid, start_time, timeout_s=IDENTITY_TIMEOUT_S)
+
+
+def _open(pid: int, start_time: int | None, timeout_s: float) -> ProcessHandle:
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
     except (ProcessLookupError, OverflowError):
         raise _no_such_process(f"process {pid} is gone") from None
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
-    # The start time is None if the process is hidden or gone. The pidfd shows which of the two is
-    # the case.
     try:
-        process.start_time = blockable.shared.one(f"/proc/{pid}", _start_time)
-    except blockable.Unanswered as error:
+        process.start_time = _read_start_time(pid, time.monotonic() + timeout_s)
+        # The start time is None if the process is hidden or gone. The pidfd shows which of the two
+        # is the case.
+        if process.exited() or (
+            start_time is not None and process.start_time not in (None, start_time)
+        ):
+            raise _no_such_process(f"process {pid} is gone")
+        if start_time is not None and process.start_time is None:
+            raise _failed(f"cannot tell when process {pid} was started: /proc does not show it")
+    except BaseException:
         process.close()
-        from qkilld.model.errors import UnknownIdentity
-
-        raise UnknownIdentity.blocked(pid, error.strerror) from None
-    if process.exited() or (
-        start_time is not None and process.start_time not in (None, start_time)
-    ):
-        process.close()
-        raise _no_such_process(f"process {pid} is gone")
-    if start_time is not None and process.start_time is None:
-        process.close()
-        raise _failed(f"cannot tell when process {pid} was started: /proc does not show it")
+        raise
     return process
 
 
-def open_named(pid: int, start_time: int | None = None) -> ProcessHandle:
-    """Open a process as `open_process` does. If the process blocks the reading of its start time,
-    retry for IDENTITY_TIMEOUT_S."""
-    until = time.monotonic() + IDENTITY_TIMEOUT_S
+def _read_start_time(pid: int, until: float) -> int | None:
+    """Retry until that time (CLOCK_MONOTONIC, s) if the process blocks the reading; then raise
+    UnknownIdentity."""
     while True:
         try:
-            return open_process(pid, start_time)
-        except Exception as error:
-            from qkilld.model.errors import UnknownIdentity
+            return blockable.shared.one(f"/proc/{pid}", _start_time)
+        except blockable.Unanswered as error:
+            if time.monotonic() >= until:
+                from qkilld.model.errors import UnknownIdentity
 
-            if not isinstance(error, UnknownIdentity) or time.monotonic() > until:
-                raise
+                raise UnknownIdentity.blocked(pid, error.strerror) from None
         time.sleep(IDENTITY_RETRY_S)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -151,7 +152,10 @@ def test_qkilld_stop_finds_the_others(
         ProcessFinder(Options(pid=guest.pid), {}).named()
     threading.Timer(0.3, stuck.free).start()
     monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 30)
-    named = ProcessFinder(Options(pid=guest.pid), {}).named()
+    # Without a new pidfd, another process that reuses the pid cannot be taken for the guest.
+    with patch.object(os, "pidfd_open", wraps=os.pidfd_open) as opened:
+        named = ProcessFinder(Options(pid=guest.pid), {}).named()
+    opened.assert_called_once_with(guest.pid)
     assert named is not None and named.start_time == guest.start_time
     named.close()
 

@@ -21,6 +21,7 @@ from qkilld.model.block_state import (
     YankInstance,
 )
 from qkilld.model.constants import Flag
+from qkilld.model.errors import UnknownIdentity
 from qkilld.model.event import Event, MessageId
 from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label, Unit
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
@@ -89,10 +90,15 @@ class FakeProcess:
     """How the process has ended, in the form of wait(2)."""
     dead: bool = False
     closed: bool = False
+    unknown: int = 0
+    """How often `identify` raises UnknownIdentity."""
     sent: list[Signals] = field(default_factory=list)
     _callback: Callable[[], None] | None = None
 
     def identify(self) -> Identity:
+        if self.unknown:
+            self.unknown -= 1
+            raise UnknownIdentity.blocked(self.guest.identity.pid, "busy")
         return self.guest.identity
 
     def set_label(self, label: Label) -> None:

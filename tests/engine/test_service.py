@@ -49,21 +49,19 @@ class FakeHost:
         self.unit: Unit | None = Unit()
         self.unidentified: list[Unidentified] = []
         self.exiting = False
-        self.unknown = 0
-        """How often `open` raises UnknownIdentity."""
 
     def open(self, pid: int) -> Process:
         self.asked.append("open")
         if pid not in self.processes:
             raise NoSuchProcess(f"No process has the id {pid}")
         process = self.processes[pid]
-        if self.unknown:
-            self.unknown -= 1
-            raise UnknownIdentity.blocked(pid, "busy")
         if self.exiting:
             gone = replace(process.guest.identity, executable="", exiting=True)
             return FakeProcess(Guest(gone, process.guest.label))
         return process
+
+    def open_unidentified(self, pid: int) -> Process:
+        return self.open(pid)
 
     async def label(self, identity: Identity) -> Label:
         self.asked.append("label")
@@ -122,21 +120,24 @@ def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
     assert host.asked == ["open", "uid", "label"]
 
 
-def test_a_process_that_executes_a_program_on_a_busy_host_is_opened_again(
+def test_a_process_that_executes_a_program_on_a_busy_host_is_identified_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is opened once. Otherwise, another process that reuses the pid could be stopped."""
     monkeypatch.setattr(access, "_FIRST_PAUSE_S", 0.001)
-    service, host = make_service(world, FakeProcess())
-    host.unknown = 2
+    process = FakeProcess(unknown=2)
+    service, host = make_service(world, process)
     assert run(service.terminate(4711, 0, {}, ROOT)).running
-    service, host = make_service(world, FakeProcess())
-    host.unknown = 2
+    assert host.asked.count("open") == 1
+    process = FakeProcess(unknown=2)
+    service, host = make_service(world, process)
     assert len(run(service.terminate_all(0, {}, ROOT))) == 1
-    host.unknown = 2
+    process.unknown = 2
     assert len(run(service.terminate_each([(4711, 99)], 0, {}, ROOT))) == 1
+    assert host.asked.count("open") == 2
     # It is not tried forever, and many processes have one time limit together.
     monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 0.1)
-    host.unknown = 10**6
+    process.unknown = 10**6
     began = time.monotonic()
     with pytest.raises(UnknownIdentity):
         run(service.inspect(4711, ROOT))
@@ -392,8 +393,12 @@ def test_a_process_that_changes_while_it_is_looked_at(world: World, change: dict
     user."""
 
     class ChangingProcess(FakeProcess):
+        identified = False
+
         def identify(self) -> Identity:
-            self.guest = Guest(replace(self.guest.identity, **change), self.guest.label)
+            if self.identified:
+                self.guest = Guest(replace(self.guest.identity, **change), self.guest.label)
+            self.identified = True
             return self.guest.identity
 
     process = ChangingProcess()
