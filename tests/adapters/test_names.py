@@ -21,6 +21,7 @@ from qkilld.adapters.names import (
     Names,
     keys_of,
 )
+from qkilld.engine.long_replies import STEP_S
 from qkilld.model.guest import Identity
 
 
@@ -165,7 +166,7 @@ def test_many_guests_hide_no_others_and_do_not_block_the_loop(
             before = time.thread_time()
             await asyncio.sleep(0)
             steps.append(time.thread_time() - before)
-        assert max(steps) < sum(steps) / 2
+        assert len(steps) > 1 and max(steps) < 5 * STEP_S
 
     asyncio.run(ask())
 

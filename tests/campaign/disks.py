@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tests.campaign.noise import unshare_network
 from tests.campaign.spec import Change, Disk
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.bare import BLOCK, MIB, BareGuest, Layout
 from tests.lab.fuse import FuseStore, fuse_store
@@ -138,6 +139,13 @@ class RunDisk:
             guest.write_later(self.name, _IN_FLIGHT_AT, self.disk.in_flight)
         if self.disk.flush:
             guest.flush_later(self.name)
+
+    def wait_closed(self) -> None:
+        """Wait until the image is no longer locked. After the end of a QEMU that uses io_uring, the
+        kernel closes its files only when the last request has ended (io_ring_exit_work)."""
+        qemu_img = str(needs.program("qemu-img", "qemu-utils"))
+        info = [qemu_img, "info", "-f", self.disk.format, str(self.image)]
+        until(lambda: run(info), lambda done: done.returncode == 0)
 
     def lost(self) -> int:
         """Return how many records are missing in the image. No process may have the image open."""
