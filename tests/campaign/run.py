@@ -167,7 +167,8 @@ def run(
                 # A server has written the data of all requests that it has answered, so it can be
                 # killed.
                 disk.server.leave()
-            disk.wait_closed()
+            else:
+                disk.wait_closed()
         number = stop.job.rpartition("/")[2]
         traces = list(by.traces.glob(f"job{number}-pid{guest.pid}-*.jsonl"))
         return Outcome(
