@@ -259,15 +259,17 @@ def _denied_calls(allowed: bool, names: list[str]) -> tuple[str, ...]:
 
 
 def _commands(lines: Any) -> tuple[Command, ...]:
-    """Parse a(sasasttttuii): path, argv, flags of the prefixes, and details of the last run."""
+    """Parse a(sasasttttuii): path, argv, flags of the prefixes, four times of the last run, its
+    process, and its result."""
     return tuple(
         Command(
             path,
             tuple(arguments),
             "ignore-failure" in flags,
             tuple(flag for flag in flags if flag != "ignore-failure"),
+            pid,
         )
-        for path, arguments, flags, *_ in lines
+        for path, arguments, flags, _, _, _, _, pid, *_ in lines
     )
 
 

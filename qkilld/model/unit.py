@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Final
 
 from qkilld.model.constants import INFINITY
@@ -24,6 +25,8 @@ class Command:
     flags: tuple[str, ...] = ()
     """The other prefixes, by systemd's names: privileged (`+`), no-setuid (`!`), ambient (`!!`),
     no-env-expand (`:`)."""
+    pid: int = field(default=0, compare=False)
+    """The process of the last run; 0 if the command has not run since systemd was last reloaded."""
 
 
 @dataclass(frozen=True, slots=True)

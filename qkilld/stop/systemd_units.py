@@ -4,7 +4,6 @@ units of other guests."""
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -15,7 +14,7 @@ from qkilld.model.bus_address import SESSION_BUS, SYSTEM_BUS
 from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.policy import is_qemu
 from qkilld.model.text import MAX_TEXT, printable
-from qkilld.model.unit import UnitFacts, is_user_manager
+from qkilld.model.unit import Command, UnitFacts, is_user_manager
 from qkilld.stop.log import say
 from qkilld.stop.process import ProcessHandle
 
@@ -75,32 +74,38 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     return facts if facts is not None and being_stopped(facts) else None
 
 
-def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool:
-    """Return False if qkilld-stop will stop another guest of the unit in a later line of ExecStop=.
+def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool | None:
+    """Return False if a later line of ExecStop= will stop other guests of the unit. Return None if
+    that is unknown: a script runs qkilld-stop and may run it again, or systemd has been reloaded
+    and does not know which line is running.
 
     `options`: those of the line that runs now. `fails`: this line fails; systemd then runs a later
     line only if this line has the prefix `-`.
     """
+    if not options.names_one:
+        return True
+    after = tuple(each for name, each in facts.other_commands if name == "ExecStopPost=")
+    for commands in (facts.exec_stop, after):
+        for number, command in enumerate(commands, 1):
+            if command.pid and command.pid == facts.control_pid:
+                if _stops_of(command) != 1:
+                    return None
+                skipped = fails and not command.ignores_failure
+                return skipped or not any(map(_stops_of, commands[number:]))
+    return True if sum(map(_stops_of, (*facts.exec_stop, *after))) == 1 else None
+
+
+def _stops_of(command: Command) -> int:
+    """Return how often a line of ExecStop= is seen to run qkilld-stop for guests of its unit."""
     from qkilld.unitcheck.command import helper_options, is_helper
 
-    others = ("--unit", "--all", "--dry-run")
-    lines = [
-        (command, given)
-        for command in facts.exec_stop
-        if is_helper(command) and (given := helper_options(command)).keys().isdisjoint(others)
-    ]
-    if not options.names_one or len(lines) < 2:
-        return True
-    now = options.pid is not None, options.pidfile or ""
-    # systemd has expanded the variables in `options`, so expand those of the lines, too.
-    same = [
-        command
-        for command, given in lines
-        if ("--pid" in given, os.path.expandvars(given.get("--pidfile", ""))) == now
-    ]
-    if fails and not any(command.ignores_failure for command in same):
-        return True
-    return lines[-1][0] in same
+    if is_helper(command):
+        others = ("--unit", "--all", "--dry-run")
+        return int(helper_options(command).keys().isdisjoint(others))
+    from qkilld.unitcheck.stop_act import ActKind
+    from qkilld.unitcheck.stop_line import read_line
+
+    return sum(each.kind is ActKind.HELPER for each in read_line(command).acts)
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:

@@ -199,7 +199,12 @@ class Targets:
                 # skip the next line.
                 self._has_left_others = not self._options.names_one
                 ours = []
-        elif not is_last_line(facts, self._options, fails=fails):
+        elif not (is_last := is_last_line(facts, self._options, fails=fails)):
+            if is_last is None:
+                say(
+                    "another QEMU of the unit is not stopped, because a later call of qkilld-stop"
+                    " may be for it. Write a line of ExecStop= for each call"
+                )
             ours = []
         elif facts.kill_mode in ("process", "none") and (
             main_was_qemu or started_as_qemu(facts, self._executables)

@@ -578,6 +578,36 @@ def test_a_line_for_each_guest(system: Container, start_unit: StartUnit) -> None
     assert "another QEMU" not in said(system, unit)
 
 
+def test_lines_whose_pidfiles_are_missing(system: Container, start_unit: StartUnit) -> None:
+    """systemd expands an unknown variable to nothing. The last line stops the guests."""
+    unit = start_unit(
+        f"ExecStartPost={QEMU} -daemonize -name second",
+        f"ExecStop={HELPER} --pidfile ${{UNKNOWN}}/run/none-b.pid --reason last",
+        command=f"{QEMU} -name first",
+        helper=f"{HELPER} --pidfile ${{UNKNOWN}}/run/none-a.pid --reason former",
+    )
+    stop(system, unit)
+    entries = system.journal("-u", unit, f"MESSAGE_ID={MessageId.JOB_STARTED.value}")
+    reasons = [(entry["QKILLD_GUEST"], entry["QKILLD_REASON"]) for entry in entries]
+    assert sorted(reasons) == [("first", "last"), ("second", "last")]
+
+
+def test_a_script_with_a_call_for_each_guest(system: Container, start_unit: StartUnit) -> None:
+    names = ("one", "two")
+    script = [f"{HELPER} --pidfile /run/{name}.pid --reason {name}" for name in names]
+    system.write("/run/stop-them", "\n".join(script) + "\n")
+    unit = start_unit(
+        f"ExecStartPost={QEMU} -daemonize -name two -pidfile /run/two.pid",
+        command=f"{QEMU} -name one -pidfile /run/one.pid",
+        helper="/bin/bash /run/stop-them",
+    )
+    stop(system, unit)
+    entries = system.journal("-u", unit, f"MESSAGE_ID={MessageId.JOB_STARTED.value}")
+    reasons = [(entry["QKILLD_GUEST"], entry["QKILLD_REASON"]) for entry in entries]
+    assert reasons == [("one", "one"), ("two", "two")]
+    assert "a later call of qkilld-stop may be for it" in said(system, unit)
+
+
 def test_a_unit_that_stops_one_of_its_guests(system: Container, start_unit: StartUnit) -> None:
     """systemd has started the shell that runs qkilld-stop, but is not stopping the unit."""
     options = ["--pidfile /run/one.pid", "--pidfile /run/one.pid", '--pid ""']

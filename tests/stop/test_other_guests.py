@@ -1,0 +1,280 @@
+"""Which guests of a unit a line of ExecStop= stops besides the one that it names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from qkilld.adapters import procfs
+from qkilld.model.errors import InvalidArgs, NoSuchProcess
+from qkilld.model.guest import Unit
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.stop import run as stop_run
+from qkilld.stop import systemd_units
+from qkilld.stop.log import Log
+from qkilld.stop.notifier import Notifier
+from qkilld.stop.options import Options
+from qkilld.stop.run import StopRun
+from qkilld.stop.targets import Targets
+from qkilld.unitcheck.command import HELPER
+from tests.stop.fakes import FakeHandle, stop_of
+
+A: dict[str, Any] = {"pidfile": "a"}
+DAEMONIZED = Command("/usr/bin/qemu-system-x86_64", ("qemu-system-x86_64", "-daemonize"))
+
+
+def stopping(*lines: str, **settings: Any) -> UnitFacts:
+    """Return the unit of a QEMU with these lines of ExecStop=: arguments of qkilld-stop, or a path
+    and a command of a shell.
+
+    If a line begins with "- ", a failure is ignored. The line with "> " runs now, or the first one.
+    """
+    start = Command("/usr/bin/qemu-system-x86_64", ())
+    given: dict[str, Any] = {"type": "simple", "exec_start": (start,)}
+    running = next((n for n, line in enumerate(lines) if line.startswith("> ")), 0)
+    stops = []
+    for number, line in enumerate(lines):
+        text = line.removeprefix("> ").removeprefix("- ")
+        words = text.split(maxsplit=2 if " -c " in text else -1)
+        if not text.startswith("/"):
+            words.insert(0, HELPER)
+        pid = 101 + number if number <= running else 0
+        stops.append(Command(words[0], tuple(words), "- " in line[:4], pid=pid))
+    given |= {"exec_stop": tuple(stops), "control_pid": 101 + running}
+    return UnitFacts("web.service", **(given | settings))
+
+
+@pytest.mark.parametrize(
+    ("kill_mode", "options", "lines", "stopped", "code"),
+    [
+        ("control-group", {}, [""], True, 0),
+        # If this line fails, systemd does not run the next one.
+        ("control-group", A, ["--pidfile a", "--pidfile b"], True, 3),
+        ("control-group", A, ["- --pidfile a", "- --pidfile b"], False, 3),
+        ("mixed", {}, [""], True, 0),
+        ("process", {}, [""], False, 0),
+        ("none", {}, [""], False, 0),
+        ("", {}, [], False, 4),  # Unknown.
+        # With several lines, each has options of its own. The last one stops the rest.
+        ("control-group", A, ["--pidfile a"], True, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile b"], False, 0),
+        ("control-group", A, ["--pidfile b", "> --pidfile a"], True, 0),
+        ("control-group", A, ["--pidfile a", "--unit db", "--pidfile=b --dry-run"], True, 0),
+        # systemd may have expanded the pidfile in any way.
+        ("control-group", A, ["--pidfile b", "> --pidfile ${UNSET}a"], True, 0),
+        ("control-group", A, ["--pidfile ${UNSET}a", "--pidfile b"], False, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile b", "--pidfile a"], False, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile b", "> --pidfile a"], True, 0),
+        # A later line may run qkilld-stop through another program.
+        ("control-group", A, ["--pidfile a", "/bin/sh -c qkilld-stop --pidfile b || x"], False, 0),
+        ("control-group", A, ["--pidfile a", "/bin/timeout 9 qkilld-stop --pidfile b"], False, 0),
+        ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --unit b"], True, 0),
+        ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a || echo"], True, 0),
+        # So may the script that runs now.
+        ("control-group", A, ["/opt/stop"], False, 0),
+        ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a; qkilld-stop"], False, 0),
+        ("control-group", {"pid": 4}, ["--pid $MAINPID", "--pidfile b"], False, 0),
+        ("control-group", {"pid": 4}, ["--pid $MAINPID"], True, 0),
+        ("process", A, ["--pidfile a"], False, 0),
+        ("", A, [], False, 0),
+    ],
+)
+def test_another_guest_of_the_unit_that_may_have_to_stay(
+    monkeypatch: pytest.MonkeyPatch,
+    kill_mode: str,
+    options: dict[str, Any],
+    lines: list[str],
+    stopped: bool,
+    code: int,
+) -> None:
+    monkeypatch.setenv("MAINPID", "4")
+    monkeypatch.setenv("NAME", "a")
+    run = StopRun(Options(**options), Notifier(""), Log())
+    run._by_systemd = True
+    processes = FakeHandle(4), FakeHandle(5)
+    run._stops.append(stop_of(processes[0]))
+    run._stops[0].code = 3 if code == 3 else 0
+    run.targets.finder.stops_unit = True
+    monkeypatch.setattr(stop_run, "has_others", lambda pids: True)
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [processes[1]])
+    facts = stopping(*lines, kill_mode=kill_mode) if kill_mode else None
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    monkeypatch.setattr(run, "_start", Mock())
+    assert run._stop_others() is stopped
+    assert len(run._stops) == 1 + stopped
+    for stop in run._stops[1:]:
+        stop.code = 0
+    assert run.code == code
+    assert (processes[1].pidfd == -1) is not stopped
+    for process in processes:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_last"),
+    [
+        (["--pidfile a"], True),
+        (["--pidfile a", "--pidfile b"], None),
+        (["--pidfile a", "/bin/logger x"], True),
+        (["/opt/stop"], None),
+    ],
+)
+def test_a_line_that_systemd_forgot_in_a_reload(lines: list[str], is_last: bool | None) -> None:
+    facts = stopping(*lines, control_pid=999)
+    assert systemd_units.is_last_line(facts, Options(**A)) is is_last
+    assert systemd_units.is_last_line(facts, Options()) is True
+
+
+def test_a_line_of_exec_stop_post() -> None:
+    lines = [
+        ("ExecStopPost=", Command(HELPER, (HELPER, "--pidfile", name), pid=pid))
+        for name, pid in (("a", 999), ("b", 0))
+    ]
+    facts = stopping("--pidfile a", "--pidfile b", control_pid=999)
+    for given, is_last in ((lines, False), (lines[:1], True)):
+        facts = replace(facts, other_commands=tuple(given))
+        assert systemd_units.is_last_line(facts, Options(**A)) is is_last
+
+
+@pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start", "gone by name"])
+@pytest.mark.parametrize(
+    ("settings", "lines", "left"),
+    [
+        ({}, ["--pidfile a"], {4, 5}),
+        # They are meant to outlive their unit.
+        ({"kill_mode": "process"}, ["--pidfile a"], {4}),
+        ({"kill_mode": "none"}, ["--pidfile a"], {4}),
+        ({"kill_mode": "process", "type": "oneshot"}, ["--pidfile a"], {4, 5}),
+        ({"kill_mode": "process", "exec_start": (DAEMONIZED,)}, ["--pidfile a"], {4, 5}),
+        ({"kill_mode": "process", "exec_start": (Command("/bin/sh", ()),)}, [""], {4, 5}),
+        # The next line stops them.
+        ({}, ["--pidfile a", "--pidfile b"], set()),
+        ({}, ["--pid $MAINPID", "--pidfile b"], set()),
+        (None, [], {4, 5}),
+    ],
+)
+def test_the_others_of_a_main_process_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+    main: str,
+    settings: dict[str, Any] | None,
+    lines: list[str],
+    left: set[int],
+) -> None:
+    """It was a shell that ran them, or a QEMU beside which they run."""
+    options = {"pidfile": A, "gone by name": {"pid": 0}}.get(main, {})
+    named_by = {"--pidfile": "pidfile", "--pid": "gone by name"}
+    if len(lines) == 2 and named_by[lines[0].split()[0]] != main:
+        return  # It is not the line that runs now.
+    targets = Targets(Options(**options))
+    others = [FakeHandle(4), FakeHandle(5)]
+    named = Mock(side_effect=NoSuchProcess("gone"), return_value=None)
+    if main.startswith("gone"):
+        named.side_effect = None
+    monkeypatch.setattr(targets.finder, "named", named)
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
+    targets.finder.stops_unit = True
+    monkeypatch.setenv("EXIT_CODE", "exited")
+    facts = None if settings is None else stopping(*lines, main_pid=4, **settings)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    if left:
+        assert {process.pid for process in targets.choose()} == left
+    else:
+        with pytest.raises(NoSuchProcess):
+            targets.choose()
+    for process in others:
+        assert (process.pidfd >= 0) is (process.pid in left)
+        process.close()
+
+
+def test_the_others_if_systemd_cannot_be_asked_for_any_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets, process = Targets(Options()), FakeHandle(4)
+    targets.finder.stops_unit = True
+    monkeypatch.setattr(targets.finder, "named", Mock(side_effect=NoSuchProcess("gone")))
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [process])
+    monkeypatch.setattr(systemd_units, "on_bus", Mock(side_effect=OSError("no more files")))
+    assert targets.choose() == [process]
+    process.close()
+
+
+@pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])
+def test_a_substitute_that_begins_after_the_units_were_read(
+    monkeypatch: pytest.MonkeyPatch, inside: bool, forced: bool
+) -> None:
+    """The main process was a shell, so the settings for the QEMU that it ran have not been read."""
+    run = StopRun(Options(), Notifier(""), Log())
+    process = FakeHandle(4)
+    monkeypatch.setattr(run, "_start", Mock())
+    run._is_unit_settled = True
+    run.begin([process])
+    assert not run._is_unit_settled
+    own = Unit("web.service")
+    run.targets.finder.unit = own
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: own if inside else Unit("db.service"))
+    facts = UnitFacts(
+        "web.service",
+        main_pid=3,
+        control_pid=os.getpid(),
+        timeout_stop=90_000_000,
+        notify_access="exec",
+    )
+    run._facts_known(facts, {3: facts})
+    assert run._stops[0].forced is forced
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "kill_mode", "code", "left"),
+    [
+        ("/opt/my/qemu-kvm", "mixed", 5, False),
+        ("/opt/my/qemu-kvm", "process", 5, True),
+        ("/opt/run-qemu", "process", 0, False),
+    ],
+)
+def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    kill_mode: str,
+    code: int,
+    left: bool,
+) -> None:
+    """It is no shell that runs the other guest of the unit, so it still runs when that is gone."""
+    monkeypatch.setenv("MAINPID", "4")
+    facts = stopping("", kill_mode=kill_mode, main_pid=4)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    run, main, other = StopRun(Options(), Notifier(""), Log()), FakeHandle(4), FakeHandle(5)
+    run._stops.append(stop_of(main))
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
+    monkeypatch.setattr(run, "_start", Mock())
+    monkeypatch.setattr(procfs, "read_executable", lambda pid: (name, False))
+    run._stop_substitutes(run._stops[0], "Process 4 is not a QEMU")
+    assert [stop.code for stop in run._stops] == ([code] if left else [code, None])
+    assert (other.pidfd == -1) is left
+    assert ("is left to systemd" in capsys.readouterr().err) is bool(code)
+    main.close()
+    other.close()
+
+
+@pytest.mark.parametrize("lines", [["--pidfile a"], ["--pidfile a", "--pidfile b"]])
+def test_an_unusable_pidfile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str]
+) -> None:
+    """Otherwise systemd would end the guests of the unit with SIGTERM and SIGKILL."""
+    targets, process = Targets(Options(**A)), FakeHandle(4)
+    monkeypatch.setattr(targets.finder, "named", Mock(side_effect=InvalidArgs("a is no pidfile")))
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [process])
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
+    with pytest.raises(InvalidArgs):
+        targets.choose()  # Not started by systemd.
+    targets.finder.stops_unit = True
+    # systemd would run no later line, because this one would fail.
+    assert targets.choose() == [process]
+    said = capsys.readouterr().err
+    assert "a is no pidfile. Therefore, every QEMU of the unit is stopped" in said
+    process.close()
