@@ -46,6 +46,12 @@ class Options:
         self.json = json
         self.debug = debug
 
+    def forget_limits(self) -> None:
+        """Stop the next guests as configured, because these options are for the guest that
+        they name."""
+        self.force = self.powerdown = None
+        self.spans = {}
+
     @property
     def names_one(self) -> bool:
         """Whether an option names a single process."""

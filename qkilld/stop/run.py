@@ -127,8 +127,12 @@ class StopRun:
                 return False
             time.sleep(0.05)
         if not shelled or self._options.names_one:
-            fails = any(stop.code for stop in self._stops)
-            others = self.targets.left_to_us(others, main_was_qemu=not shelled, fails=fails)
+            others = self.targets.left_to_us(
+                others,
+                main_was_qemu=not shelled,
+                named_is_gone=self._options.names_one and len(self._stops) == 1,
+                fails=any(stop.code for stop in self._stops),
+            )
         if others:
             say("another QEMU runs in the unit: stopping it too")
         self.begin(others)
@@ -367,10 +371,7 @@ class StopRun:
 
         log_setup.silence()
         self._log.open()
-        reason = self._options.reason
-        if reason is None:
-            reason = self.targets.reason
-        return LocalStopper(self._options, self, self._log, reason=reason)
+        return LocalStopper(self._options, self, self._log, reason=self.targets.reason)
 
     # ---- stopper.StopListener ----
 
@@ -453,7 +454,8 @@ class StopRun:
 
     def _handle_exit(self, stop: GuestStop) -> None:
         """Handle a process that is gone or exiting, and so no longer reacts to signals."""
-        others = self.targets.left_to_us(self._substitutes())
+        named = self._options.pidfile is not None
+        others = self.targets.left_to_us(self._substitutes(), named_is_gone=named)
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.
             del self._stopper_of[stop]
@@ -532,15 +534,13 @@ class StopRun:
             # Skip the imports below, which take 12 ms and would delay the daemon's first reply.
             self._notifier.status(NO_STATE)
             return
-        try:
+        from qkilld.debug_log import ignore
+
+        with ignore("sending a status to systemd", Exception):
             from qkilld.model.varlink_state import status_of
             from qkilld.stop.status_line import status_line
 
             self._notifier.status(status_line([status_of(state) for state in states], now))
-        except Exception as error:
-            from qkilld.debug_log import note
-
-            note("sending a status to systemd", error)
 
     # ---- ending ----
 

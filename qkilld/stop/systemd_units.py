@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from qkilld.debug_log import ignore, note
@@ -74,25 +75,33 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     return facts if facts is not None and being_stopped(facts) else None
 
 
-def is_last_line(facts: UnitFacts, options: Options, *, fails: bool = False) -> bool | None:
-    """Return False if a later line of ExecStop= will stop other guests of the unit. Return None if
-    that is unknown: a script runs qkilld-stop and may run it again, or systemd has been reloaded
-    and does not know which line is running.
+class LaterLines(Enum):
+    """Whether a later line of ExecStop= will stop other guests of the unit."""
 
-    `options`: those of the line that runs now. `fails`: this line fails; systemd then runs a later
-    line only if this line has the prefix `-`.
-    """
+    NONE = 0
+    UNLESS_FAILED = 1
+    """If this line fails, systemd runs no later line."""
+    ALWAYS = 2
+    UNKNOWN = 3
+    """A script runs qkilld-stop and may run it again, or systemd has been reloaded and does not
+    know which line is running."""
+
+
+def later_lines(facts: UnitFacts, options: Options) -> LaterLines:
+    """`options`: those of the line that runs now."""
     if not options.names_one:
-        return True
+        return LaterLines.NONE
     after = tuple(each for name, each in facts.other_commands if name == "ExecStopPost=")
     for commands in (facts.exec_stop, after):
         for number, command in enumerate(commands, 1):
             if command.pid and command.pid == facts.control_pid:
                 if _stops_of(command) != 1:
-                    return None
-                skipped = fails and not command.ignores_failure
-                return skipped or not any(map(_stops_of, commands[number:]))
-    return True if sum(map(_stops_of, (*facts.exec_stop, *after))) == 1 else None
+                    return LaterLines.UNKNOWN
+                if not any(map(_stops_of, commands[number:])):
+                    return LaterLines.NONE
+                return LaterLines.ALWAYS if command.ignores_failure else LaterLines.UNLESS_FAILED
+    is_only_line = sum(map(_stops_of, (*facts.exec_stop, *after))) == 1
+    return LaterLines.NONE if is_only_line else LaterLines.UNKNOWN
 
 
 def _stops_of(command: Command) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from qkilld.adapters import open_files, procfs
 from qkilld.debug_log import ignore, note
@@ -17,6 +18,9 @@ from qkilld.stop.finder import OutsideGuest, ProcessFinder
 from qkilld.stop.log import say
 from qkilld.stop.options import Options
 from qkilld.stop.process import ProcessHandle, check_pid_namespace
+
+if TYPE_CHECKING:
+    from qkilld.model.unit import UnitFacts
 
 OUTSIDE_TIMEOUT_S = 2.0
 
@@ -40,8 +44,10 @@ class Targets:
         self.finder = ProcessFinder(options, os.environ)
         self._options = options
         self._config: Config | None = None
-        self._has_left_others = False
-        """Whether other guests of our own unit were left running, because KillMode= is unknown."""
+        self._failures: list[int] = []
+        """An exit code for each reason why a guest may still run although it should not."""
+        self._left_to_line = False
+        """Whether all other guests of our own unit were left to a later line of ExecStop=."""
         self._said = ""
         """The reason, already printed, why the last search for substitutes failed."""
 
@@ -53,7 +59,9 @@ class Targets:
 
     @property
     def reason(self) -> str:
-        """The reason to record if the command line gives none."""
+        """The reason to record: the one of the command line, if any."""
+        if self._options.reason is not None:
+            return self._options.reason
         if not self.finder.by_systemd:
             return "qkilld-stop"
         unit = self.finder.unit
@@ -90,16 +98,26 @@ class Targets:
             return others
         except QkilldError as error:
             # The pidfile is unusable, but systemd is about to stop the guests of the unit anyway.
-            others = self.left_to_us(self.substitutes(()), fails=True)
-            if not others:
+            others = self.substitutes(())
+            ours = self.left_to_us(others)
+            if self._left_to_line:
+                say(f"{error}. A later line of ExecStop= stops every QEMU of the unit")
+                raise NoSuchProcess("the pidfile is of no use") from None
+            if not ours:
                 raise
-            say(f"{error}. Therefore, every QEMU of the unit is stopped")
-            return others
+            if len(ours) == len(others):
+                say(f"{error}. Therefore, every QEMU of the unit is stopped")
+            else:  # The guest with this pidfile may be one of those that are meant to stay.
+                say(f"{error}. Only the main process of the unit is stopped")
+                self._failures.append(error.exit_code)
+            return ours
         if self._options.all_guests:
             return self._unattended()
         if processes := self.finder.in_unit(self._executables):
-            # If systemd reports an exit code, the unit had a main process.
-            if self.finder.in_own_unit and "EXIT_CODE" in os.environ:
+            # If systemd reports an exit code, the unit had a main process. `--pid $MAINPID` leaves
+            # the guests of later lines, even if there never was one.
+            had_main = "EXIT_CODE" in os.environ or self._options.names_one
+            if self.finder.in_own_unit and had_main:
                 processes = self.left_to_us(processes)
             if not processes:
                 raise NoSuchProcess("the main process is gone")
@@ -159,16 +177,20 @@ class Targets:
         """
         if self.finder.unidentified:
             self.finder.read_unidentified_again(self._executables)
-        if self.finder.unidentified:
-            say(str(self.finder.unknown_identity()))
-        unidentified = [int(ExitCode.FAILURE)] if self.finder.unidentified else []
-        return unidentified + ([int(ExitCode.SURVIVED)] if self._has_left_others else [])
+        if not self.finder.unidentified:
+            return self._failures
+        say(str(self.finder.unknown_identity()))
+        # A later line searches again, and systemd would not run it after a failure.
+        if self._runs_before_another_line():
+            return self._failures
+        return [*self._failures, ExitCode.FAILURE]
 
     def left_to_us(
         self,
         others: Sequence[ProcessHandle],
         *,
         main_was_qemu: bool = False,
+        named_is_gone: bool = False,
         fails: bool = False,
     ) -> list[ProcessHandle]:
         """Of these QEMU processes of our own unit, return those that are ours to stop, and close
@@ -179,41 +201,70 @@ class Targets:
         process, the others are left to a later line of ExecStop=, if there is one.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
-        `fails`: this line of ExecStop= fails; see is_last_line().
+        `named_is_gone`: the guest that an option names has been stopped. `fails`: this line of
+        ExecStop= fails.
         """
+        self._left_to_line = False
         if not others:
             return []
-        from qkilld.stop.systemd_units import is_last_line, on_bus, own_facts, started_as_qemu
+        from qkilld.stop.systemd_units import LaterLines, later_lines, started_as_qemu
 
-        facts = None
-        with ignore("asking systemd for the settings of this unit", Exception):
-            facts = on_bus(own_facts, user=self.user)
+        facts = self._own_facts()
         ours = list(others)
         if facts is None:
-            if main_was_qemu:
+            if main_was_qemu or named_is_gone:
                 say(
                     "another QEMU of the unit is not stopped, because KillMode= cannot be read."
                     " Write + before the path in ExecStop="
                 )
                 # If an option names a process, do not fail, because after a failure, systemd would
                 # skip the next line.
-                self._has_left_others = not self._options.names_one
+                if not self._options.names_one:
+                    self._failures.append(ExitCode.SURVIVED)
                 ours = []
-        elif not (is_last := is_last_line(facts, self._options, fails=fails)):
-            if is_last is None:
-                say(
-                    "another QEMU of the unit is not stopped, because a later call of qkilld-stop"
-                    " may be for it. Write a line of ExecStop= for each call"
-                )
-            ours = []
-        elif facts.kill_mode in ("process", "none") and (
-            main_was_qemu or started_as_qemu(facts, self._executables)
-        ):
-            ours = [other for other in others if other.pid == facts.main_pid]
+            elif self._options.pidfile is not None:
+                self._options.forget_limits()
+        else:
+            if facts.kill_mode in ("process", "none") and (
+                main_was_qemu or started_as_qemu(facts, self._executables)
+            ):
+                ours = [other for other in others if other.pid == facts.main_pid]
+            later = later_lines(facts, self._options)
+            runs = later is LaterLines.ALWAYS or (later is LaterLines.UNLESS_FAILED and not fails)
+            if not ours or later is LaterLines.NONE:
+                pass
+            elif runs or (later is LaterLines.UNKNOWN and named_is_gone):
+                self._left_to_line = runs and len(ours) == len(others)
+                if not runs:
+                    say(
+                        "another QEMU of the unit is not stopped, because a later call of"
+                        " qkilld-stop may be for it. Write a line of ExecStop= for each call"
+                    )
+                ours = []
+            elif fails or self._options.pidfile is not None:
+                self._options.forget_limits()
         for other in others:
             if other not in ours:
                 other.close()
         return ours
+
+    def _own_facts(self) -> UnitFacts | None:
+        from qkilld.stop.systemd_units import on_bus, own_facts
+
+        with ignore("asking systemd for the settings of this unit", Exception):
+            return on_bus(own_facts, user=self.user)
+        return None
+
+    def _runs_before_another_line(self) -> bool:
+        """Return whether a later line of ExecStop= is known to stop other guests of our own unit.
+        Asks systemd."""
+        if not (self.finder.in_own_unit and self._options.names_one):
+            return False
+        from qkilld.stop.systemd_units import LaterLines, later_lines
+
+        facts = self._own_facts()
+        known = LaterLines.UNLESS_FAILED, LaterLines.ALWAYS
+        return facts is not None and later_lines(facts, self._options) in known
 
     def is_in_own_unit(self, pid: int) -> bool:
         """Return False if that is unknown."""
@@ -254,7 +305,12 @@ class Targets:
                 is_main = str(pid) == os.environ.get("MAINPID")
                 others = self.left_to_us(others, main_was_qemu=is_main, fails=True)
                 return ExitCode.NOT_QEMU, others
-            return ExitCode.OK, others
+            if self._options.names_one:
+                others = self.left_to_us(others)
+            if others or self._left_to_line:
+                return ExitCode.OK, others
+            say(message)
+            return ExitCode.NOT_QEMU, []
         unknown = self.finder.unidentified or self.finder.denied
         own = self.finder.in_own_unit and not unknown
         say(f"{message}{', and its unit has no other QEMU' if own else ''}")

@@ -19,6 +19,7 @@ from qkilld.stop.log import Log
 from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
 from qkilld.stop.run import StopRun
+from qkilld.stop.systemd_units import LaterLines
 from qkilld.stop.targets import Targets
 from qkilld.unitcheck.command import HELPER
 from tests.stop.fakes import FakeHandle, stop_of
@@ -115,18 +116,18 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
 
 
 @pytest.mark.parametrize(
-    ("lines", "is_last"),
+    ("lines", "later"),
     [
-        (["--pidfile a"], True),
-        (["--pidfile a", "--pidfile b"], None),
-        (["--pidfile a", "/bin/logger x"], True),
-        (["/opt/stop"], None),
+        (["--pidfile a"], LaterLines.NONE),
+        (["--pidfile a", "--pidfile b"], LaterLines.UNKNOWN),
+        (["--pidfile a", "/bin/logger x"], LaterLines.NONE),
+        (["/opt/stop"], LaterLines.UNKNOWN),
     ],
 )
-def test_a_line_that_systemd_forgot_in_a_reload(lines: list[str], is_last: bool | None) -> None:
+def test_a_line_that_systemd_forgot_in_a_reload(lines: list[str], later: LaterLines) -> None:
     facts = stopping(*lines, control_pid=999)
-    assert systemd_units.is_last_line(facts, Options(**A)) is is_last
-    assert systemd_units.is_last_line(facts, Options()) is True
+    assert systemd_units.later_lines(facts, Options(**A)) is later
+    assert systemd_units.later_lines(facts, Options()) is LaterLines.NONE
 
 
 def test_a_line_of_exec_stop_post() -> None:
@@ -135,9 +136,64 @@ def test_a_line_of_exec_stop_post() -> None:
         for name, pid in (("a", 999), ("b", 0))
     ]
     facts = stopping("--pidfile a", "--pidfile b", control_pid=999)
-    for given, is_last in ((lines, False), (lines[:1], True)):
+    for given, later in ((lines, LaterLines.UNLESS_FAILED), (lines[:1], LaterLines.NONE)):
         facts = replace(facts, other_commands=tuple(given))
-        assert systemd_units.is_last_line(facts, Options(**A)) is is_last
+        assert systemd_units.later_lines(facts, Options(**A)) is later
+
+
+@pytest.mark.parametrize(
+    ("lines", "stopped"), [(["--pidfile a", "--pidfile b"], True), (["--pidfile a"], True)]
+)
+def test_a_line_that_fails_does_not_pass_on_its_limits(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], stopped: bool
+) -> None:
+    """The other guest has a line of its own, which systemd will not run."""
+    options = Options(**A, force=True, powerdown=False, spans={"max": 1})
+    targets, other = Targets(options), FakeHandle(5)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
+    assert targets.left_to_us([other], fails=True) == [other]
+    given = (options.force, options.powerdown, options.spans)
+    assert given == ((None, None, {}) if len(lines) == 2 else (True, False, {"max": 1}))
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [(A, [4]), (A, [4, 6]), ({}, [4]), ({"pid": 4}, [4])]
+)
+def test_a_guest_beside_the_main_process_if_systemd_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], named: list[int]
+) -> None:
+    """The line is for a guest beside the main process, which systemd stops. But if the named
+    process was a shell, there are several stops, and the guests belong to that shell."""
+    monkeypatch.setenv("MAINPID", "9")
+    monkeypatch.setattr(stop_run, "RESTART_S", 0)
+    run = StopRun(Options(**options), Notifier(""), Log())
+    run._by_systemd = run.targets.finder.stops_unit = True
+    other = FakeHandle(5)
+    run._stops += [stop_of(FakeHandle(pid)) for pid in named]
+    for stop in run._stops:
+        stop.code = 0
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: None)
+    monkeypatch.setattr(run, "_start", Mock())
+    assert run._stop_others() is (not options or len(named) == 2)
+    for stop in run._stops:
+        stop.process.close()
+    other.close()
+
+
+def test_a_guest_that_cannot_be_identified_before_the_line_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a failure, systemd would not run that line."""
+    targets = Targets(Options(**A))
+    targets.finder.stops_unit = True
+    monkeypatch.setattr(targets.finder, "read_unidentified_again", lambda globs: None)
+    targets.finder.unidentified = [6]
+    for lines, codes in ((("--pidfile a", "--pidfile b"), []), (("--pidfile a",), [1])):
+        facts = stopping(*lines)
+        monkeypatch.setattr(systemd_units, "on_bus", lambda what, user, facts=facts: facts)
+        assert targets.codes() == codes
 
 
 @pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start", "gone by name"])
@@ -177,7 +233,8 @@ def test_the_others_of_a_main_process_that_is_gone(
     monkeypatch.setattr(targets.finder, "named", named)
     monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
     targets.finder.stops_unit = True
-    monkeypatch.setenv("EXIT_CODE", "exited")
+    if main != "gone by name":  # Or systemd never knew the main process (Type=forking).
+        monkeypatch.setenv("EXIT_CODE", "exited")
     facts = None if settings is None else stopping(*lines, main_pid=4, **settings)
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
     if left:
@@ -229,11 +286,13 @@ def test_a_substitute_that_begins_after_the_units_were_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "kill_mode", "code", "left"),
+    ("name", "kill_mode", "options", "code", "left"),
     [
-        ("/opt/my/qemu-kvm", "mixed", 5, False),
-        ("/opt/my/qemu-kvm", "process", 5, True),
-        ("/opt/run-qemu", "process", 0, False),
+        ("/opt/my/qemu-kvm", "mixed", {}, 5, False),
+        ("/opt/my/qemu-kvm", "process", {}, 5, True),
+        ("/opt/run-qemu", "process", {}, 0, False),
+        # The next line names the other guest.
+        ("/opt/run-qemu", "mixed", {"pid": 4}, 0, True),
     ],
 )
 def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
@@ -241,14 +300,18 @@ def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
     capsys: pytest.CaptureFixture[str],
     name: str,
     kill_mode: str,
+    options: dict[str, Any],
     code: int,
     left: bool,
 ) -> None:
     """It is no shell that runs the other guest of the unit, so it still runs when that is gone."""
     monkeypatch.setenv("MAINPID", "4")
-    facts = stopping("", kill_mode=kill_mode, main_pid=4)
+    lines = ["--pid $MAINPID", "--pidfile b"] if options else [""]
+    facts = stopping(*lines, kill_mode=kill_mode, main_pid=4)
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
-    run, main, other = StopRun(Options(), Notifier(""), Log()), FakeHandle(4), FakeHandle(5)
+    run, main = StopRun(Options(**options), Notifier(""), Log()), FakeHandle(4)
+    other = FakeHandle(5)
+    run.targets.finder.stops_unit = True
     run._stops.append(stop_of(main))
     monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
     monkeypatch.setattr(run, "_start", Mock())
@@ -261,20 +324,45 @@ def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
     other.close()
 
 
-@pytest.mark.parametrize("lines", [["--pidfile a"], ["--pidfile a", "--pidfile b"]])
+@pytest.mark.parametrize(
+    ("kill_mode", "lines", "left", "code"),
+    [
+        ("mixed", ["--pidfile a"], {4, 5}, 0),
+        # The last line stops every guest, and systemd runs that line only if this one succeeds.
+        ("mixed", ["--pidfile a", "--pidfile b"], set(), 0),
+        # The guest with this pidfile may be the one that stays.
+        ("process", ["--pidfile a"], {4}, 2),
+        ("process", ["--pidfile a", "--pid $MAINPID"], set(), 2),
+        # A script may have other calls with other limits.
+        ("mixed", ["/opt/stop"], {4, 5}, 0),
+    ],
+)
 def test_an_unusable_pidfile(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kill_mode: str,
+    lines: list[str],
+    left: set[int],
+    code: int,
 ) -> None:
     """Otherwise systemd would end the guests of the unit with SIGTERM and SIGKILL."""
-    targets, process = Targets(Options(**A)), FakeHandle(4)
+    options = Options(**A, force=True, spans={"max": 1})
+    targets, processes = Targets(options), [FakeHandle(4), FakeHandle(5)]
     monkeypatch.setattr(targets.finder, "named", Mock(side_effect=InvalidArgs("a is no pidfile")))
-    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [process])
-    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(processes))
+    facts = stopping(*lines, kill_mode=kill_mode, main_pid=4)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
     with pytest.raises(InvalidArgs):
         targets.choose()  # Not started by systemd.
     targets.finder.stops_unit = True
-    # systemd would run no later line, because this one would fail.
-    assert targets.choose() == [process]
-    said = capsys.readouterr().err
-    assert "a is no pidfile. Therefore, every QEMU of the unit is stopped" in said
-    process.close()
+    if left:
+        assert {process.pid for process in targets.choose()} == left
+        assert targets.codes() == ([code] if code else [])
+        assert "a is no pidfile" in capsys.readouterr().err
+        assert bool(options.force) is (lines != ["/opt/stop"])
+    else:
+        with pytest.raises(InvalidArgs if code else NoSuchProcess):
+            targets.choose()
+        assert ("a is no pidfile. A later line" in capsys.readouterr().err) is (code == 0)
+    for process in processes:
+        process.close()

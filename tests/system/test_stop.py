@@ -578,8 +578,14 @@ def test_a_line_for_each_guest(system: Container, start_unit: StartUnit) -> None
     assert "another QEMU" not in said(system, unit)
 
 
-def test_lines_whose_pidfiles_are_missing(system: Container, start_unit: StartUnit) -> None:
-    """systemd expands an unknown variable to nothing. The last line stops the guests."""
+@pytest.mark.parametrize("content", [None, "no number"])
+def test_lines_whose_pidfiles_are_of_no_use(
+    system: Container, start_unit: StartUnit, content: str | None
+) -> None:
+    """The last line stops the guests. systemd expands an unknown variable to nothing."""
+    if content is not None:
+        system.write("/run/none-a.pid", content)
+        system.write("/run/none-b.pid", content)
     unit = start_unit(
         f"ExecStartPost={QEMU} -daemonize -name second",
         f"ExecStop={HELPER} --pidfile ${{UNKNOWN}}/run/none-b.pid --reason last",
