@@ -164,14 +164,14 @@ class DaemonStopper:
         options: Options,
         listener: StopListener,
         *,
-        by_systemd: bool,
+        stops_unit: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`by_systemd`: whether this is the ExecStop= process of a unit."""
+        """`stops_unit`: see process.stops_unit()."""
         self._path = path
         self._options = options
         self._listener = listener
-        self._by_systemd = by_systemd
+        self._stops_unit = stops_unit
         self._clock = clock
         self._calls: list[_PendingCall] = []
         self._check: tuple[DaemonCall, float] | None = None
@@ -198,7 +198,7 @@ class DaemonStopper:
     def _start(self, stops: Sequence[GuestStop]) -> None:
         first = stops[0]
         order: dict[str, Any] = self._order(first)
-        if self._by_systemd:
+        if self._stops_unit:
             order["byUnit"] = True
             order["forceAsUnit"] = self._options.force is None
         if len(stops) == 1:
@@ -232,7 +232,7 @@ class DaemonStopper:
         options |= stop.options
         if self._options.reason is not None:
             options["reason"] = self._options.reason
-        elif not self._by_systemd:
+        elif not self._stops_unit:
             options["reason"] = "qkilld-stop"
         return {"flags": stop.flags, "options": options}
 

@@ -17,7 +17,6 @@ from qkilld.stop import process as stop_process
 from qkilld.stop.options import Options
 from qkilld.stop.process import (
     ProcessHandle,
-    by_systemd,
     open_main_process,
     open_named,
     open_process,
@@ -48,7 +47,6 @@ class ProcessFinder:
         self._main_pid = environment.get("MAINPID", "")
         self.unit = procfs.read_unit(os.getpid())
         """The unit in which this program runs; None if unreadable."""
-        self.by_systemd = by_systemd(environment)
         self.stops_unit = stops_unit(environment)
         self.unidentified: list[int] = []
         """The processes that may be guests to stop, but that the last search could not identify."""
@@ -82,7 +80,7 @@ class ProcessFinder:
             return open_named(self._options.pid)
         if self._options.pidfile is not None:
             return _of_pidfile(self._options.pidfile)
-        if not self._main_pid and self.by_systemd:
+        if not self._main_pid and self.stops_unit:
             return None
         if not self._main_pid:
             raise InvalidArgs(

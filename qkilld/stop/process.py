@@ -162,23 +162,16 @@ def has_others(pids: Collection[int], proc: str = "/proc", sys: str = "/sys/fs/c
     return True
 
 
-def by_systemd(environment: Mapping[str, str]) -> bool:
-    """Return whether a systemd manager started this program, directly or through a shell.
-
-    It is not enough to run in a unit, because a user's interactive shell runs in a unit, too.
-    Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
-    """
-    return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
-
-
 def stops_unit(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program to stop our own unit (ExecStop= or
-    ExecStopPost=), directly or through a shell. A program of ExecStart= may also run qkilld-stop,
-    for one of several guests.
+    ExecStopPost=), directly or through a shell.
 
-    Source: $SERVICE_RESULT in systemd.exec(5).
+    It is not enough to run in a unit, because a user's interactive shell runs in a unit, too. A
+    program of ExecStart= may also run qkilld-stop, for one of several guests. Source:
+    $SYSTEMD_EXEC_PID and $SERVICE_RESULT in systemd.exec(5).
     """
-    return "SERVICE_RESULT" in environment and by_systemd(environment)
+    started_us = environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
+    return started_us and "SERVICE_RESULT" in environment
 
 
 def may_pass_monitor(pid: int) -> bool:

@@ -17,12 +17,12 @@ from qkilld.stop.limits import ASK_ALL, FIRST, MAX_RESTARTS, NO_STATE, RESTART_S
 from qkilld.stop.log import say, say_ending
 from qkilld.stop.process import (
     ProcessHandle,
-    by_systemd,
     has_libvirt,
     has_others,
     may_pass_monitor,
     open_main_process,
     ran_for_s,
+    stops_unit,
 )
 
 TYPE_CHECKING = False
@@ -64,7 +64,7 @@ class StopRun:
         self._notifier = notifier
         self._log = log
         self._clock = clock
-        self._by_systemd = by_systemd(os.environ)
+        self._stops_unit = stops_unit(os.environ)
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(socket_paths(options)) + 1)
@@ -117,7 +117,7 @@ class StopRun:
         main_pid = os.environ.get("MAINPID", "")
         pids = {stop.process.pid for stop in self._stops}
         shelled = any(str(pid) != main_pid for pid in pids)
-        more = self._by_systemd and (shelled or has_others(pids))
+        more = self._stops_unit and (shelled or has_others(pids))
         if self._departure is not None or not more or not self.targets.finder.in_own_unit:
             return False
         self._notifier.extend(FIRST)
@@ -357,7 +357,7 @@ class StopRun:
                     paths[place],
                     self._options,
                     self,
-                    by_systemd=self._by_systemd,
+                    stops_unit=self._stops_unit,
                     clock=self._clock,
                 )
             else:
@@ -378,7 +378,7 @@ class StopRun:
     def heard(self, stop: GuestStop, state: dict[str, Any]) -> None: ...
 
     def ended(self, stop: GuestStop, result: str) -> None:
-        if result == "cancelled" and self._by_systemd and not stop.process.exited():
+        if result == "cancelled" and self._stops_unit and not stop.process.exited():
             self._note_given_up(stop, "its job was cancelled")
         if not stderr_is_journal():
             say(f"{stop.title} {ENDINGS.get(result, result)}")

@@ -62,7 +62,7 @@ class Targets:
         """The reason to record: the one of the command line, if any."""
         if self._options.reason is not None:
             return self._options.reason
-        if not self.finder.by_systemd:
+        if not self.finder.stops_unit:
             return "qkilld-stop"
         unit = self.finder.unit
         return f"ExecStop of {unit.name if unit is not None else 'a unit'}"

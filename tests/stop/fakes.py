@@ -137,10 +137,10 @@ def stop_of(process: ProcessHandle) -> GuestStop:
 
 
 def stopper(
-    path: Path, notes: Notes, clock: Clock, *, by_systemd: bool = True, **options: Any
+    path: Path, notes: Notes, clock: Clock, *, stops_unit: bool = True, **options: Any
 ) -> DaemonStopper:
     given = Options(**options)
-    return DaemonStopper(str(path), given, notes, by_systemd=by_systemd, clock=clock)
+    return DaemonStopper(str(path), given, notes, stops_unit=stops_unit, clock=clock)
 
 
 def state(pid: int = 4711, **changes: Any) -> dict[str, Any]:

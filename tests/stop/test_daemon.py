@@ -99,7 +99,7 @@ def test_one_call_is_all(scene: Scene) -> None:
 
 def test_options_of_the_command_line_are_sent(lab_dir: Path) -> None:
     spans = dict.fromkeys(stop_daemon._SPANS, 5)
-    scene = Scene(lab_dir / "socket", by_systemd=False, spans=spans, force=True)
+    scene = Scene(lab_dir / "socket", stops_unit=False, spans=spans, force=True)
     scene.start()
     ((_, given),) = scene.daemon.calls
     assert given["options"]["reason"] == "qkilld-stop" and "byUnit" not in given

@@ -15,6 +15,7 @@ from qkilld.model.guest import Unit
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.stop import run as stop_run
 from qkilld.stop import systemd_units
+from qkilld.stop.finder import ProcessFinder
 from qkilld.stop.log import Log
 from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
@@ -95,7 +96,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
     monkeypatch.setenv("MAINPID", "4")
     monkeypatch.setenv("NAME", "a")
     run = StopRun(Options(**options), Notifier(""), Log())
-    run._by_systemd = True
+    run._stops_unit = True
     processes = FakeHandle(4), FakeHandle(5)
     run._stops.append(stop_of(processes[0]))
     run._stops[0].code = 3 if code == 3 else 0
@@ -168,7 +169,7 @@ def test_a_guest_beside_the_main_process_if_systemd_cannot_be_asked(
     monkeypatch.setenv("MAINPID", "9")
     monkeypatch.setattr(stop_run, "RESTART_S", 0)
     run = StopRun(Options(**options), Notifier(""), Log())
-    run._by_systemd = run.targets.finder.stops_unit = True
+    run._stops_unit = run.targets.finder.stops_unit = True
     other = FakeHandle(5)
     run._stops += [stop_of(FakeHandle(pid)) for pid in named]
     for stop in run._stops:
@@ -366,3 +367,14 @@ def test_an_unusable_pidfile(
         assert ("a is no pidfile. A later line" in capsys.readouterr().err) is (code == 0)
     for process in processes:
         process.close()
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_program_of_the_unit_that_names_no_guest(stops: bool) -> None:
+    """It is in a unit that systemd has started, but may not be stopping."""
+    environment = {"SYSTEMD_EXEC_PID": str(os.getpid())}
+    if stops:
+        assert ProcessFinder(Options(), environment | {"SERVICE_RESULT": "success"}).named() is None
+        return
+    with pytest.raises(InvalidArgs, match="nothing to stop is named"):
+        ProcessFinder(Options(), environment).named()

@@ -616,7 +616,7 @@ def test_a_script_with_a_call_for_each_guest(system: Container, start_unit: Star
 
 def test_a_unit_that_stops_one_of_its_guests(system: Container, start_unit: StartUnit) -> None:
     """systemd has started the shell that runs qkilld-stop, but is not stopping the unit."""
-    options = ["--pidfile /run/one.pid", "--pidfile /run/one.pid", '--pid ""']
+    options = ["--pidfile /run/one.pid", "--pidfile /run/one.pid", '--pid ""', ""]
     script = [
         *(f"{QEMU} -name {name} -daemonize -pidfile /run/{name}.pid" for name in ("one", "two")),
         *(f"{HELPER} {each}; echo code $?" for each in options),
@@ -625,10 +625,11 @@ def test_a_unit_that_stops_one_of_its_guests(system: Container, start_unit: Star
     ]
     system.write("/run/manager", "\n".join(script) + "\n")
     unit = start_unit(command="/bin/bash /run/manager")
-    text = until(lambda: said(system, unit), lambda text: text.count("code ") == 3)
+    text = until(lambda: said(system, unit), lambda text: text.count("code ") == 4)
     assert re.findall("code .|it still runs", text) == [
         "code 0",
         "code 0",
+        "code 2",
         "code 2",
         "it still runs",
     ]
