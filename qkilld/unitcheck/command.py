@@ -49,10 +49,15 @@ def text_after_exec(text: str) -> str:
     return match[1].replace("$$", "$") if match else ""
 
 
+def helper_words(command: Command) -> tuple[str, ...]:
+    """Return the arguments of a helper's line."""
+    command = _without_shell(command)
+    return command.arguments[_words_before_options(command) :]
+
+
 def helper_options(command: Command) -> dict[str, str]:
     """Return the options of a helper's line, with their values; "" for options without a value."""
-    command = _without_shell(command)
-    words = command.arguments[_words_before_options(command) :]
+    words = helper_words(command)
     options: dict[str, str] = {}
     for number, word in enumerate(words):
         if word.startswith("--"):
@@ -64,8 +69,7 @@ def helper_options(command: Command) -> dict[str, str]:
 
 def helper_arguments(command: Command) -> str:
     """Return the arguments of a helper's line, as in a unit file."""
-    command = _without_shell(command)
-    return " ".join(quoted(word) for word in command.arguments[_words_before_options(command) :])
+    return " ".join(map(quoted, helper_words(command)))
 
 
 def _words_before_options(command: Command) -> int:

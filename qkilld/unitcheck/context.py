@@ -20,6 +20,7 @@ from qkilld.unitcheck.command import (
     is_helper,
     programs_of,
 )
+from qkilld.unitcheck.helper_usage import usage_fault
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
 from qkilld.unitcheck.stop_line import StopLine, read_line
 from qkilld.unitcheck.stop_outcome import Helper
@@ -297,20 +298,23 @@ def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> st
         return "runs as another user than the guest, and so may be unable to stop it"
     if "--pid" in options and "no-env-expand" in command.flags and program == command.path:
         return "gets no process id, because of the prefix :"
+    if fault := usage_fault(command):
+        return fault
     if "--dry-run" in options:
         return "stops nothing, because of --dry-run"
     if "--all" in options:
         return "stops the guests of the whole host, because of --all"
-    if options.get("--pid", "$MAINPID") not in ("$MAINPID", "${MAINPID}"):
+    if options.get("--pid", "$MAINPID") not in ("", "$MAINPID", "${MAINPID}"):
         return f"stops process {options['--pid']}, whatever that is"
     if unit := options.get("--unit"):
         names = {*facts.names, facts.id}
         if not names & {unit, f"{unit}.service"}:
             return f"stops the guests of {unit}, another unit"
     path = options.get("--pidfile", "")
-    text = " ".join(word for start in facts.exec_start for word in start.arguments)
+    commands = (*facts.exec_start, *(command for _, command in facts.other_commands))
+    text = " ".join(word for command in commands for word in command.arguments)
     if path and path != facts.pid_file and path not in text and started_qemus(facts):
-        return f"reads {path}, which no QEMU in ExecStart= writes"
+        return f"reads {path}, which no QEMU of the unit writes"
     return ""
 
 

@@ -402,6 +402,10 @@ def test_names_as_systemd_escapes_them() -> None:
         ("--dry-run", "helper-target"),
         ("--all --force", "helper-target"),
         ("--pid 1", "helper-target"),
+        # qkilld-stop refuses these.
+        ("$MAINPID", "helper-target"),
+        ("--timeout 5min", "helper-target"),
+        ("--pid $MAINPID --pidfile /run/web.pid", "helper-target"),
         ("--unit db", "helper-target"),
         ("--pidfile /run/db.pid", "helper-target"),
     ],
@@ -428,6 +432,14 @@ def check_arguments(command: Command, key: str, words: str | None = None) -> Non
         for line in finding.fixes
     ]
     assert lines == ["ExecStop=", f"ExecStop=-+/usr/bin/qkilld-stop {words}".rstrip()]
+
+
+def test_a_line_for_a_guest_of_another_setting() -> None:
+    path = "/run/second.pid"
+    second = ("ExecStartPost=", Command("/usr/bin/kvm", ("kvm", "-daemonize", "-pidfile", path)))
+    stops = Command("/usr/bin/qkilld-stop", ("qkilld-stop", "--pidfile", path)), STOP
+    assert "helper-target" in found(replace(SAFE, exec_stop=stops))
+    assert "helper-target" not in found(replace(SAFE, exec_stop=stops, other_commands=(second,)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Find out whether qkilld-stop would refuse its arguments. It then exits with 2 and stops nothing.
+
+The options are those of stop.arguments.build_parser(), as tests/pure/test_helper_usage.py proves.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from qkilld.model import timespan
+from qkilld.model.policy import JOB_SPANS
+from qkilld.model.unit import Command
+from qkilld.unitcheck.command import helper_program, helper_words
+
+SPANS: Final = frozenset(span.argument for span in JOB_SPANS)
+WITH_VALUE: Final = SPANS | {"--pid", "--pidfile", "--unit", "--reason", "--socket"}
+WITHOUT_VALUE: Final = frozenset(
+    [
+        "--all",
+        "--force",
+        "--no-force",
+        "--powerdown",
+        "--no-powerdown",
+        "--dry-run",
+        "--json",
+        "--debug",
+    ]
+)
+PRINTING: Final = frozenset(["-h", "--help", "--version"])
+EXCLUSIVE: Final = (
+    ("--pid", "--pidfile", "--unit", "--all"),
+    ("--force", "--no-force"),
+    ("--powerdown", "--no-powerdown"),
+)
+_VARIABLE: Final = re.compile(r"\$(?:\w+|\{\w+\})", re.ASCII)
+
+
+def usage_fault(command: Command) -> str:
+    """Return why this line of qkilld-stop stops nothing, as a clause without a subject; "" if its
+    arguments are valid, or if that depends on a variable."""
+    in_shell = helper_program(command) != command.path
+    words, given = list(helper_words(command)), set()
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if word in PRINTING:
+            return f"stops nothing, because of {word}"
+        if _VARIABLE.fullmatch(word) and word.strip("${}") != "MAINPID":
+            continue  # The variable may contain any options, or nothing.
+        if name not in WITH_VALUE | WITHOUT_VALUE or (equals and name in WITHOUT_VALUE):
+            return f"stops nothing, because it does not accept {word}"
+        given.add(name)
+        if name in WITHOUT_VALUE:
+            continue
+        if not equals:
+            if words and not words[0].startswith("-"):
+                value = words.pop(0)
+            elif name != "--pid":
+                return f"stops nothing, because {name} has no value"
+        elif word == "--pid=$MAINPID" and not in_shell:
+            return f"stops nothing, because systemd does not expand {word}. Write --pid $MAINPID"
+        if name in SPANS and "$" not in value and not _is_span(value):
+            return f"stops nothing, because {name} {value} is not a time"
+    for group in EXCLUSIVE:
+        if len(both := [name for name in group if name in given]) > 1:
+            return f"stops nothing, because it does not accept {both[0]} with {both[1]}"
+    if "--json" in given and "--dry-run" not in given:
+        return "stops nothing, because it accepts --json only with --dry-run"
+    return ""
+
+
+def _is_span(text: str) -> bool:
+    try:
+        timespan.parse(text)
+    except ValueError:
+        return False
+    return True

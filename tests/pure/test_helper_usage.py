@@ -1,0 +1,92 @@
+"""check-unit knows which arguments qkilld-stop refuses."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from qkilld.model.unit import Command
+from qkilld.stop.arguments import build_parser, parse
+from qkilld.unitcheck import helper_usage
+from qkilld.unitcheck.helper_usage import usage_fault
+
+
+def line(*words: str) -> Command:
+    return Command("/usr/bin/qkilld-stop", ("qkilld-stop", *words))
+
+
+def test_the_options_are_those_of_the_program() -> None:
+    parser = build_parser()
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    printing = {
+        name
+        for name, action in options.items()
+        if isinstance(action, argparse._HelpAction | argparse._VersionAction)
+    }
+    assert printing == helper_usage.PRINTING
+    with_value = {name for name, action in options.items() if action.nargs != 0}
+    assert with_value == helper_usage.WITH_VALUE
+    assert options.keys() - with_value - printing == helper_usage.WITHOUT_VALUE
+    exclusive = [
+        tuple(action.option_strings[0] for action in group._group_actions)
+        for group in parser._mutually_exclusive_groups
+    ]
+    assert exclusive == list(helper_usage.EXCLUSIVE)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_valid"),
+    [
+        ("", True),
+        ("--pid 1 --force --debug", True),
+        ("--pid=1 --max=3s --reason=x=y", True),
+        ("--pidfile /run/a.pid --stall 1min --no-powerdown", True),
+        ("--dry-run --json", True),
+        ("--json", False),
+        ("123", False),
+        ("--max", False),
+        ("--max --force", False),
+        ("--max soon", False),
+        ("--max=", False),
+        ("--timeout 5min", False),
+        ("--force=yes", False),
+        ("--pid 1 --pidfile /run/a.pid", False),
+        ("--force --no-force", False),
+        ("--powerdown --no-powerdown", False),
+        ("-f", False),
+    ],
+)
+def test_what_the_program_accepts(
+    capsys: pytest.CaptureFixture[str], words: str, is_valid: bool
+) -> None:
+    try:
+        parse(words.split())
+        accepted = True
+    except SystemExit as error:
+        assert error.code == 2
+        accepted = False
+    assert accepted is is_valid
+    assert (not usage_fault(line(*words.split()))) is is_valid
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("$MAINPID", "does not accept $MAINPID"),
+        ("${MAINPID}", "does not accept ${MAINPID}"),
+        ("--pid=$MAINPID", "does not expand --pid=$MAINPID"),
+        ("--version", "because of --version"),
+        ("--pid $MAINPID", ""),
+        ("--pid ${MAINPID}", ""),
+        ("--pid=${MAINPID}", ""),
+        ("--pid", ""),
+        ("$OPTIONS --max $MAX", ""),
+    ],
+)
+def test_variables(words: str, fault: str) -> None:
+    found = usage_fault(line(*words.split()))
+    assert fault in found if fault else not found
+    if words == "--pid=$MAINPID":  # A shell expands it.
+        shell = Command("/bin/sh", ("sh", "-c", f"exec qkilld-stop {words}"))
+        assert usage_fault(shell) == ""
