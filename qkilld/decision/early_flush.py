@@ -23,7 +23,8 @@ from qkilld.decision.flush_plan import (
     standing_waits,
     stuck_disks,
 )
-from qkilld.decision.verdict import Assessment, OpenWait
+from qkilld.decision.open_wait import OpenWait
+from qkilld.decision.verdict import Assessment
 from qkilld.model.block_state import BlockState, GuestDisk
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Final
 
-from qkilld.decision.verdict import Assessment, OpenWait
+from qkilld.decision.open_wait import OpenWait
+from qkilld.decision.verdict import Assessment
 from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, RequestQueue
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass

@@ -1,7 +1,7 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
 The numbers count the work of a disk that a thread waits for, of a connection, of the server at its
-other end, of the process, or of its control group. waits.py assigns signs to waits; verdict.py
+other end, of the process, or of its control group. waits.py assigns signs to waits; open_wait.py
 compares their values.
 """
 

@@ -34,9 +34,9 @@ from qkilld.decision.amounts import (
     written_since,
 )
 from qkilld.decision.clients import has_client, is_own
-from qkilld.decision.connections import Connections
-from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind
-from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
+from qkilld.decision.open_wait import OpenWait, new_wait, update_wait
+from qkilld.decision.signs import CACHE_NOISE, OWN_IO
+from qkilld.decision.waits import WaitKind, is_held_still, open_waits, tells_nothing
 from qkilld.model.constants import USEC_PER_SEC, Verdict
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Io, Sample
@@ -56,8 +56,6 @@ STUCK: Final = 30 * USEC_PER_SEC
 requests to slow servers take up to 25 s (measured)."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
-MAX_MARKS: Final = 256
-"""At most this many signs are remembered for one wait."""
 
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
@@ -69,42 +67,6 @@ _NEWS: Final = attrgetter(
     *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),
     *("unsampled", "written"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The value with which the next value of a sign is compared."""
-
-    name: str
-    value: int
-    at: int
-    """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenWait:
-    """A wait, tracked across samples. Times are CLOCK_MONOTONIC in µs."""
-
-    key: str
-    kind: WaitKind
-    text: str
-    since: int
-    """When the wait was first seen."""
-    moved_at: int | None
-    """When a sign of the wait last moved; None for never."""
-    moved_by: str
-    """The description of the movement at `moved_at`; "" for none."""
-    marks: tuple[Mark, ...]
-    doubted_at: int | None
-    """When a doubtful sign last moved; None for never."""
-    doubted_by: str
-    watched_at: int | None
-    """When `watched` last increased."""
-    watched: int = 0
-    """The largest Wait.watched so far."""
-    connections: Connections = Connections()
-    certain: bool = False
-    """Wait.certain in the last usable sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +258,7 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
 
 def _first(sample: Sample) -> Assessment:
     """Return the assessment of a single sample, which shows waits but no movement."""
-    waits = tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None))
+    waits = tuple(new_wait(wait, sample.at) for wait in open_waits(sample, None))
     # A process that has begun to exit makes progress: one sample is enough to show this.
     moves = ["it has begun to exit"] if sample.exiting else []
     verdict, reasons = _verdict(sample, waits, moves, [], sample.at if moves else None)
@@ -352,7 +314,7 @@ def _follow(
     if is_held_still(sample):
         # A stopped, traced or frozen process makes no progress, whatever its servers do. But if the
         # process ran briefly between two samples, its own reads and writes count.
-        waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
+        waits = [new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
         return tuple(waits), moves, []
@@ -361,7 +323,7 @@ def _follow(
     is_certain = is_untaken = is_stuck = False
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
-        followed = _new_wait(wait, sample.at) if old is None else _update_wait(wait, old, sample.at)
+        followed = new_wait(wait, sample.at) if old is None else update_wait(wait, old, sample.at)
         waits.append(followed)
         moved_at = max(followed.since, followed.moved_at or 0)
         is_stuck = is_stuck or (wait.certain and sample.at - moved_at >= STUCK)
@@ -393,99 +355,11 @@ def _follow(
     return tuple(waits), moves, doubts
 
 
-def _new_wait(wait: Wait, at: int) -> OpenWait:
-    return OpenWait(
-        key=wait.key,
-        kind=wait.kind,
-        text=wait.text,
-        since=at,
-        moved_at=None,
-        moved_by="",
-        marks=tuple(Mark(sign.name, sign.value, at) for sign in wait.signs),
-        doubted_at=None,
-        doubted_by="",
-        watched_at=at if wait.watched else None,
-        watched=wait.watched,
-        connections=Connections().follow(wait.connections, at),
-        certain=wait.certain,
-    )
-
-
-def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
-    marks = {mark.name: mark for mark in old.marks}
-    movement, doubted = (old.moved_at, old.moved_by), (old.doubted_at, old.doubted_by)
-    connections = old.connections.follow(wait.connections, at)
-    for sign in wait.signs:
-        mark = marks.get(sign.name)
-        if mark is not None and _has_moved(sign, mark.value):
-            if sign.is_reply:
-                connections = connections.answered()
-            if sign.sure and (sign.is_reply or not connections.repeats):
-                movement = at, sign.text
-            else:
-                doubted = at, sign.text
-        marks[sign.name] = _new_mark(sign, mark, at)
-    kept_marks = tuple(marks.values())
-    if len(kept_marks) > MAX_MARKS:
-        sign_names = {sign.name for sign in wait.signs}
-        # Drop the marks of missing signs first, but only if there is no room: a sign may reappear,
-        # for example if a server was not read this time.
-        missing_last = sorted(kept_marks, key=lambda mark: mark.name not in sign_names)
-        kept_marks = tuple(missing_last[:MAX_MARKS])
-    return OpenWait(
-        key=wait.key,
-        kind=wait.kind,
-        text=wait.text,
-        since=old.since,
-        moved_at=movement[0],
-        moved_by=movement[1],
-        marks=kept_marks,
-        doubted_at=doubted[0],
-        doubted_by=doubted[1],
-        watched_at=at if wait.watched > old.watched else old.watched_at,
-        watched=max(wait.watched, old.watched),
-        connections=connections,
-        certain=wait.certain,
-    )
-
-
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
     """Return for how long (µs) samples could not show progress of servers that are sampled now for
     the first time: from the start of the wait or from the last progress, whichever is later."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
-
-
-def _has_moved(sign: Sign, mark: int) -> bool:
-    match sign.kind:
-        case SignKind.COUNT | SignKind.TRAFFIC:
-            # A counter that has fallen was reset, so this does not count as movement.
-            return sign.value - mark >= sign.least
-        case SignKind.CHANGE:
-            return sign.value != mark
-        case SignKind.LOW:
-            return mark - sign.value >= sign.least
-        case SignKind.QUIET | SignKind.KEPT:
-            return False
-
-
-def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
-    if mark is None:
-        return Mark(sign.name, sign.value, at)
-    if sign.kind is SignKind.KEPT:
-        return mark
-    if sign.kind is SignKind.LOW:
-        has_fallen = mark.value - sign.value >= sign.least
-        return Mark(sign.name, sign.value, at) if has_fallen else mark
-    if sign.kind is SignKind.TRAFFIC:
-        grown = sign.value - mark.value
-        within = 0 <= grown < sign.least and at - mark.at < WINDOW
-        return mark if within else Mark(sign.name, sign.value, at)
-    if sign.kind is SignKind.COUNT and 0 <= sign.value - mark.value < sign.least:
-        return mark
-    if sign.kind is SignKind.QUIET and sign.value == mark.value:
-        return mark
-    return Mark(sign.name, sign.value, at)
 
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:

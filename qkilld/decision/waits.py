@@ -36,8 +36,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
-"""The name of the sign that counts the connections of a node. Its Mark.at (verdict.py) is the time
-when the number last changed."""
+"""The name of the sign that counts the connections of a node. Its Mark.at (open_wait.py) is the
+time when the number last changed."""
 
 
 _NONE: Final = frozenset[int]()

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from qkilld.decision.open_wait import OpenWait
 from qkilld.decision.signs import works
-from qkilld.decision.verdict import Assessment, OpenWait
+from qkilld.decision.verdict import Assessment
 from qkilld.decision.waits import WaitKind, owes_reply
 from qkilld.model.block_state import GuestDisk, YankInstance
 from qkilld.model.dataclass import dataclass

@@ -1,0 +1,139 @@
+"""Follow one wait from sample to sample: compare the values of its signs. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qkilld.decision.connections import Connections
+from qkilld.decision.signs import WINDOW, Sign, SignKind
+from qkilld.decision.waits import Wait, WaitKind
+from qkilld.model.dataclass import dataclass
+
+MAX_MARKS: Final = 256
+"""At most this many signs are remembered for one wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The value with which the next value of a sign is compared."""
+
+    name: str
+    value: int
+    at: int
+    """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWait:
+    """A wait, tracked across samples. Times are CLOCK_MONOTONIC in µs."""
+
+    key: str
+    kind: WaitKind
+    text: str
+    since: int
+    """When the wait was first seen."""
+    moved_at: int | None
+    """When a sign of the wait last moved; None for never."""
+    moved_by: str
+    """The description of the movement at `moved_at`; "" for none."""
+    marks: tuple[Mark, ...]
+    doubted_at: int | None
+    """When a doubtful sign last moved; None for never."""
+    doubted_by: str
+    watched_at: int | None
+    """When `watched` last increased."""
+    watched: int = 0
+    """The largest Wait.watched so far."""
+    connections: Connections = Connections()
+    certain: bool = False
+    """Wait.certain in the last usable sample."""
+
+
+def new_wait(wait: Wait, at: int) -> OpenWait:
+    """Return the wait as it is in its first sample, taken at `at` (µs)."""
+    return OpenWait(
+        key=wait.key,
+        kind=wait.kind,
+        text=wait.text,
+        since=at,
+        moved_at=None,
+        moved_by="",
+        marks=tuple(Mark(sign.name, sign.value, at) for sign in wait.signs),
+        doubted_at=None,
+        doubted_by="",
+        watched_at=at if wait.watched else None,
+        watched=wait.watched,
+        connections=Connections().follow(wait.connections, at),
+        certain=wait.certain,
+    )
+
+
+def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
+    """Return the wait after one more sample, taken at `at` (µs)."""
+    marks = {mark.name: mark for mark in old.marks}
+    movement, doubted = (old.moved_at, old.moved_by), (old.doubted_at, old.doubted_by)
+    connections = old.connections.follow(wait.connections, at)
+    for sign in wait.signs:
+        mark = marks.get(sign.name)
+        if mark is not None and _has_moved(sign, mark.value):
+            if sign.is_reply:
+                connections = connections.answered()
+            if sign.sure and (sign.is_reply or not connections.repeats):
+                movement = at, sign.text
+            else:
+                doubted = at, sign.text
+        marks[sign.name] = _new_mark(sign, mark, at)
+    kept_marks = tuple(marks.values())
+    if len(kept_marks) > MAX_MARKS:
+        sign_names = {sign.name for sign in wait.signs}
+        # Drop the marks of missing signs first, but only if there is no room: a sign may reappear,
+        # for example if a server was not read this time.
+        missing_last = sorted(kept_marks, key=lambda mark: mark.name not in sign_names)
+        kept_marks = tuple(missing_last[:MAX_MARKS])
+    return OpenWait(
+        key=wait.key,
+        kind=wait.kind,
+        text=wait.text,
+        since=old.since,
+        moved_at=movement[0],
+        moved_by=movement[1],
+        marks=kept_marks,
+        doubted_at=doubted[0],
+        doubted_by=doubted[1],
+        watched_at=at if wait.watched > old.watched else old.watched_at,
+        watched=max(wait.watched, old.watched),
+        connections=connections,
+        certain=wait.certain,
+    )
+
+
+def _has_moved(sign: Sign, mark: int) -> bool:
+    match sign.kind:
+        case SignKind.COUNT | SignKind.TRAFFIC:
+            # A counter that has fallen was reset, so this does not count as movement.
+            return sign.value - mark >= sign.least
+        case SignKind.CHANGE:
+            return sign.value != mark
+        case SignKind.LOW:
+            return mark - sign.value >= sign.least
+        case SignKind.QUIET | SignKind.KEPT:
+            return False
+
+
+def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
+    if mark is None:
+        return Mark(sign.name, sign.value, at)
+    if sign.kind is SignKind.KEPT:
+        return mark
+    if sign.kind is SignKind.LOW:
+        has_fallen = mark.value - sign.value >= sign.least
+        return Mark(sign.name, sign.value, at) if has_fallen else mark
+    if sign.kind is SignKind.TRAFFIC:
+        grown = sign.value - mark.value
+        within = 0 <= grown < sign.least and at - mark.at < WINDOW
+        return mark if within else Mark(sign.name, sign.value, at)
+    if sign.kind is SignKind.COUNT and 0 <= sign.value - mark.value < sign.least:
+        return mark
+    if sign.kind is SignKind.QUIET and sign.value == mark.value:
+        return mark
+    return Mark(sign.name, sign.value, at)
