@@ -6,7 +6,8 @@ A job that is held sends no signals and does not give up. Extend delays SIGKILL.
 time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
-- No SIGKILL within `stall` after the last progress, or after the end of the last wait.
+- No SIGKILL within `stall` after the last progress, or after the end of the last wait. A wait that
+  may only be hidden delays SIGKILL in the same way, but not forever.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` after
   the last progress, or after SIGTERM. If evidence is missing, the process counts as waiting.
 - Doubtful movement delays SIGKILL, but not forever (DOUBT).
@@ -219,7 +220,10 @@ def kill_due(facts: JobFacts) -> int:
         doubted = min(max(since, evidence.doubt_from), longest)
         due = max(due, doubted + policy.storage_stall)
     else:
-        due = max(due, max(since, evidence.outstanding_from) + policy.stall)
+        # Unreadable samples, and a process that is starved again and again, must not start `stall`
+        # again forever. At `latest_end`, SIGKILL would be due even if a wait were still open.
+        latest_end = since + policy.storage_stall * DOUBT
+        due = max(due, min(max(since, evidence.outstanding_from), latest_end) + policy.stall)
     return min(due, latest)
 
 

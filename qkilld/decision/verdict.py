@@ -87,7 +87,8 @@ class Assessment:
     outstanding: bool | None
     """Whether the process waits for something; None if unknown."""
     outstanding_at: int | None
-    """When `outstanding` was last True or None."""
+    """When `outstanding` was last True or None. A single unreadable sample between two of an idle
+    process does not count."""
     pending: int | None
     """Bytes that are still to be written; None if unknown."""
     rate: int | None
@@ -175,7 +176,7 @@ def assess(
     if moves:
         progress_at, progress_unsampled = sample.at, unsampled
     outstanding_at, outstanding_unsampled = before.outstanding_at, before.outstanding_unsampled
-    if outstanding is not False:
+    if outstanding is not False and not _is_passing_blindness(before, waits):
         outstanding_at, outstanding_unsampled = sample.at, unsampled
     doubt_at = sample.at if doubts else before.doubt_at
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
@@ -200,6 +201,13 @@ def assess(
         doubt_unsampled=unsampled if doubts else before.doubt_unsampled,
         amounts=amounts,
     )
+
+
+def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:
+    """Return whether the sample shows no wait, and is the first with unreadable sources after one
+    of an idle process. Such a sample proves as little as a longer interval between samples, so it
+    does not change `outstanding_at`."""
+    return before.outstanding is False and all(wait.kind is WaitKind.UNSEEN for wait in waits)
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
@@ -284,6 +292,7 @@ def _first(sample: Sample) -> Assessment:
 
 def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
     """Return the assessment after a useless sample. Only the present state becomes unknown."""
+    is_passing = _is_passing_blindness(before, ())
     return Assessment(
         first=before.first,
         last=sample,
@@ -293,13 +302,13 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
         reasons=(_NO_THREAD if sample.missed else "the process could not be read",),
         progress_at=before.progress_at,
         outstanding=None,
-        outstanding_at=sample.at,
+        outstanding_at=before.outstanding_at if is_passing else sample.at,
         pending=None,
         rate=before.rate,
         sampled_at=sample.at,
         unsampled=unsampled,
         progress_unsampled=before.progress_unsampled,
-        outstanding_unsampled=unsampled,
+        outstanding_unsampled=before.outstanding_unsampled if is_passing else unsampled,
         doubt_at=before.doubt_at,
         doubt_unsampled=before.doubt_unsampled,
         amounts=before.amounts,

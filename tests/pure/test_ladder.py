@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Cgroup, Sample
+from tests.engine.conftest import IDLE
 
 S = 1_000_000
 NONE, FORCE, NOWAIT, FIXED = Flag(0), Flag.FORCE, Flag.NOWAIT, Flag.FIXED
@@ -347,19 +349,39 @@ def test_samples_without_a_thread_bring_sigkill_no_nearer(
     assert expected is None
 
 
-def test_useless_samples_do_not_start_the_time_again() -> None:
-    """On a busy host, one sample in eight cannot be read."""
+def kill_second(shows: Callable[[int], Sample]) -> int:
+    """Return the second of SIGKILL, or 999. `shows`: the sample of each second; its time is set."""
     evidence, promised = None, 0
-    for second in range(1, 100):
+    for second in range(1, 999):
         now = T0 + second * S
-        sample = Sample(now, "?") if second % 8 == 0 else Sample(now, "S", threads=())
-        evidence = assess(evidence, sample)
+        evidence = assess(evidence, replace(shows(second), at=now))
         facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0, assessment=evidence)
         decision = decide(replace(facts, promised=promised), now)
         promised = max(promised, decision.promised)
         if decision.action is Action.KILL:
-            break
-    assert second == 60
+            return second
+    return 999
+
+
+WAITING = Sample(0, "S", threads=())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "length", "expected"),
+    [
+        (WAITING, Sample(0, "?"), 1, 60),
+        (IDLE, Sample(0, "?"), 1, 10),
+        (IDLE, replace(IDLE, sockets=None), 1, 60),
+        # Several in a row may hide a wait, so StallSec= starts again, but not forever.
+        (IDLE, Sample(0, "?"), 2, 310),
+        (IDLE, replace(IDLE, sockets=None), 2, 310),
+    ],
+)
+def test_unreadable_samples_do_not_start_the_time_again(
+    good: Sample, bad: Sample, length: int, expected: int
+) -> None:
+    """On a busy host, `length` samples in eight cannot be read."""
+    assert kill_second(lambda second: bad if second % 8 < length else good) == expected
 
 
 def test_time_without_a_thread_is_not_counted_afterwards() -> None:

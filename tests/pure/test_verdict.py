@@ -749,7 +749,39 @@ def test_when_something_was_outstanding_last() -> None:
     now = assess(now, replace(IDLE, at=2 * S))
     assert (now.outstanding, now.outstanding_at) == (False, 1 * S)
     now = assess(now, replace(IDLE, at=3 * S, threads=None))
-    assert (now.outstanding, now.outstanding_at) == (None, 3 * S)
+    assert (now.outstanding, now.outstanding_at) == (None, 1 * S)
+    now = assess(now, replace(IDLE, at=4 * S, threads=None))
+    assert (now.outstanding, now.outstanding_at) == (None, 4 * S)
+
+
+BLIND = {"io": None, "threads": None, "sockets": None}
+ON_NBD = {"nodes": (NBD,), "sockets": (UNIX,)}
+
+
+@pytest.mark.parametrize("unread", [BLIND, {"sockets": None}])
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        # One unreadable sample proves as little as a longer interval between samples.
+        ("idle unread idle", None),
+        ("wait idle unread idle", 0),
+        ("idle unread idle unread idle", None),
+        # The wait may have ended at that time, or one may have begun and ended.
+        ("wait unread idle", 1),
+        ("idle unread unread idle", 2),
+        ("idle starved starved idle", 2),
+        ("unread idle", 0),
+    ],
+)
+def test_when_a_wait_may_have_ended(
+    shown: str, expected: int | None, unread: dict[str, Any]
+) -> None:
+    kinds = {"idle": {}, "wait": ON_NBD, "unread": unread, "starved": {"running": 1}}
+    now = None
+    for second, word in enumerate(shown.split()):
+        now = assess(now, replace(IDLE, at=second * S, **kinds[word]))
+    assert now is not None and now.outstanding is False
+    assert now.outstanding_at == (None if expected is None else expected * S)
 
 
 def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
