@@ -21,6 +21,8 @@ class Mark:
     value: int
     at: int
     """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
+    switches: int | None = None
+    """Sign.switches when the value was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def new_wait(wait: Wait, at: int) -> OpenWait:
         since=at,
         moved_at=None,
         moved_by="",
-        marks=tuple(Mark(sign.name, sign.value, at) for sign in wait.signs),
+        marks=tuple(_mark(sign, at) for sign in wait.signs),
         doubted_at=None,
         doubted_by="",
         watched_at=at if wait.watched else None,
@@ -75,7 +77,7 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     connections = old.connections.follow(wait.connections, at)
     for sign in wait.signs:
         mark = marks.get(sign.name)
-        if mark is not None and _has_moved(sign, mark.value):
+        if mark is not None and _has_moved(sign, mark):
             if sign.is_reply:
                 connections = connections.answered()
             if sign.sure and (sign.is_reply or not connections.repeats):
@@ -107,33 +109,47 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     )
 
 
-def _has_moved(sign: Sign, mark: int) -> bool:
+def _mark(sign: Sign, at: int) -> Mark:
+    return Mark(sign.name, sign.value, at, sign.switches)
+
+
+def _has_moved(sign: Sign, mark: Mark) -> bool:
+    if _must_wait(sign, mark):
+        return False
     match sign.kind:
         case SignKind.COUNT | SignKind.TRAFFIC:
             # A counter that has fallen was reset, so this does not count as movement.
-            return sign.value - mark >= sign.least
+            return sign.value - mark.value >= sign.least
         case SignKind.CHANGE:
-            return sign.value != mark
+            return sign.value != mark.value
         case SignKind.LOW:
-            return mark - sign.value >= sign.least
-        case SignKind.QUIET | SignKind.KEPT:
+            return mark.value - sign.value >= sign.least
+        case SignKind.QUIET:
             return False
 
 
+def _must_wait(sign: Sign, mark: Mark) -> bool:
+    """Return whether the sign cannot move, because the process has not run."""
+    return sign.switches is not None and sign.switches == mark.switches
+
+
 def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
-    if mark is None:
-        return Mark(sign.name, sign.value, at)
-    if sign.kind is SignKind.KEPT:
-        return mark
-    if sign.kind is SignKind.LOW:
-        has_fallen = mark.value - sign.value >= sign.least
-        return Mark(sign.name, sign.value, at) if has_fallen else mark
-    if sign.kind is SignKind.TRAFFIC:
-        grown = sign.value - mark.value
-        within = 0 <= grown < sign.least and at - mark.at < WINDOW
-        return mark if within else Mark(sign.name, sign.value, at)
-    if sign.kind is SignKind.COUNT and 0 <= sign.value - mark.value < sign.least:
-        return mark
-    if sign.kind is SignKind.QUIET and sign.value == mark.value:
-        return mark
-    return Mark(sign.name, sign.value, at)
+    return mark if mark is not None and _stays(mark, sign, at) else _mark(sign, at)
+
+
+def _stays(mark: Mark, sign: Sign, at: int) -> bool:
+    """Return whether the next value of the sign is compared with the same mark."""
+    grown = sign.value - mark.value
+    if _must_wait(sign, mark):
+        return grown >= 0
+    match sign.kind:
+        case SignKind.COUNT:
+            return 0 <= grown < sign.least
+        case SignKind.CHANGE:
+            return False
+        case SignKind.LOW:
+            return -grown < sign.least
+        case SignKind.TRAFFIC:
+            return 0 <= grown < sign.least and at - mark.at < WINDOW
+        case SignKind.QUIET:
+            return grown == 0

@@ -81,8 +81,6 @@ class SignKind(StrEnum):
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
     """The sign does not move now, but its value is remembered for later."""
-    KEPT = "kept"
-    """The sign does not move now, and the value to compare with stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +98,9 @@ class Sign:
     is_reply: bool = False
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
+    switches: int | None = None
+    """Sample.switches, if the sign moves only if the process has run, as it does at each reply.
+    Until it runs, the value to compare with stays as it is, even if samples lack the sign."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:

@@ -425,10 +425,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     by_node: dict[str, list[Socket]] = {}
     for socket in sockets:
         by_node.setdefault(socket.node, []).append(socket)
-    ran = _may_have_run(sample, previous)
     waits = [
-        _node_wait(node, by_node.get(node.name, ()), sample, before, ran=ran)
-        for node in sample.nodes or ()
+        _node_wait(node, by_node.get(node.name, ()), sample, before) for node in sample.nodes or ()
     ]
     waits += [
         _unknown_wait(socket, sample, before.get(socket.inode))
@@ -436,12 +434,6 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         if socket.role == "unknown" or (socket.role == "storage" and not socket.node)
     ]
     return waits
-
-
-def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
-    """Return whether a thread of the process may have run since the last sample, as happens at each
-    reply."""
-    return previous is None or sample.switches is None or sample.switches != previous.switches
 
 
 def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
@@ -480,19 +472,18 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
 
 
 def _node_wait(
-    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer], *, ran: bool
+    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer]
 ) -> Wait:
     """Return the wait for a node's server. `before`: the servers in the last sample, keyed by the
-    inode of the connection. `ran`: whether the process may have run since the last sample."""
+    inode of the connection."""
     signs = []
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
                 # If the process has not run, it got no reply: perhaps the server just repeats a
-                # request that fails. So only a doubtful sign can move now.
-                kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
-                signs.append(replace(sign, name=name, kind=kind, sure=False))
-                sign = replace(sign, kind=sign.kind if ran else SignKind.KEPT)
+                # request that fails. So only a doubtful sign can move then.
+                signs.append(replace(sign, name=f"{sign.name} alone", sure=False))
+                sign = replace(sign, switches=sample.switches)
             signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
