@@ -122,7 +122,7 @@ class StopRun:
             return False
         self._notifier.extend(FIRST)
         until = self._clock() + (RESTART_S if shelled else 0)
-        while not (others := self._substitutes()):
+        while not (others := self.targets.substitutes(pids)):
             if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
                 return False
             time.sleep(0.05)
@@ -153,9 +153,8 @@ class StopRun:
     # ---- choosing processes ----
 
     def _processes(self) -> list[ProcessHandle]:
-        options = self._options
         main_pid = os.environ.get("MAINPID", "")
-        if main_pid and options.pid is None and options.pidfile is None and options.names_process:
+        if main_pid and not self._options.names_one and self._options.names_process:
             try:
                 return [open_main_process(main_pid)]
             except Exception:
@@ -477,6 +476,7 @@ class StopRun:
         self.begin(others)
 
     def _substitutes(self) -> list[ProcessHandle]:
+        self._notifier.extend(FIRST)  # The search, and what follows, may take longer than a tick.
         return self.targets.substitutes({stop.process.pid for stop in self._stops})
 
     # ---- time limits ----

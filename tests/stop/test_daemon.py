@@ -19,6 +19,7 @@ from qkilld.stop import daemon as stop_daemon
 from qkilld.stop import finder
 from qkilld.stop.daemon import DaemonStopper
 from qkilld.stop.guest_stop import GuestStop
+from qkilld.stop.limits import FIRST
 from qkilld.stop.log import Log
 from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
@@ -154,14 +155,16 @@ def test_a_process_that_is_exiting_is_waited_for_beside_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The unit runs another QEMU, and the first one still finishes its I/O."""
-    run, begun = StopRun(Options(), Notifier(""), Log()), list[ProcessHandle]()
+    notifier, begun = Mock(), list[ProcessHandle]()
+    run = StopRun(Options(), notifier, Log())
     process, other = FakeHandle(), FakeHandle()
     stop = stop_of(process)
     run._stops.append(stop)
     run._stopper_of[stop] = Mock()
-    monkeypatch.setattr(run, "_substitutes", lambda: [other])
+    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
     monkeypatch.setattr(run, "begin", begun.extend)
     run._handle_exit(stop)
+    notifier.extend.assert_called_once_with(FIRST)  # The search may take several seconds.
     assert stop.running
     assert stop.leave_at is not None
     assert begun == [other]
