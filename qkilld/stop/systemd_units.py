@@ -13,7 +13,6 @@ from qkilld.debug_log import ignore, note
 from qkilld.decision.unit_limits import being_stopped
 from qkilld.model.bus_address import SESSION_BUS, SYSTEM_BUS
 from qkilld.model.errors import BusError, QkilldError
-from qkilld.model.policy import is_qemu
 from qkilld.model.text import MAX_TEXT, printable
 from qkilld.model.unit import Command, UnitFacts, is_user_manager
 from qkilld.stop.log import say
@@ -120,9 +119,11 @@ def _stops_of(command: Command) -> int:
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:
     """Return whether the main process is, or was, the QEMU in ExecStart=. A service of another
     type, such as forking, may have no main process, or one that only starts QEMU."""
+    from qkilld.unitcheck.context import runs_qemu
+
     starts = facts.exec_start
     simple = facts.type in ("simple", "exec", "idle", "notify", "notify-reload", "dbus")
-    if not simple or len(starts) != 1 or not is_qemu(starts[0].path, globs):
+    if not simple or len(starts) != 1 or not runs_qemu(starts[0], globs):
         return False
     return {"-daemonize", "--daemonize"}.isdisjoint(starts[0].arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Final
@@ -109,6 +109,12 @@ class Surroundings:
     """The time (µs) that `manager` has to stop all of its units when it exits."""
 
 
+def runs_qemu(start: Command, globs: Iterable[str]) -> bool:
+    """Return whether a command of ExecStart= is QEMU, or qkilld's own launcher, which becomes
+    QEMU."""
+    return is_qemu(start.path, globs) or PurePosixPath(start.path).name == OWN_STARTER
+
+
 def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
     """Return whether the main process is known to be QEMU."""
     if around.main_executable:
@@ -116,7 +122,7 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
     if around.is_running and facts.type == "forking" and not facts.main_pid:
         return False
     starts = facts.exec_start
-    return len(starts) == 1 and is_qemu(starts[0].path, around.executables)
+    return len(starts) == 1 and runs_qemu(starts[0], around.executables)
 
 
 def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:

@@ -26,6 +26,7 @@ from qkilld.unitcheck.command import HELPER
 from tests.stop.fakes import FakeHandle, stop_of
 
 A: dict[str, Any] = {"pidfile": "a"}
+LAUNCHER = Command("/usr/lib/qkilld/qemu-guest", ("qemu-guest", "web"))
 DAEMONIZED = Command("/usr/bin/qemu-system-x86_64", ("qemu-system-x86_64", "-daemonize"))
 
 
@@ -205,6 +206,7 @@ def test_a_guest_that_cannot_be_identified_before_the_line_that_names_it(
         # They are meant to outlive their unit.
         ({"kill_mode": "process"}, ["--pidfile a"], {4}),
         ({"kill_mode": "none"}, ["--pidfile a"], {4}),
+        ({"kill_mode": "process", "exec_start": (LAUNCHER,)}, ["--pidfile a"], {4}),
         ({"kill_mode": "process", "type": "oneshot"}, ["--pidfile a"], {4, 5}),
         ({"kill_mode": "process", "exec_start": (DAEMONIZED,)}, ["--pidfile a"], {4, 5}),
         ({"kill_mode": "process", "exec_start": (Command("/bin/sh", ()),)}, [""], {4, 5}),
