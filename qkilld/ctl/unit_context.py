@@ -142,8 +142,16 @@ def _missing_helpers(facts: UnitFacts) -> Iterator[str]:
     for command in () if facts.root else filter(is_helper, facts.exec_stop):
         program = helper_program(command)
         with ignore(f"looking for {program}", OSError):
-            if not Path(shutil.which(program) or program).exists():
+            if not _is_executable(shutil.which(program) or program):
                 yield program
+
+
+def _is_executable(path: str) -> bool:
+    """Return whether a file exists and somebody may execute it. Raises OSError if unknown."""
+    try:
+        return bool(os.stat(path).st_mode & 0o111)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _has_foreign(facts: UnitFacts, guests: Iterable[int], *, user: bool) -> bool:

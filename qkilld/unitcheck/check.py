@@ -41,7 +41,7 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
     findings = [
         *_check_killing(facts, surroundings),
         *_check_unit(facts),
-        *_check_coverage(surroundings),
+        *_check_coverage(facts, surroundings),
         *_check_manager(surroundings),
         *check_storage(facts, surroundings.storage),
         *_check_asking(facts, surroundings),
@@ -53,9 +53,10 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
 
 
-def _check_coverage(surroundings: Surroundings) -> Iterator[Finding]:
+def _check_coverage(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     """Check a unit with several guests. If qkilld recognises none of them, `compare` says so."""
-    if surroundings.guests:
+    stays = facts.kill_mode in ("process", "none") and main_is_qemu(facts, surroundings)
+    if surroundings.guests and not stays and not outlives(facts, surroundings):
         for path in surroundings.uncovered:
             yield Finding(
                 "executables",

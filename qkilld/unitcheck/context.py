@@ -72,7 +72,8 @@ class Surroundings:
     uncovered: tuple[str, ...] = ()
     """The paths of QEMU processes in the unit that do not match Executables=."""
     missing: tuple[str, ...] = ()
-    """The program of each ExecStop= line for qkilld-stop, if that program does not exist."""
+    """The program of each ExecStop= line for qkilld-stop, if that program does not exist or is not
+    executable."""
     has_foreign: bool = False
     """Whether a guest in the unit runs as a user other than the unit's User=."""
     is_running: bool = False
@@ -206,21 +207,19 @@ def looks_like_qemu(executable: str) -> bool:
 def started_qemus(facts: UnitFacts) -> list[str]:
     """Return the paths of QEMU in ExecStart=. A name without a directory is assumed to be in
     /usr/bin."""
-    paths = []
-    for start in facts.exec_start:
-        if looks_like_qemu(start.path):
-            paths.append(start.path)
-            continue
-        if PurePosixPath(start.path).name == OWN_STARTER:
-            paths.append("/usr/bin/qemu-system-*")
-            continue
-        text = " ".join(start.arguments)
-        paths += [
-            f"{directory or '/usr/bin/'}{name}"
-            for directory, name in _QEMU_WORD.findall(text)
-            if looks_like_qemu(f"{directory}{name}")
-        ]
-    return paths
+    return [path for start in facts.exec_start for path in _qemus_of(start)]
+
+
+def _qemus_of(start: Command) -> list[str]:
+    if looks_like_qemu(start.path):
+        return [start.path]
+    if PurePosixPath(start.path).name == OWN_STARTER:
+        return ["/usr/bin/qemu-system-*"]
+    return [
+        f"{directory or '/usr/bin/'}{name}"
+        for directory, name in _QEMU_WORD.findall(" ".join(start.arguments))
+        if looks_like_qemu(f"{directory}{name}")
+    ]
 
 
 def starts_elsewhere(facts: UnitFacts) -> bool:
@@ -295,8 +294,9 @@ def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> st
     stops the guest. The reason is a clause without a subject."""
     options, program = helper_options(command), helper_program(command)
     if program in around.missing:
-        return f"is {program}, which does not exist"
-    started_by_root = any(_is_root(facts, start) for start in facts.exec_start)
+        return f"is {program}, which does not exist or is not executable"
+    starts = [each for each in facts.exec_start if _qemus_of(each)] or facts.exec_start
+    started_by_root = any(_is_root(facts, start) for start in starts)
     is_foreign = around.has_foreign or (
         not around.guests and started_by_root and not around.manager
     )

@@ -94,13 +94,17 @@ def test_a_qemu_that_is_not_covered() -> None:
         assert f" {path}" in found.advice and "Executables=/usr/bin/qemu-system-*" in found.advice
 
 
+VMS = Command(QEMU, (QEMU,))
 ROOTS = Command(QEMU, (QEMU,), flags=("privileged",))
+ROOTS_IP = Command("/usr/bin/ip", ("ip", "link", "set", "br0", "up"), flags=("privileged",))
 
 
 @pytest.mark.parametrize(
     ("facts", "settings", "problem"),
     [
         ({}, {"uncovered": ("/opt/qemu-kvm",)}, "another QEMU in it is /opt/qemu-kvm"),
+        # It is meant to keep running.
+        ({"kill_mode": "process"}, {"uncovered": ("/opt/qemu-kvm",)}, ""),
         ({}, {"missing": (STOP.path,)}, "is /usr/bin/qkilld-stop, which does not exist"),
         ({}, {"missing": ("/opt/qkilld-stop",)}, ""),
         ({"user": "vm"}, {"has_foreign": True}, "runs as another user than the guest"),
@@ -112,6 +116,7 @@ ROOTS = Command(QEMU, (QEMU,), flags=("privileged",))
             "another user",
         ),
         ({"user": "vm", "exec_start": (ROOTS,)}, {}, ""),  # -runas vm
+        ({"user": "vm", "exec_start": (ROOTS_IP, VMS)}, {"guests": 0, "is_running": False}, ""),
         ({"user": "root", "exec_start": (ROOTS,)}, {"guests": 0, "is_running": False}, ""),
         ({"exec_stop": (UNEXPANDED,)}, {}, "gets no process id"),
     ],
