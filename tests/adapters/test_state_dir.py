@@ -197,7 +197,7 @@ def _fifo(path: Path) -> None:
 
 def _newer(path: Path) -> None:
     document = json.loads(path.read_text())
-    document["job"]["version"] = 9
+    document["job"]["version"] = VERSION + 1
     path.write_text(json.dumps(document))
 
 
