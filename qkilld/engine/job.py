@@ -526,9 +526,6 @@ class Job:
     def write_down(self, go_on: Callable[[], None]) -> None:
         self._parts.write_down(self, go_on)
 
-    def is_last_rung_due(self) -> bool:
-        return self._signals.is_last_rung_due()
-
     def note_signal(self) -> None:
         self._powerdown.close()
         self._flush_phase.commit()

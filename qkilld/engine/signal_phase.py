@@ -157,6 +157,7 @@ class SignalPhase:
                 self._unidentified_since = None
             match action:
                 case Action.WAIT:
+                    self._yank.withdraw()
                     job.wait_until(decision.deadline, decision.wake)
                     return
                 case Action.SAMPLE:
@@ -192,11 +193,6 @@ class SignalPhase:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())
         return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
-
-    def is_last_rung_due(self) -> bool:
-        """Return whether, by the evidence so far, the time for SIGKILL or giving up has come."""
-        now = self._clock.now()
-        return decide(self.facts, now).deadline <= now
 
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.

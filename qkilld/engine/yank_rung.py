@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qkilld.decision import yank
+from qkilld.decision.waits import tells_nothing
 from qkilld.decision.yank import CutOff
 from qkilld.engine import events
 from qkilld.engine.flush_phase import FlushPhase
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank` together. If the monitor is still being
-opened, there is another timeout of this length for that. When one expires, SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank`, including a sample between them. If the
+monitor is still being opened, there is another timeout of this length for that. When one expires,
+SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
 class YankRung:
     __slots__ = (
         "_allowed", "_attempt", "_clock", "_cut_off_names", "_exhausted", "_flush_phase",
-        "_job", "_journal", "_link", "_unanswered", "_until", "at",
+        "_instances", "_job", "_journal", "_link", "_unanswered", "_until", "at",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +63,8 @@ class YankRung:
         self._until: int | None = None
         """The deadline of the current attempt; None if no attempt is in progress."""
         self._attempt = 0
+        self._instances: tuple[YankInstance, ...] | None = None
+        """The reply to `query-yank` of the current attempt, until it is used."""
 
     @property
     def possible(self) -> bool:
@@ -72,14 +76,18 @@ class YankRung:
         self.at = past.rung_at(YANK)
 
     def step(self) -> bool:
-        """Start an attempt to cut off storage, if none is in progress. When the attempt ends, it
-        calls the job's `advance`.
+        """Start an attempt to cut off storage, or continue the current one. Call this only with a
+        fresh sample. After each reply, the attempt calls the job's `advance`: if the reply came
+        late, the storage may have answered meanwhile, so another sample is needed first.
 
         Return False if nothing more can be cut off: SIGKILL is then next.
         """
         if self._until is not None and self._clock.now() >= self._until:
             self._note_unanswered()
             self._give_up()
+        elif self._instances is not None:
+            self._cut_off(self._instances)
+            return not self._exhausted
         if self._exhausted:
             return False
         if self._until is None:
@@ -87,6 +95,14 @@ class YankRung:
         if self._until is not None:
             self._job.wait_until(self._job.deadline, self._until)
         return True
+
+    def withdraw(self) -> None:
+        """End the attempt, unless `yank` was sent, because progress or a caller delays SIGKILL. But
+        continue after a useless sample: otherwise, such samples could lead to endless attempts."""
+        evidence = self._job.assessment
+        is_blind = evidence is not None and tells_nothing(evidence.last)
+        if not self._unanswered and not is_blind:
+            self._end_attempt()
 
     def note_exit(self) -> None:
         """Call this before the monitor reports that it was closed."""
@@ -101,7 +117,7 @@ class YankRung:
             return
         if self._link.monitor is None:
             self._give_up()
-        self._until = None
+        self._end_attempt()
         self._job.advance()
 
     def _begin(self) -> None:
@@ -120,14 +136,15 @@ class YankRung:
                 return
             if isinstance(instances, str | Exception):
                 self._give_up(instances)
-                self._job.advance()
             else:
-                self._cut_off(instances)
+                self._instances = instances
+            self._job.advance()
 
         monitor.query_yank(handle_instances)
 
     def _cut_off(self, instances: tuple[YankInstance, ...]) -> None:
         evidence, monitor, attempt = self._job.assessment, self._link.monitor, self._attempt
+        self._instances = None
         chosen: tuple[CutOff, ...] = ()
         if evidence is not None:
             chosen = yank.choose(
@@ -140,11 +157,6 @@ class YankRung:
             )
         if not chosen or monitor is None:
             self._give_up()
-            self._job.advance()
-            return
-        if not self._job.is_last_rung_due():
-            self._until = None
-            self._job.advance()
             return
 
         def handle_reply(refused: str | Exception | None) -> None:
@@ -176,10 +188,13 @@ class YankRung:
             job.risks = (*job.risks, Risk("yanked", text))
         self._journal.write(events.cut_off(job, chosen))
 
-    def _give_up(self, why: str | Exception = "") -> None:
-        self._until = None
-        self._unanswered = ()
+    def _end_attempt(self) -> None:
+        self._until = self._instances = None
         self._attempt += 1
+
+    def _give_up(self, why: str | Exception = "") -> None:
+        self._end_attempt()
+        self._unanswered = ()
         self._exhausted = True
         if isinstance(why, Exception):
             doing = f"cutting off storage of {self._job.guest.title}"

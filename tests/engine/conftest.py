@@ -276,6 +276,8 @@ class FakeMonitors:
         self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
         self.answers = True
         """Whether out-of-band commands are answered."""
+        self.answers_after_s = 0.0
+        """The delay of the reply to query-yank."""
         self.answers_yank = True
         self.yank_reply: str | None = ""
         self.yanked: list[list[str]] = []
@@ -430,7 +432,8 @@ class FakeMonitor:
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
     ) -> None:
         if self._monitors.answers:
-            self._call(lambda: callback(self._monitors.instances))
+            after_s = self._monitors.answers_after_s
+            self._call(lambda: callback(self._monitors.instances), after_s)
 
     def yank(
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
@@ -445,9 +448,10 @@ class FakeMonitor:
             self._closed = True
             self._monitors.open_monitors -= 1
 
-    def _call(self, callback: Callable[[], None]) -> None:
+    def _call(self, callback: Callable[[], None], after_s: float = 0) -> None:
         """Call back from the loop, unless closed."""
-        self._clock.call_at(self._clock.now(), lambda: None if self._closed else callback())
+        at = self._clock.now() + int(after_s * S)
+        self._clock.call_at(at, lambda: None if self._closed else callback())
 
 
 class World:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from signal import SIGKILL, SIGTERM
+from signal import SIGKILL, SIGTERM, Signals
 
 import pytest
 
@@ -14,8 +14,8 @@ from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId, Priority
 from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.policy import Config, Switches
-from qkilld.model.sample import Io, Node, Peer, Socket
-from tests.engine.conftest import IDLE, FakeProcess, World, make_guest
+from qkilld.model.sample import Io, Node, Peer, Sample, Socket
+from tests.engine.conftest import IDLE, FakeProcess, S, World, make_guest
 from tests.engine.test_server_watch import ServedWorld, client
 
 FORCE = Flag.FORCE
@@ -174,6 +174,48 @@ def test_a_monitor_that_falls_silent_does_not_keep_sigkill_back() -> None:
     assert process.sent == [SIGTERM]
     world.clock.advance(4)
     assert process.sent == [SIGTERM, SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("moves_after_s", "yanked", "sent"),
+    [(0.5, [], [SIGTERM]), (2.9, [], [SIGTERM]), (1000, [["dead"]], [SIGTERM, SIGKILL])],
+)
+def test_storage_that_moved_before_a_late_reply_is_not_cut_off(
+    moves_after_s: float, yanked: list[list[str]], sent: list[Signals]
+) -> None:
+    """A busy QEMU needs 3 s for each reply to query-yank."""
+    world, process = stuck_world()
+    world.monitors.answers_after_s = 3
+    begun(world, process)
+    moving = replace(STUCK, sockets=(), nodes=())
+    moves_at = world.clock.now() + int((60 + moves_after_s) * S)
+    world.sampler.shows = lambda now: (
+        STUCK if now < moves_at else replace(moving, io=Io(0, 0, 0, 0, 0, now, 0))
+    )
+    world.clock.advance(130)
+    assert (world.monitors.yanked, process.sent) == (yanked, sent)
+    if not yanked:
+        # If the storage stands still again, it can still be cut off.
+        world.sampler.shows = lambda now: STUCK
+        world.clock.advance(70)
+        assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM])
+
+
+def test_useless_samples_do_not_start_an_attempt_again() -> None:
+    """The monitor is silent, and on a busy host, each first sample after a pause is useless."""
+    world, process = stuck_world()
+    begun(world, process)
+    world.monitors.answers = False
+    sampled_at = world.clock.now()
+
+    def shows(now: int) -> Sample:
+        nonlocal sampled_at
+        late, sampled_at = now - sampled_at > 2 * S, now
+        return Sample(now, "?") if late else STUCK
+
+    world.sampler.shows = shows
+    world.clock.advance(70)
+    assert (world.monitors.yanked, process.sent) == ([], [SIGTERM, SIGKILL])
 
 
 def test_the_next_daemon_knows_when_it_was_done() -> None:
