@@ -104,10 +104,18 @@ def _answer(request: int, body: bytes) -> bytes | None:
     return None
 
 
-def _keep_log(path: Path, hung: threading.Event) -> None:
+def _keep_log(path: Path, runs: threading.Event) -> None:
     """Write lines until the process ends. Between SIGUSR1 and SIGUSR2, answer nothing."""
-    signal.signal(signal.SIGUSR1, lambda number, frame: hung.clear())
-    signal.signal(signal.SIGUSR2, lambda number, frame: hung.set())
+    signals = (signal.SIGUSR1, signal.SIGUSR2)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    # A signal handler of Python runs in the main thread alone. If the kernel delivers the signal to
+    # another thread, the main thread remains in Event.wait.
+    def follow() -> None:
+        while True:
+            (runs.clear if signal.sigwait(signals) == signal.SIGUSR1 else runs.set)()
+
+    threading.Thread(target=follow, daemon=True).start()
 
     def write() -> None:
         with path.open("a") as file:
