@@ -12,13 +12,14 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import time
-from typing import Final
+from typing import Final, NoReturn
 
 from qkilld.adapters.service_manager import VARLINK, stored_descriptors
 from qkilld.debug_log import ignore
 from qkilld.model.bus_address import BusAddress
-from qkilld.model.constants import BUS_NAME
+from qkilld.model.constants import BUS_NAME, ExitCode
 from qkilld.model.errors import Failed, QkilldError
 from qkilld.model.text import printable
 
@@ -30,7 +31,8 @@ MAX_TEXT: Final = 1024
 
 
 def refuse_calls(why: str, bus: BusAddress) -> None:
-    """Refuse the calls that have started this process; do nothing if systemd has not started it.
+    """Refuse the calls that have started this process, and end the process with exit code 2; do
+    nothing if systemd has not started it.
 
     Every user can read `why`.
     """
@@ -42,6 +44,7 @@ def refuse_calls(why: str, bus: BusAddress) -> None:
             _refuse_on_varlink(socket.socket(fileno=fd), text)
     with ignore("refusing calls on the bus", QkilldError, ImportError, TimeoutError):
         asyncio.run(_refuse_on_bus(bus, text))
+    _end()
 
 
 def _refuse_on_varlink(listener: socket.socket, text: str) -> None:
@@ -62,7 +65,7 @@ def _refuse_on_varlink(listener: socket.socket, text: str) -> None:
         client.detach()
 
 
-async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
+async def _refuse_on_bus(bus: BusAddress, text: str) -> NoReturn:
     from qkilld.bus.connection import connect
 
     async with asyncio.timeout(BUS_FOR_S):
@@ -71,6 +74,13 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
         # The calls that wait for our name arrive before the bus confirms that we own it.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Do not close the connection; the kernel closes it when this process ends. If we closed it
-        # earlier, the next call would wait in the bus, because systemd starts no other process
-        # while this one runs.
+        # Nothing may close the connection before this process ends, as asyncio and Python would do
+        # at their end. If a call comes after the connection was closed and before systemd notices
+        # the end, systemd adds the bus's request for a start to the start that is just failing, and
+        # the bus gets no answer.
+        _end()
+
+
+def _end() -> NoReturn:
+    sys.stderr.flush()
+    os._exit(ExitCode.USAGE)

@@ -70,6 +70,7 @@ def run(options: DaemonOptions) -> int:
             return asyncio.run(end)
     except ConfigError as error:
         print(f"qkilld: {error}", file=sys.stderr)
+        journal.close()
         _refuse_calls(str(error), options)
         return ExitCode.USAGE
     except BusError as error:
@@ -85,6 +86,7 @@ def run(options: DaemonOptions) -> int:
 
 
 def _refuse_calls(why: str, options: DaemonOptions) -> None:
+    """Does not return if systemd has started this process."""
     # Imported late, because it imports asyncio.
     from qkilld.failed_start import refuse_calls
 

@@ -51,6 +51,14 @@ def test_callers_on_the_bus(system: Container) -> None:
     system.run(*CALL)
 
 
+def test_one_call_right_after_the_other(system: Container) -> None:
+    """A call may come while the process that has refused the call before ends."""
+    call = f"timeout 15 {' '.join(CALL)}"
+    done = system.run("sh", "-c", f"for i in $(seq 20); do {call} || echo $?; done", check=False)
+    assert done.stdout.split() == ["1"] * 20
+    assert ANSWER in done.stderr
+
+
 def test_callers_on_varlink(system: Container) -> None:
     """There are two clients. The first disconnects at once. At most two starts of qkilld are needed
     to answer both."""
