@@ -4,6 +4,7 @@ units of other guests."""
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S: Final = 2.0
 TIMEOUT_S: Final = 2.0
+
+_REPEATING: Final = re.compile(r"\b(?:for|while|until|xargs)\b")
 
 T = TypeVar("T")
 
@@ -104,7 +107,8 @@ def later_lines(facts: UnitFacts, options: Options) -> LaterLines:
 
 
 def _stops_of(command: Command) -> int:
-    """Return how often a line of ExecStop= is seen to run qkilld-stop for guests of its unit."""
+    """Return how often a line of ExecStop= is seen to run qkilld-stop for guests of its unit; 2
+    also for more."""
     from qkilld.unitcheck.command import helper_options, is_helper
 
     if is_helper(command):
@@ -113,7 +117,9 @@ def _stops_of(command: Command) -> int:
     from qkilld.unitcheck.stop_act import ActKind
     from qkilld.unitcheck.stop_line import read_line
 
-    return sum(each.kind is ActKind.HELPER for each in read_line(command).acts)
+    count = sum(each.kind is ActKind.HELPER for each in read_line(command).acts)
+    repeats = _REPEATING.search(" ".join(command.arguments)) is not None
+    return 2 if count and repeats else min(count, 2)
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:

@@ -101,8 +101,10 @@ class Targets:
             others = self.substitutes(())
             ours = self.left_to_us(others)
             if self._left_to_line:
-                say(f"{error}. A later line of ExecStop= stops every QEMU of the unit")
-                raise NoSuchProcess("the pidfile is of no use") from None
+                say(str(error))
+                raise NoSuchProcess(
+                    "a later line of ExecStop= stops the guests of the unit"
+                ) from None
             if not ours:
                 raise
             if len(ours) == len(others):
