@@ -21,7 +21,7 @@ from qkilld.decision.open_wait import OpenWait
 from qkilld.decision.signs import works
 from qkilld.decision.verdict import Assessment
 from qkilld.decision.waits import WaitKind, owes_reply
-from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.block_state import NetworkDisk, NetworkStorage, YankInstance
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Node, Sample
 
@@ -43,15 +43,13 @@ def choose(
     instances: Sequence[YankInstance],
     evidence: Assessment,
     *,
-    disks: Sequence[GuestDisk] = (),
-    stuck: Collection[str] = (),
+    known: NetworkStorage,
     cut_off: Collection[str] = (),
     still_since: int,
 ) -> tuple[CutOff, ...]:
     """Return the connections to cut off now; () if none would help.
 
-    disks        the disks that were known before SIGTERM
-    stuck        names of nodes that did not answer at that time
+    known        what was known before SIGTERM
     cut_off      names of connections that were cut off already
     still_since  do not cut off connections that have moved since this time; CLOCK_MONOTONIC, µs
     """
@@ -61,14 +59,14 @@ def choose(
     for instance in instances:
         if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
             continue
-        titles = _titles(instance, disks)
+        titles = _titles(instance, known.disks)
         names = [name for name in nodes if _is_of(name, instance, titles)]
         node_waits = [waits[_NODE + name] for name in names if _NODE + name in waits]
         if any(_has_moved(wait, still_since) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
         owes = any(_owes(nodes[name], evidence.last) for name in names)
-        if owes or instance.name in stuck:
+        if owes or instance.name in known.stuck:
             suspects.append(candidate)
         elif any(_works(nodes[name], evidence.last) for name in names):
             working.append(candidate)
@@ -86,7 +84,7 @@ def choose(
     return tuple(candidate for candidate, known in others if known or all_still)
 
 
-def _titles(instance: YankInstance, disks: Sequence[GuestDisk]) -> tuple[str, ...]:
+def _titles(instance: YankInstance, disks: Sequence[NetworkDisk]) -> tuple[str, ...]:
     return tuple(disk.title for disk in disks if instance.name in disk.connections)
 
 

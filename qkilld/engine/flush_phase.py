@@ -20,7 +20,7 @@ from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.sampling import JobSampler
-from qkilld.model.block_state import BlockState, FlushResult, GuestDisk
+from qkilld.model.block_state import BlockState, FlushResult, GuestDisk, NetworkStorage
 from qkilld.model.constants import INFINITY, USEC_PER_SEC, GuestAsked, Phase, Verdict
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import FlushReport, Risk
@@ -87,10 +87,8 @@ class FlushPhase:
         """The number of the current step. Replies to commands of earlier steps are ignored."""
         self._is_over = False
         self._powered_off = False
-        self.disks: tuple[GuestDisk, ...] = ()
-        """The disks at the last reading."""
-        self.stuck: tuple[str, ...] = ()
-        """The names of the stuck disks' block nodes that have a network connection."""
+        self.storage = NetworkStorage()
+        """The network connections of the disks at the last reading."""
         self._first: BlockState | None = None
         self._is_early_flush = False
         """Whether disks are flushed before QEMU asks a file system that may hang."""
@@ -306,7 +304,7 @@ class FlushPhase:
 
     def _plan(self, state: BlockState) -> None:
         self._powered_off = flush_plan.is_powered_off(state)
-        self.disks = state.disks
+        self.storage = NetworkStorage.of(state.disks, self.storage.stuck)
         evidence = self._evidence if flush_plan.wants_evidence(state) else None
         if self._waits_for_jobs(state):
             due = self._jobs.moved_at + self._job.policy.storage_stall
@@ -387,7 +385,8 @@ class FlushPhase:
 
     def _carry_out(self, plan: FlushPlan, state: BlockState) -> None:
         self._add_risks(flush_plan.risks_of_state(state))
-        self.stuck = tuple(name for disk in plan.stuck for name in disk.connections)
+        stuck = tuple(name for disk in plan.stuck for name in disk.connections)
+        self.storage = replace(self.storage, stuck=stuck)
         if plan.stop and not plan.disks:
             self._report(plan, state, ())
             self._end_qemu()

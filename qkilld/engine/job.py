@@ -246,6 +246,7 @@ class Job:
         self.result, self.error, self.error_name = past.result, past.error, past.error_name
         self.risks, self.guest_asked = past.risks, past.guest_asked
         self.flush, self._flush_phase.stopped = past.flush, past.processors_stopped
+        self._flush_phase.storage = past.storage
         self.rungs, self.history = past.rungs, past.history
         self.assessment = past.assessment_at(self._parts.clock.now())
         self._signals.resume(past)
@@ -307,6 +308,8 @@ class Job:
             own_chardevs=self.own_chardevs,
             started=self.started,
             ended=self.ended,
+            storage=self._flush_phase.storage,
+            cut_off=self._yank.cut_off_names,
         )
         return self._signals.as_intended(snapshot)
 

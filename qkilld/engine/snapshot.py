@@ -12,6 +12,7 @@ from qkilld.decision.gap import after_gap, unsampled_assessment
 from qkilld.decision.powerdown import AskMethod, Attempt
 from qkilld.decision.risk import CODES_OF_KILL
 from qkilld.decision.verdict import Assessment
+from qkilld.model.block_state import NetworkStorage
 from qkilld.model.codec import from_json, to_json
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
 from qkilld.model.dataclass import dataclass
@@ -21,12 +22,12 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 9
+VERSION: Final = 10
 """Earlier versions can be read, too. Version 1 lacks `control`. Version 2 lacks `error_name`,
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
-Versions 5 to 8 may lack some fields of samples, waits and observations. Any version may lack
-`forced`.
+Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
+and `cut_off`. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"
@@ -85,6 +86,9 @@ class Snapshot:
     ended: int | None
     forced: bool = False
     """Whether a caller was promised SIGKILL, whatever the ladder decides."""
+    storage: NetworkStorage = NetworkStorage()
+    cut_off: frozenset[str] = frozenset()
+    """The names of the connections that were cut off."""
 
     @classmethod
     def of_signals(

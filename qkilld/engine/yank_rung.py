@@ -33,8 +33,8 @@ _NOTHING: Final = frozenset[str]()
 
 class YankRung:
     __slots__ = (
-        "_allowed", "_attempt", "_clock", "_cut_off_names", "_exhausted", "_flush_phase",
-        "_instances", "_job", "_journal", "_link", "_unanswered", "_until", "at",
+        "_allowed", "_attempt", "_clock", "_exhausted", "_flush_phase",
+        "_instances", "_job", "_journal", "_link", "_unanswered", "_until", "at", "cut_off_names",
     )  # fmt: skip
 
     def __init__(
@@ -54,7 +54,7 @@ class YankRung:
         self._flush_phase = flush_phase
         self.at: int | None = None
         """When something was last yanked."""
-        self._cut_off_names = _NOTHING
+        self.cut_off_names = _NOTHING
         """The names of the yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
         """The connections for which `yank` has no reply yet. If QEMU exits before its reply is
@@ -73,7 +73,7 @@ class YankRung:
         return self._allowed and not self._exhausted and may_open
 
     def resume(self, past: Snapshot) -> None:
-        self.at = past.rung_at(YANK)
+        self.at, self.cut_off_names = past.rung_at(YANK), past.cut_off
 
     def step(self) -> bool:
         """Start an attempt to cut off storage, or continue the current one. Call this only with a
@@ -150,9 +150,8 @@ class YankRung:
             chosen = yank.choose(
                 instances,
                 evidence,
-                disks=self._flush_phase.disks,
-                stuck=self._flush_phase.stuck,
-                cut_off=self._cut_off_names,
+                known=self._flush_phase.storage,
+                cut_off=self.cut_off_names,
                 still_since=self._clock.now() - self._job.policy.stall,
             )
         if not chosen or monitor is None:
@@ -181,7 +180,7 @@ class YankRung:
             return
         job = self._job
         self._until = None
-        self._cut_off_names |= {cutoff.instance.name for cutoff in chosen}
+        self.cut_off_names |= {cutoff.instance.name for cutoff in chosen}
         job.note_rung(YANK, self._clock.now())
         for cutoff in chosen:
             text = f"{', '.join(cutoff.disks)} was cut off: {cutoff.why}"

@@ -6,7 +6,7 @@ Titles are printable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qkilld.model.dataclass import dataclass
@@ -92,6 +92,28 @@ class FlushResult:
     refused: bool = False
     """The flush was not tried (for example, because QEMU did not export the node), so `error` says
     nothing about the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkDisk:
+    """A disk whose connections can be cut off."""
+
+    title: str
+    connections: tuple[str, ...]
+    """As GuestDisk.connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkStorage:
+    """The network connections of the disks, as known before QEMU got SIGTERM."""
+
+    disks: tuple[NetworkDisk, ...] = ()
+    stuck: tuple[str, ...] = ()
+    """The names of the connections of disks that did not answer."""
+
+    @classmethod
+    def of(cls, disks: Iterable[GuestDisk], stuck: tuple[str, ...]) -> NetworkStorage:
+        return cls(tuple(NetworkDisk(one.title, one.connections) for one in disks), stuck)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,10 @@ from qkilld.model.text import printable
 MAX_DISKS: Final = 64
 """If a guest has more disks, none is flushed."""
 MAX_TITLE: Final = 128
+MAX_NODE_NAME: Final = 31
+"""QEMU does not accept longer names of nodes."""
+MAX_CONNECTIONS: Final = 64
+"""At most this many connections of a disk are known, because they are saved with the job."""
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
     | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
@@ -168,7 +172,8 @@ def _disk(
     name = entry.get("device") or node
     device = entry.get("qdev")
     network = any(_protocols(one) & NETWORK_DRIVERS for one in files)
-    below = [name for one in files for name in connections.get(one, ())]
+    below = dict.fromkeys(name for one in files for name in connections.get(one, ()))
+    short = [name for name in below if len(name) <= MAX_NODE_NAME]
     return GuestDisk(
         node=node,
         title=_title(str(name)),
@@ -179,7 +184,7 @@ def _disk(
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",
-        connections=tuple(dict.fromkeys(below)),
+        connections=tuple(short[:MAX_CONNECTIONS]),
     )
 
 

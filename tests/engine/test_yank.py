@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM, Signals
 
 import pytest
 
 from qkilld.engine.job import Job
+from qkilld.engine.snapshot import decode
 from qkilld.model.access import Rank, Steerer
-from qkilld.model.block_state import YankInstance
+from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue, YankInstance
 from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId, Priority
 from qkilld.model.guest_state import KeptMonitor
@@ -229,6 +231,59 @@ def test_the_next_daemon_knows_when_it_was_done() -> None:
     after.clock.advance(56)
     assert process.sent == []
     assert after.registry.get(job.number).facts.yank_at == past.rung_at("yank")
+
+
+def drive(title: str, device: str) -> GuestDisk:
+    return GuestDisk("#block9", title, network=True, device=device, connections=(f"#{title}",))
+
+
+DRIVES = tuple(map(drive, ("dead", "well"), ("/m/a/virtio-backend", "/m/b/virtio-backend")))
+BUSY = (RequestQueue("/m/a/virtio-backend", 0, 3, 5), RequestQueue("/m/b/virtio-backend", 0, 0, 5))
+
+
+def two_drives(restarts_after_s: float) -> tuple[World, FakeProcess]:
+    """A world in which the next daemon has continued a job. The first of two disks has not answered
+    a request before SIGTERM. Both connections look the same."""
+    world, process = stuck_world()
+    instances = tuple(
+        YankInstance("block-node", f"#{disk.title}", {"type": "block-node"}) for disk in DRIVES
+    )
+    nodes = tuple(Node(disk.title, "nbd", served=True) for disk in DRIVES)
+    shown = replace(
+        IDLE,
+        nodes=nodes,
+        sockets=tuple(
+            replace(SOCKET, inode=number, node=node.name, send_queue=0)
+            for number, node in enumerate(nodes)
+        ),
+    )
+    world.sampler.shows = lambda now: shown
+    world.monitors.disks = lambda now: BlockState(
+        at=0, runstate="running", disks=DRIVES, queues=BUSY
+    )
+    world.monitors.instances = instances
+    job = world.stop(process, FORCE)
+    world.clock.advance(restarts_after_s)
+    assert process.sent == [SIGTERM]
+    past = decode(json.loads(json.dumps(job.snapshot().to_json())))
+    after, process = stuck_world()
+    after.sampler.shows = lambda now: shown
+    after.monitors.instances, after.monitors.yanked = instances, world.monitors.yanked
+    after.clock.advance(restarts_after_s)
+    after.registry.resume(process, past, KeptMonitor(99, ()))
+    return after, process
+
+
+def test_the_next_daemon_knows_which_disk_did_not_answer() -> None:
+    after, process = two_drives(30)
+    after.clock.advance(35)
+    assert (after.monitors.yanked, process.sent) == ([["#dead"]], [])
+
+
+def test_the_next_daemon_knows_what_was_cut_off() -> None:
+    after, process = two_drives(65)
+    after.clock.advance(65)
+    assert (after.monitors.yanked, process.sent) == ([["#dead"], ["#well"]], [])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from qkilld.decision.flush_plan import plan_flush
 from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
 from qkilld.model.errors import MonitorProtocolError
 from qkilld.monitor.block_answers import (
+    MAX_CONNECTIONS,
     MAX_DISKS,
     read_disks,
     read_jobs,
@@ -34,6 +35,13 @@ def test_disks_and_the_connections_below_them() -> None:
     remote, local = read_disks([disk("r", NBD), disk("l", "/img")], nodes)
     assert (remote.network, remote.connections) == (True, ("#n",))
     assert (local.network, local.connections) == (False, ())
+
+
+def test_a_hostile_guest_cannot_make_a_saved_job_large() -> None:
+    nodes = [named("n" * 1_000_000, NBD, "nbd")]
+    nodes += [named(f"#n{number}", NBD, "nbd") for number in range(1_000)]
+    (remote,) = read_disks([disk("r", NBD)], nodes)
+    assert remote.connections == tuple(f"#n{number}" for number in range(MAX_CONNECTIONS))
 
 
 def test_a_network_is_known_by_json_and_by_what_an_image_is_backed_by() -> None:

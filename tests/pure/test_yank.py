@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from qkilld.decision.ladder import Action, JobFacts, decide
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.decision.yank import choose
-from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.block_state import NetworkDisk, NetworkStorage, YankInstance
 from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Node, Peer, Sample, Socket, Thread
@@ -45,8 +46,11 @@ def still(sample: Sample, seconds: int = 70) -> Assessment:
     return seen(*[sample] * seconds)
 
 
-def chosen(evidence: Assessment, *instances: YankInstance, **more: object) -> list[str]:
-    cuts = choose(instances, evidence, still_since=TERM + S, **more)  # type: ignore[arg-type]
+def chosen(
+    evidence: Assessment, *instances: YankInstance, cut_off: Collection[str] = (), **more: object
+) -> list[str]:
+    known = NetworkStorage(**more)  # type: ignore[arg-type]
+    cuts = choose(instances, evidence, known=known, cut_off=cut_off, still_since=TERM + S)
     return [cut.instance.name for cut in cuts]
 
 
@@ -107,7 +111,7 @@ def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -
     lost = still(with_nodes(link("well", inode=2)))
     assert chosen(lost, node("dead"), node("well")) == ["dead"]
     silent = still(with_nodes(link("dead"), link("well", inode=2)))
-    assert chosen(silent, node("dead"), node("well"), stuck={"dead"}) == ["dead"]
+    assert chosen(silent, node("dead"), node("well"), stuck=("dead",)) == ["dead"]
     assert chosen(silent, node("dead"), node("well")) == ["dead", "well"]
 
 
@@ -134,10 +138,7 @@ def test_a_timer_is_no_request_to_a_local_disk() -> None:
 
 def test_names_of_drives_are_matched_by_the_disks_that_were_seen() -> None:
     evidence = still(with_nodes(link("dead", queue=9), link("well", inode=2)))
-    disks = (
-        GuestDisk("#block9", "dead", network=True, connections=("#block1",)),
-        GuestDisk("#block8", "well", network=True, connections=("#block2",)),
-    )
+    disks = (NetworkDisk("dead", ("#block1",)), NetworkDisk("well", ("#block2",)))
     assert chosen(evidence, node("#block1"), node("#block2"), disks=disks) == ["#block1"]
 
 
