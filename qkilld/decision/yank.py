@@ -54,7 +54,8 @@ def choose(
     still_since  do not cut off connections that have moved since this time; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
-    nodes = {node.name: node for node in evidence.last.nodes or ()}
+    sample = evidence.seen  # `waits` are those of this sample, too.
+    nodes = {node.name: node for node in sample.nodes or ()}
     suspects, working, others = [], [], []
     for instance in instances:
         if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
@@ -65,10 +66,10 @@ def choose(
         if any(_has_moved(wait, still_since) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
-        owes = any(_owes(nodes[name], evidence.last) for name in names)
+        owes = any(_owes(nodes[name], sample) for name in names)
         if owes or instance.name in known.stuck:
             suspects.append(candidate)
-        elif any(_works(nodes[name], evidence.last) for name in names):
+        elif any(_works(nodes[name], sample) for name in names):
             working.append(candidate)
         elif node_waits or (instance.kind == "block-node" and not names):
             others.append((candidate, bool(node_waits)))

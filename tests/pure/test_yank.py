@@ -64,6 +64,13 @@ def test_connections_that_owe_a_reply_are_cut_off_first() -> None:
     assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
 
 
+def test_after_useless_samples_the_last_usable_one_counts() -> None:
+    """On a busy host, there was no usable sample for StorageStallSec=."""
+    evidence = still(with_nodes(link("dead", queue=67_840), link("well", inode=2)))
+    evidence = assess(evidence, Sample(evidence.last.at + S, "?"))
+    assert chosen(evidence, node("dead"), node("well")) == ["dead"]
+
+
 @pytest.mark.parametrize(
     "server",
     [
