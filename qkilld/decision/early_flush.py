@@ -112,7 +112,7 @@ def _hung_call(evidence: Assessment) -> str:
 
 def _mount_calls(evidence: Assessment) -> list[OpenWait]:
     """Return the waits for calls to file systems without a block device."""
-    mounts = {mount.number for mount in evidence.last.mounts or ()}
+    mounts = {mount.number for mount in evidence.seen.mounts or ()}
     calls = [wait for wait in evidence.waits if wait.key.startswith(_CALL)]
     return [
         wait for wait in calls if not mounts.isdisjoint(wait.key.removeprefix(_CALL).split(","))

@@ -102,6 +102,15 @@ def test_a_call_to_it_that_does_not_return_keeps_it_from_being_asked() -> None:
     assert "a request may be stuck" in found.hang_reason
 
 
+def test_a_useless_sample_does_not_hide_such_a_call() -> None:
+    state = BlockState(at=0, runstate="running", disks=(LOCAL, ON_FUSE), queues=())
+    held = replace(HELD, mount="0:53")
+    evidence = assess(assess(None, sample(0, PLACES, held)), Sample(S // 2, "?"))
+    assert needs_second_reading(state, evidence)
+    evidence = assess(assess(evidence, sample(S, PLACES, held)), Sample(2 * S, "?"))
+    assert "may be stuck" in plan_early_flush(state, state, evidence).hang_reason
+
+
 def test_without_such_a_call_it_may_be_asked() -> None:
     assert standing().hang_reason == ""
 
