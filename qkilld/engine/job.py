@@ -276,7 +276,7 @@ class Job:
         elif self.running and self.phase is Phase.QUIT:
             self._flush_phase.begin(skip=not self._can_flush)
         elif self.running and self._link.is_kept:
-            self._link.open(lambda found: self._yank.note_opened(), was_asked=True)
+            self._link.open(lambda outcome: None, was_asked=True)
         self.advance()
 
     def check_process(self) -> None:

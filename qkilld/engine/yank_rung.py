@@ -69,7 +69,8 @@ class YankRung:
     @property
     def possible(self) -> bool:
         """Whether there may be more storage to cut off."""
-        may_open = self._link.is_opening or self._link.monitor is not None
+        link = self._link
+        may_open = link.is_opening or link.is_kept or link.monitor is not None
         return self._allowed and not self._exhausted and may_open
 
     def resume(self, past: Snapshot) -> None:
@@ -109,7 +110,14 @@ class YankRung:
         self._note_unanswered()
         self._attempt += 1
 
-    def note_opened(self) -> None:
+    def _begin(self) -> None:
+        self._until = self._clock.now() + TIMEOUT
+        if self._link.monitor is not None:
+            self._query()
+        else:
+            self._link.open(lambda outcome: self._note_opened(), was_asked=True)
+
+    def _note_opened(self) -> None:
         """Continue an attempt that had to wait for the monitor, for example after a restart of the
         daemon. First take a sample, because the storage may have answered meanwhile. If the monitor
         could not be opened, end the attempt."""
@@ -119,11 +127,6 @@ class YankRung:
             self._give_up()
         self._end_attempt()
         self._job.advance()
-
-    def _begin(self) -> None:
-        self._until = self._clock.now() + TIMEOUT
-        if not self._link.is_opening:
-            self._query()
 
     def _query(self) -> None:
         monitor = self._link.monitor

@@ -308,6 +308,35 @@ def test_the_next_daemon_waits_for_its_monitor(
     assert process.sent == ([] if cut_off else [SIGKILL])
 
 
+def test_a_monitor_that_is_opened_during_the_attempt_is_used() -> None:
+    """The flush before SIGTERM did not wait for it."""
+    world, process = stuck_world()
+    world.monitors.opens_after_s = 64
+    world.stop(process, FORCE)
+    world.clock.advance(2)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(63)
+    assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM])
+
+
+def test_a_released_job_whose_monitor_was_not_opened_yet() -> None:
+    """Many jobs of the earlier daemon wait for their first samples."""
+    world, process = stuck_world()
+    job = begun(world, process)
+    job.hold(ROOT)
+    world.clock.advance(70)
+    past = job.snapshot()
+    after, process = stuck_world()
+    after.clock.advance(70)
+    resumed = after.registry.resume(process, past, KeptMonitor(99, ()), among_many=True)
+    resumed.release(ROOT)
+    after.clock.advance(2)
+    assert (after.monitors.yanked, process.sent) == ([["dead"]], [])
+    after.registry.follow_resumed()
+    after.clock.advance(2)
+    assert (len(after.monitors.adopted), after.monitors.open_monitors) == (1, 1)
+
+
 def test_the_next_daemon_cuts_off_nothing_that_moved_while_its_monitor_was_opened() -> None:
     world, process = stuck_world()
     job = begun(world, process)
