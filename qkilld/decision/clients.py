@@ -19,9 +19,8 @@ from qkilld.decision.signs import (
     waits_for_storage,
 )
 from qkilld.decision.waits import Wait, WaitKind
-from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
+from qkilld.model.sample import FLUSH_CALLS, Device, Peer, Sample, Socket, Thread
 
-_SYNCS: Final = frozenset(("fsync", "fdatasync", "sync_file_range"))
 _READS_SHARE: Final = 16
 """A client that only reads gets more than this many bytes for each byte that it sends: an NBD read
 request has 28 bytes, and its reply at least 528."""
@@ -79,7 +78,7 @@ def _calls_write(
     calls = [
         thread
         for thread in threads
-        if thread.call in _SYNCS or (not writes and (only_writes(thread) or not thread.target))
+        if thread.call in FLUSH_CALLS or (not writes and (only_writes(thread) or not thread.target))
     ]
     return any(
         sleeps_without_disk(thread)

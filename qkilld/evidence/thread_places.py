@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Final
 
 from qkilld.debug_log import note_once
 from qkilld.evidence.storage import StorageReader
-from qkilld.model.sample import Thread
-
-_FLUSHES: Final = frozenset({"fsync", "fdatasync", "sync_file_range"})
+from qkilld.model.sample import FLUSH_CALLS, Thread
 
 
 def place_threads(
@@ -40,7 +37,7 @@ def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) 
     # A file that is being closed has no link any more, but `storage` still knows its disks.
     place = storage.place_of(thread.descriptor)
     if place is None and kind == "file":
-        storage.refresh(waited_for=thread.descriptor, synced=thread.call in _FLUSHES)
+        storage.refresh(waited_for=thread.descriptor, synced=thread.call in FLUSH_CALLS)
         place = storage.place_of(thread.descriptor)
     if place is None or not (place.disks or place.mount):
         return dataclasses.replace(thread, target="other" if kind else "")

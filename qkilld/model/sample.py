@@ -6,7 +6,12 @@ value and only grow, so only their difference between two samples has a meaning.
 
 from __future__ import annotations
 
+from typing import Final
+
 from qkilld.model.dataclass import dataclass
+
+FLUSH_CALLS: Final = frozenset(("fsync", "fdatasync", "sync_file_range", "syncfs", "sync", "msync"))
+"""The system calls that write cached data to the storage and wait for it. See Thread.call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -492,13 +492,16 @@ def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path:
     assert reader.writable == ["/fuse/c"]
 
 
-def test_a_file_on_a_standard_stream_counts_once_a_thread_flushes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["fsync", "fdatasync", "syncfs"])
+def test_a_file_on_a_standard_stream_counts_once_a_thread_flushes_it(
+    tmp_path: Path, call: str
+) -> None:
     """For example the output of dd conv=fsync, which a script of a storage server may run."""
     mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
     reader = reader_of(tmp_path, {1: ("/far/disk", os.O_WRONLY, 8)}, mountinfo, SYS)
     thread = Thread(7, "dd", "D", 1, io_call=True, wchan="", call="write", descriptor=1)
-    for call, target in (("write", "other"), ("fsync", "disk")):
-        waiting = (dataclasses.replace(thread, call=call),)
+    for present, target in (("write", "other"), (call, "disk")):
+        waiting = (dataclasses.replace(thread, call=present),)
         (placed,) = place_threads(7, waiting, reader, tmp_path / "proc") or ()
         assert (placed.target, placed.disks) == (target, ("8:16",) if target == "disk" else ())
 

@@ -84,6 +84,27 @@ def flush_of_server(second: int) -> dict[str, Any]:
     return far(replace(BEHIND, peer=replace(SERVES, threads=(busy,), devices=(disk,))))
 
 
+def syncfs_of_server(second: int) -> dict[str, Any]:
+    return with_call(flush_of_server(second), call="syncfs")
+
+
+def sync_of_server(second: int) -> dict[str, Any]:
+    """The call has no descriptor, so it may wait for any disk."""
+    moved = flush_of_server(second)
+    return with_call(moved, call="sync", descriptor=None, target="", disks=())
+
+
+def with_call(moved: dict[str, Any], **call: object) -> dict[str, Any]:
+    """Replace fields of the thread of the server."""
+    *others, socket = moved["sockets"]
+    (thread,) = socket.peer.threads
+    threads = (replace(thread, **call),)
+    return {
+        **moved,
+        "sockets": (*others, replace(socket, peer=replace(socket.peer, threads=threads))),
+    }
+
+
 def worker_of_server(second: int) -> dict[str, Any]:
     """A thread of the kernel may be flushing one of the server's disks."""
     disks = (Device("7:1", "loop1", 40 * second, 0, 0, 1), Device("7:2", "loop2", 5, 0, 0, 0))
@@ -174,7 +195,11 @@ def killed_at(listed: Sequence[Sample]) -> int | None:
 
 @pytest.mark.parametrize("client", [reader, writer, unix])
 @pytest.mark.parametrize(
-    "work", [flush, flush_beside_reads, flush_on_mount, flush_of_server, flush_uncounted]
+    "work",
+    [
+        *(flush, flush_beside_reads, flush_on_mount, flush_of_server, flush_uncounted),
+        *(syncfs_of_server, sync_of_server),
+    ],
 )
 def test_a_flush_of_a_healthy_disk_is_waited_for(
     work: Callable[[int], dict[str, Any]], client: Callable[[int], Socket]
