@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PATIENCE_S = 0.02
 """How long a caller waits for a read, which usually takes 10 to 30 µs."""
 SHORT_PATIENCE_S = 0.001
-"""Replaces PATIENCE_S for SHORT_FOR_S after a read has timed out. Otherwise, somebody who blocks
-and unblocks processes all the time could block the event loop for much of the time."""
+"""Used instead of PATIENCE_S for SHORT_FOR_S seconds after a timeout. Otherwise, somebody who
+blocks and unblocks processes all the time could block the event loop for much of the time."""
 SHORT_FOR_S = 1.0
 MAX_WAIT_S = 0.5
 """How long to wait for a read that is delayed, but not blocked by the process: the thread may be
@@ -165,8 +165,8 @@ class BlockableReads:
             del outcome  # Break the cycle of the exception and its traceback.
 
     def _run(self, batch: _Batch) -> int:
-        """Run a batch; return the number of its outcomes. If some outcomes are missing, the read of
-        the next directory is blocked."""
+        """Run a batch; return the number of its outcomes. If it is less than the number of
+        directories, the next read is blocked, or the system allows no more threads."""
         with self._lock:
             reader = self._idle.pop() if self._idle else _ReadingThread()
             reader.batch = batch

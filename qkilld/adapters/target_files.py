@@ -96,8 +96,8 @@ class _PathWalk:
         while ahead:
             name = ahead.pop()
             if name == "..":
-                # Go back to the parent that was opened before. Opening ".." could lead elsewhere,
-                # because the directory may have been moved.
+                # Go back to the parent, which is open. Opening ".." could lead elsewhere, because
+                # the directory may have been moved.
                 self._leave_to(max(self._root_count, len(self._places) - 1))
             if name in ("", ".", ".."):
                 continue

@@ -110,8 +110,8 @@ class TraceFile:
         self._put(self, None)
 
     def create(self, directory: int) -> bool:
-        """Create the file with its header. Return False if it was created before, or if the trace
-        has ended. Raises OSError."""
+        """Create the file with its header. Return False if it was already created, or if the
+        trace has ended. Raises OSError."""
         if self._fd is not None or self._ended:
             return False
         self._fd = _create(directory, self._header)

@@ -165,7 +165,7 @@ class Connection:
         return not self.connected or len(self._unsent) <= MAX_UNSENT
 
     async def wait_for_room(self) -> None:
-        """Return when `has_room` is true."""
+        """Wait until `has_room` is true."""
         while not self.has_room:
             self._has_room.clear()
             await self._has_room.wait()
@@ -471,7 +471,7 @@ class Connection:
             await asyncio.shield(self._end)
 
     async def flush(self) -> None:
-        """Return when everything queued so far has been written, the connection is lost, or
+        """Wait until everything queued so far has been written, the connection is lost, or
         CALL_TIMEOUT_S has passed."""
         with contextlib.suppress(Exception):
             await self.request_bus("GetId")

@@ -53,7 +53,7 @@ class Watchers:
     """The connections that called GetManagedObjects and were on the bus when last checked.
 
     The bus limits the number of our match rules, so no rule is used to learn that a connection has
-    left. Instead, `has_any` asks the bus before each scan for guests.
+    left. Each scan for guests first calls `has_any`, which asks the bus.
     """
 
     def __init__(self, connection: Connection) -> None:

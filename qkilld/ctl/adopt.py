@@ -102,7 +102,7 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # The drop-in is complete, so another one overrides it, or systemd must reload it.
+            # The drop-in is complete, but another one overrides it, or systemd has not loaded it.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(f"{drop_in.path} is complete")

@@ -319,8 +319,8 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fixed",
         action="store_true",
-        help="use fixed times instead of evidence: SIGKILL 10 s after SIGTERM with --force, "
-        "otherwise give up after 15 s",
+        help="use fixed times instead of evidence: with --force, send SIGKILL 10 s after SIGTERM; "
+        "without it, give up after 15 s",
     )
     _add_powerdown(command)
     waiting = command.add_mutually_exclusive_group()

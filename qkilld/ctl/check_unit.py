@@ -137,7 +137,7 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
 
 
 async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
-    """Raises NoSuchUnit, InvalidArgs, or Failed (the unit is masked or cannot be read)."""
+    """Raises Failed if the unit is masked or cannot be read, and NoSuchUnit and InvalidArgs."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
     surroundings = await gather(

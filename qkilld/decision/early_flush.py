@@ -94,8 +94,8 @@ def plan_early_flush(
 
 
 def _lies(disk: GuestDisk, images: tuple[ImagePlace, ...] | None, *, on_mount: bool) -> bool:
-    """Return whether an image of the disk is known to lie on a file system without a block device.
-    With `on_mount` False, return whether an image is known to lie on a block device."""
+    """Return whether an image of the disk is known to lie on a file system without a block device
+    (`on_mount`) or on a block device (not `on_mount`)."""
     return any(bool(image.mount) == on_mount and _is_of(disk, image) for image in images or ())
 
 

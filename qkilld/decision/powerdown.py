@@ -313,7 +313,7 @@ def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent`: whether the guest's agent can be asked, and was not asked before.
+    `agent`: whether the guest's agent can be asked, and was not asked yet.
     """
     last = attempt.last
     if last is None:

@@ -54,8 +54,8 @@ def risks_of_death(
 
     `status`: how QEMU has ended, in the form of wait(2). A signal that asks QEMU to exit (_HANDLED)
     can end QEMU only before QEMU has installed its handlers. At that time, no guest has run yet, so
-    there is no risk. `terminated`: qkilld had sent SIGTERM before; otherwise, the guest may have
-    written data until the end. `flushed`: the monitor has reported all disks as flushed.
+    there is no risk. `terminated`: whether qkilld had already sent SIGTERM. If not, the guest may
+    have written data until the end. `flushed`: the monitor has reported all disks as flushed.
     """
     number = os.WTERMSIG(status)
     if not status or number in _HANDLED or flushed:

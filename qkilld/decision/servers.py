@@ -259,7 +259,7 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
     """Return the risks after QEMU has exited; () if nothing indicates that a server ended first.
 
-    A node whose reconnect-delay has not passed is no risk: if it had lost its server, QEMU would
+    A node whose reconnect-delay has not passed is not a risk: if it had lost its server, QEMU would
     have kept the data and not exited (risk.py).
     """
     if servers is None:

@@ -76,7 +76,7 @@ class SignKind(StrEnum):
     """The sign has moved if its value has changed."""
     LOW = "low"
     """The sign has moved if its value is lower by `least` than ever before. A fall to an earlier
-    value is no movement: new requests may have filled the queue in between."""
+    value does not count: new requests may have filled the queue in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"

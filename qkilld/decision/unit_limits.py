@@ -3,7 +3,7 @@
 
 systemd (systemd.service(5), systemd.kill(5); src/core/service.c) applies TimeoutStopSec= three
 times: to the ExecStop= command, then to the exit after KillSignal=, then to the exit after SIGKILL.
-RuntimeMaxSec= does not apply while a unit is being stopped, so it is no limit here.
+RuntimeMaxSec= does not apply while a unit is being stopped, so it is not a limit here.
 """
 
 from __future__ import annotations

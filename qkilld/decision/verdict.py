@@ -365,8 +365,8 @@ def _follow(
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return for how long (µs) samples could not show progress of servers that are sampled now for
-    the first time: from the start of the wait or from the last progress, whichever is later."""
+    """Return how long (µs) samples could not show progress of the servers that are sampled now for
+    the first time: since the wait began or since the last progress, whichever is later."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -448,7 +448,7 @@ def _verdict(
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
     """Return whether an exiting process (for example after SIGKILL) cannot close its files because
-    it waits for storage that has not moved recently. The start of the exit is no movement."""
+    it waits for storage that has not moved recently. The start of the exit does not count."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)

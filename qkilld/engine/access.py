@@ -67,8 +67,9 @@ class Access:
         host: Host,
         known: Callable[[tuple[int, int]], bool] = lambda key: False,
     ) -> None:
-        """`known` returns whether the process with that pid and start time was identified as QEMU
-        before. It is called for an exiting process, whose executable can no longer be read."""
+        """`known` returns whether the process with that pid and start time has already been
+        identified as QEMU. It is called for an exiting process, whose executable can no longer be
+        read."""
         self._config = config
         self._host = host
         self._is_known = known

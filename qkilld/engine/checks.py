@@ -68,7 +68,8 @@ def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> No
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
     The executable may have changed to another QEMU, because QEMU executes a new program for an
-    upgrade (cpr-exec). Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
+    upgrade (cpr-exec). Raises ProcessChanged if the check fails, and UnknownIdentity if the
+    executable cannot be read.
     """
     pid = now.pid
     if now.key != before.key:
@@ -91,8 +92,8 @@ def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> No
 def check_process(process: Process, before: Identity, globs: Iterable[str]) -> None:
     """Read the identity again, and check it with `check_unchanged`.
 
-    Raises ProcessChanged, UnknownIdentity if the identity is unreadable, and ProcessLookupError if
-    the process is gone.
+    Raises ProcessLookupError if the process is gone, UnknownIdentity if the identity is unreadable,
+    and what `check_unchanged` raises.
     """
     try:
         now = process.identify()

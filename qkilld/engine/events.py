@@ -339,7 +339,7 @@ def waiter_gone(job: ObservedJob) -> Event:
 
 
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
-    """TerminateAll could not stop this guest. This is no problem if the guest has just exited."""
+    """TerminateAll could not stop this guest. This does no harm if the guest has just exited."""
     is_gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,

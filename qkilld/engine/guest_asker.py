@@ -178,7 +178,7 @@ class GuestAsker:
         elif not self._attempt.asked and self._attempt.restarts == 0:
             self._end(GuestAsked.UNREACHABLE, opened)
         else:
-            # Continue without a monitor: the guest was asked before, and may be shutting down.
+            # Continue without a monitor: the guest was already asked, and may be shutting down.
             self._learn(GuestObservation(at=self._clock.now()))
 
     def _observe(self) -> None:
@@ -232,7 +232,7 @@ class GuestAsker:
 
     def _try_to_help(self, observation: GuestObservation) -> bool:
         """Resume or wake the guest once, if the caller allows this. Return False if this is not
-        allowed or was tried before."""
+        allowed or was already tried."""
         order = _HELPED_BY.get(observation.runstate or "")
         if order is None or order not in self._help or order in self._helped:
             return False

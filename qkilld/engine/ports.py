@@ -49,7 +49,7 @@ class Process(Protocol):
         block."""
 
     def collected(self) -> bool:
-        """Return whether the process has exited and is no zombie any more."""
+        """Return whether the process has exited and is not a zombie any more."""
 
     def exit_status(self) -> int:
         """Return how the process has ended, in the form of wait(2); 0 if unknown. Call this after
@@ -272,7 +272,7 @@ class Monitors(Protocol):
         """Open the guest's monitor. `qmp_socket` is the path that a caller named, or "".
 
         `kept` is tried first, then `passed`, which `check_passed` must have checked. The callee
-        owns both connections. `was_asked`: the guest was asked to shut down before, so signs of a
+        owns both connections. `was_asked`: the guest was already asked to shut down, so signs of a
         shutdown are of interest. `agent_was_open`: whether the agent had its port open when the
         guest was asked; None if unknown. `on_lost` is called if `kept` cannot be used.
 

@@ -236,7 +236,7 @@ class Registry:
         return self._running.get(key)
 
     def count_from(self, last: int) -> None:
-        """Give new jobs only numbers above `last`, because the others were used before."""
+        """Give new jobs only numbers above `last`, because the others may be used already."""
         self._last = max(self._last, last)
 
     def note(self, event: Event) -> None:

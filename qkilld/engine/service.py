@@ -182,7 +182,7 @@ class Service:
 
         polkit is asked once, and only if there are guests of other users. Guests that cannot be
         stopped are reported in the journal, and so are processes that may be guests. Raises
-        InvalidArgs, Busy and, if there are guests but the caller may stop none, AccessDenied.
+        AccessDenied if there are guests but the caller may stop none, and InvalidArgs and Busy.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)

@@ -245,8 +245,8 @@ class SignalPhase:
         job.note_rung(number.name, now)
 
     def check_identity(self) -> None:
-        """Check that the process is still the QEMU of this guest. Raises ProcessChanged,
-        UnknownIdentity, and ProcessLookupError if the process is gone."""
+        """Check that the process is still the QEMU of this guest. Raises what `check_process`
+        raises."""
         check_process(self._process, self._job.guest.identity, self._executables)
         self._unidentified_since = None
 

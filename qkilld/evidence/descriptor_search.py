@@ -35,7 +35,7 @@ MAX_KEYS: Final = 65_536
 """The maximum number of keys to search for at a time. A key stands for a socket or device."""
 
 _AT_ONCE: Final = 64
-"""The number of processes with few descriptors that are read before the time is checked again."""
+"""How many processes with few descriptors to read between two checks of the time."""
 
 
 class DescriptorHolder(NamedTuple):

@@ -227,7 +227,7 @@ def _is_memory(directory: int, number: str, path: str) -> bool:
 
 
 def _flags_and_mount(directory: int, number: str) -> tuple[int, int]:
-    """Read fdinfo. Raises OSError, and ValueError if a value is missing."""
+    """Read fdinfo. Raises ValueError if a value is missing, and OSError."""
     fd = os.open(f"fdinfo/{number}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         text = os.read(fd, _FDINFO_BYTES)

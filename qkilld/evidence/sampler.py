@@ -321,8 +321,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Do this even if a sample was requested before: that sample may be complete, but waiting to
-        # be handed over with one that blocks.
+        # Do this even if a sample was already requested: it may be complete, but waiting to be
+        # handed over with one that blocks.
         self._handover.expect()
 
     @property

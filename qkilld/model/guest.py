@@ -28,8 +28,8 @@ class Identity:
 
     @classmethod
     def unread(cls, pid: int) -> Identity:
-        """Return the identity of a process of which only the pid is known. It is no identity of a
-        QEMU process, and belongs to no user."""
+        """Return the identity of a process of which only the pid is known. It does not count as
+        QEMU, and belongs to no user."""
         return cls(pid, -1, -1, "", "", "", executable_deleted=False)
 
     @property

@@ -165,10 +165,10 @@ class Peer:
     """Whether `behind` may lack servers: the process at the other end of a connection was not
     found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
-    """For a peer in the `behind` of another: the FUSE file systems (MAJOR:MINOR) that it serves to
-    the other peer; () if it also serves further processes."""
+    """If this peer is in another peer's `behind`: the FUSE file systems (MAJOR:MINOR) that it
+    serves to that peer; () if there are none, or if several peers use this one."""
     certain: bool = True
-    """For a peer in the `behind` of another: whether it certainly works for the other peer. This is
+    """If this peer is in another peer's `behind`: whether it certainly works for that peer. This is
     uncertain if the kernel does not show which process serves a file system, or if nothing more is
     known than that the other peer has started this one."""
     unseen_requests: bool | None = None

@@ -76,8 +76,8 @@ def _has_medium(entry: object) -> bool:
 
 
 def _is_used(file: str, used: set[object]) -> bool:
-    """Return whether a disk uses this file, directly or through a filter. The file name of a filter
-    contains the name of the file."""
+    """Return whether a disk uses this file, directly or through a filter. QEMU's file name for a
+    filter contains the name of the file below it."""
     inner = file.removeprefix("json:") if file.startswith("json:") else json.dumps(file)
     return file in used or any(isinstance(name, str) and inner in name for name in used)
 

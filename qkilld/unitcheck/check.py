@@ -72,7 +72,7 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         return  # The guard (qkilld-scope@.service) stops the guest before systemd signals it.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A signal that QEMU ignores is no problem if the guest was asked to shut down, because the
+    # A signal that QEMU ignores does no harm if the guest was asked to shut down, because the
     # guest can then do so until the timeout.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:

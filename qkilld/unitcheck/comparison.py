@@ -102,8 +102,8 @@ def compare(
     instances: Sequence[str] = (),
 ) -> Comparison:
     """Return the verdict. `findings`: from check(). `overrides`: the later drop-ins that override
-    lines of adopt's drop-in. `instances`: for a template, the instances with settings of their own
-    that adopt would override."""
+    lines of adopt's drop-in. `instances`: the instances of a template whose own settings adopt
+    would override."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)

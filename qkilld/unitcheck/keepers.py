@@ -48,7 +48,7 @@ KEEPERS: Final = {
     "vdsmd.service": "VDSM",
     "kubelet.service": "kubelet",
 }
-"""The units that shut guests down at host shutdown, with their projects."""
+"""The project of each unit that shuts guests down at host shutdown."""
 PROGRAMS: Final = {
     "libvirt-guests.sh": "libvirt",
     "pve-ha-lrm": "Proxmox VE",
@@ -68,10 +68,10 @@ PROGRAMS: Final = {
     "vdsmd": "VDSM",
     "kubelet": "kubelet",
 }
-"""The programs that keepers run, with their projects. A keeper with an unknown name is recognised
-by its program."""
+"""The project of each program that a keeper runs. A keeper with an unknown name is recognised by
+its program."""
 _MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
-"""Programs that shut down only the guests of their own unit, with their projects."""
+"""The project of each program that shuts down only the guests of its own unit."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",

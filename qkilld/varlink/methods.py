@@ -29,8 +29,8 @@ OPEN_AFTER_S: Final = 0.1
 enough if the jobs end within this time. A longer delay would be unsafe: if the daemon crashed
 before this reply, the caller would not know of the job, and would send SIGTERM again."""
 JOBS_OF_WAIT: Final = 4
-"""This many jobs of one call count as one Wait. The end of each job takes 1.5 kB until the client
-reads it."""
+"""This many jobs of one call count as one Wait. The reply about the end of a job takes 1.5 kB until
+the client reads it."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 

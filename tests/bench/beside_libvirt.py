@@ -22,11 +22,11 @@ ROUND_TRIPS: Final = 4
 """Terminate and Wait may add this many round trips of Peer.Ping to the time of kill(2)."""
 _TITLES: Final = {
     Series.REAPED_AT_ONCE: (
-        "From the request to the answer that the guest has gone: idle Linux guests of libvirt's,\n"
-        "one way after the other; PID 1 is systemd, which collects a zombie at once"
+        "From the request to the answer that the guest is gone: libvirt's idle Linux guests,\n"
+        "stopped in each way in turn; PID 1 is systemd, which collects a zombie at once"
     ),
     Series.REAPED_LATE: (
-        "The same where the guest's new parent collects its zombie only after "
+        "The same if the guest's new parent collects its zombie only after "
         f"{REAP_LATE_S:g} s,\nas PID 1 of some containers and virtual machines does"
     ),
 }

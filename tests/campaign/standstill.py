@@ -42,7 +42,7 @@ class FullPipe:
 
     def fill(self) -> None:
         os.set_blocking(self.write, False)
-        # Short writes are atomic, so the last bytes are written one by one.
+        # A short write is done in full or not at all, so the last bytes are written one by one.
         for size in (4096, 1):
             with contextlib.suppress(BlockingIOError):
                 while True:

@@ -93,7 +93,7 @@ class Guest:
     """How long the process takes to exit after SIGTERM."""
     acts: Sequence[Act] = ()
     grace_s: float = 0.0
-    """The grace that the client requests; 0 for the grace of CONFIG, or FIXED_S."""
+    """The grace that the client requests. If it is 0, GRACE_S or FIXED_S applies."""
     look_s: float = 0.0
     """How often (s) the client reads the properties of the job; 0 for never."""
 

@@ -92,7 +92,7 @@ def _unsaved(at: float | None, incidents: Sequence[Lasted]) -> bool:
     """Return whether, at that time, the daemon could not save its state, and reported so.
 
     In this case, the daemon continues its jobs, but the next daemon has only the state that was
-    saved before.
+    saved last.
     """
     return at is not None and any(
         incident.fault is Fault.FULL and begin <= at <= end + SAVED_S

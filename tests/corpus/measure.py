@@ -74,7 +74,7 @@ class Row:
 def newer_debian(*, make: bool) -> Path | None:
     """Return the root file system of a Debian 13 with the packages that the units need.
 
-    If it is missing: with `make`, make it, which takes minutes; otherwise return None.
+    If it is missing, return None or, with `make`, make it, which takes minutes.
     """
     release = next(each for each in RELEASES if each.name == "trixie")
     if not make and not (DIRECTORY / f"{release.name}{_VARIANT}").is_dir():
@@ -187,8 +187,8 @@ def _stop_all(
     rows: Mapping[Structure, Row] | None,
     newer: Path | None,
 ) -> Iterator[tuple[Structure, KeptRecords]]:
-    """Start the guests of these structures on a new host, and stop them. With `rows`, adopt the
-    units before, and store the results of adopting in `rows`."""
+    """Start the guests of these structures on a new host, and stop them. With `rows`, first adopt
+    the units, and store the results of adopting in `rows`."""
     with scratch("u") as directory:
         with _host(structures, directory, newer) as host:
             host.start()

@@ -293,7 +293,7 @@ STRUCTURES: Final = (
     service("json", "a graph of -blockdev in JSON",
             """ExecStart={guest} -blockdev '{{"driver":"raw","node-name":"d","file":"""
             """{{"driver":"host_device","filename":"/dev/drbd/by-res/web/0"}}}}'"""),
-    service("smbios", "NoCloud's URL in -smbios, which is no storage",
+    service("smbios", "NoCloud's URL in -smbios, which is not storage",
             "ExecStart={guest} -smbios \"type=1,serial=ds=nocloud-net;s=http://10.0.2.2/\""),
     service("nbd-elsewhere", "an NBD server elsewhere",
             "ExecStart={guest} -drive file=nbd://storage.example/disk"),

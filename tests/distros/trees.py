@@ -38,8 +38,8 @@ RELEASES: Final = (Release("bookworm", False), Release("trixie", True), Release(
 def tree(
     release: Release, packages: Sequence[str], *, variant: str = "", install: bool = True
 ) -> Path:
-    """Return the root file system of a release with these packages: installed, or with `install`
-    False available to apt without a network. Takes minutes the first time. Raises needs.Missing."""
+    """Return the root file system of a release. If `install` is false, the packages are only
+    downloaded, so that apt needs no network. Takes minutes the first time. Raises needs.Missing."""
     needs.root("debootstrap")
     finished = DIRECTORY / f"{release.name}{variant}"
     # If the list of packages has changed, add the new ones.

@@ -365,7 +365,7 @@ def test_a_search_among_many_programs(world: World) -> None:
 
 @pytest.mark.parametrize("uid", [0, UID])
 def test_stopping_many_guests(world: World, uid: int) -> None:
-    """And refusing to, because a user has no more than MAX_JOBS_PER_UID jobs."""
+    """A user other than root can have only MAX_JOBS_PER_UID jobs, so most guests are refused."""
     pids = range(5_000_000, 5_003_000)  # above the ids of processes, such as this one
     processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in pids]
     service, _ = make_service(world, *processes)

@@ -493,7 +493,7 @@ def test_a_job_of_an_earlier_daemon_that_has_sent_no_sigterm() -> None:
 @pytest.mark.parametrize("pluggable", [False, True])
 def test_the_first_sample_comes_after_sigterm(pluggable: bool) -> None:
     """This happens on a busy host. QEMU may have closed the node, or the node may have lost its
-    server before."""
+    server earlier."""
     world, process = ServedWorld(lambda now: None), client()
     job = world.stop(process, FORCE)
     world.clock.advance(TIMEOUT / S)

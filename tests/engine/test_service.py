@@ -81,7 +81,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class FakeCaller:
-    """A caller. polkit gives `answer` about them, and calls `meanwhile` before."""
+    """A caller. polkit calls `meanwhile`, and then gives `answer`."""
 
     number: int
     answer: Answer = Answer.DENIED

@@ -69,7 +69,7 @@ def test_a_process_that_is_stopped_before_the_guest_was_asked_is_continued(silen
 
 
 def test_a_stopped_process_of_which_the_first_samples_come_late() -> None:
-    """Its monitor cannot be opened, which is no reason to call it unreachable."""
+    """The monitor cannot be opened, but that does not make the guest unreachable."""
     world, process = World(), FakeProcess()
     began = world.clock.now()
     late = MAX_SAMPLES * TIMEOUT

@@ -254,7 +254,7 @@ def reading(device: Path) -> Iterator[None]:
 
 
 def seen(stats: tuple[str, ...]) -> list[bool]:
-    """Return what the counters say of the requests in flight, 20 times when there are some."""
+    """Return `only_reads` of 20 readings with requests in flight; of fewer after a minute."""
     found: list[bool] = []
     end = time.monotonic() + 60
     while len(found) < 20 and time.monotonic() < end:

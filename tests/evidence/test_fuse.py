@@ -459,7 +459,7 @@ def test_the_servers_of_the_guest_come_before_those_behind_them(
 
 
 def test_a_search_that_has_not_ended(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM waits for it."""
+    """SIGTERM waits for the search."""
     monkeypatch.setattr(fuse, "SEARCH_S", 0)
     with (
         mounted(lab_dir, IMAGE) as store,

@@ -152,7 +152,7 @@ def test_few_descriptors_come_before_many() -> None:
 
 
 def test_a_process_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any user can have one. Then the kernel does not show its descriptors."""
+    """Any user can have a stuck process. The kernel does not show its descriptors."""
     monkeypatch.setattr(descriptor_search, "by_turns", partial(sorted, key=attrgetter("pid")))
     monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
     with stuck_guests() as guests:

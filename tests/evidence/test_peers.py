@@ -190,7 +190,7 @@ def test_each_server_is_sampled_once_and_has_one_place(
 
 
 def chain_of(peer: Peer) -> list[Peer]:
-    """Return the server and the only one behind it, and so on."""
+    """Return the server and, in order, the servers behind it."""
     return [peer, *(one for other in peer.behind for one in chain_of(other))]
 
 

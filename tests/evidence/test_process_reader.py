@@ -364,7 +364,7 @@ def test_an_idle_qemu(qemu: Make, reader_of: ReaderOf) -> None:
             for path in Path(f"/proc/{guest.pid}/task").glob("*/status")
         )
 
-    # Stop the guest: a wrong value then stays wrong unless it is read again.
+    # The counters of a stopped guest do not change, so both readings must become equal.
     guest.signal(signal.SIGSTOP)
     until(counted, lambda counts: counts[0] == counts[1])
 

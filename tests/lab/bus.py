@@ -374,7 +374,7 @@ class Client:
         """Wait for a signal of this name. Return (path, body) of the oldest such signal that was
         not returned yet.
 
-        Call subscribe() before. Raises TimeoutError.
+        Call subscribe() first. Raises TimeoutError.
         """
         deadline = time.monotonic() + timeout
         seen = 0

@@ -166,7 +166,7 @@ def boot_guest(
     uid: int | None = None,
     wait: bool = True,
 ) -> Guest:
-    """Boot Linux in a real QEMU (tcg). With `wait`, return when the guest does its job (2 s).
+    """Boot Linux in a real QEMU (tcg). With `wait`, wait until the guest does its job (2 s).
 
     job      idle; busy (uses one processor); writer: `records` records of 4 KiB with O_DIRECT, see
              initramfs/writer.c for `stride` (bytes) and `passes`, prints ACK N after each; power:

@@ -127,7 +127,7 @@ def test_a_connection_that_comes_too_late(qemu: Callable[..., Guest], lab_dir: P
 
 
 def test_a_kept_connection_that_cannot_be_used(qemu: Callable[..., Guest]) -> None:
-    """systemd's copy must be dropped, because QEMU serves no new connection before."""
+    """systemd's copy must be dropped, because QEMU serves no new connection until then."""
     guest = qemu()
 
     async def work() -> None:

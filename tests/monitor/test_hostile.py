@@ -423,7 +423,7 @@ def test_a_silent_human_monitor() -> None:
 
 
 def test_very_many_silent_monitors(lab_dir: Path) -> None:
-    """To recognise one as silent takes a second."""
+    """It takes a second to recognise that a monitor is silent."""
     listen = (
         "import socket, sys, time; kept = []\n"
         "for n in range(50):\n"

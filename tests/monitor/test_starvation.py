@@ -112,7 +112,7 @@ def test_a_press_that_qemu_takes_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If the button is pressed in the end, the guest must not be asked again. It is not pressed if
-    QEMU is busy with another command, if the connection was closed before, or if QEMU drops the
+    QEMU is busy with another command, if the connection was already closed, or if QEMU drops the
     line for its human monitor."""
     monkeypatch.setattr(guest_control, "ORDER_S", 0.2)
     monitors = [f"-{kind}", f"unix:{lab_dir}/monitor,server=on,wait=off"]
@@ -164,7 +164,7 @@ def test_a_press_that_qemu_takes_late(
 def test_a_kept_connection_on_which_qemu_answers_late(
     qemu: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After SIGTERM, it is the only one that QEMU answers."""
+    """After SIGTERM, QEMU answers only on this connection."""
     monkeypatch.setattr(guest_control, "QUERY_S", 0.2)
     monkeypatch.setattr(Starvation, "is_starved", lambda self: True)
     guest = qemu()

@@ -1,4 +1,4 @@
-"""A server that breaks each connection. Data that is sent again is no progress."""
+"""A server that breaks each connection. Data that is sent again is not progress."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ OTHER_UUID = "00000000-0000-4000-8000-000000000001"
         ("machine-qemu\\x2d1.scope", TargetKind.UNIT, "machine-qemu\\x2d1.scope"),
         ("unit:web", TargetKind.UNIT, "web.service"),
         ("unit:4711.scope", TargetKind.UNIT, "4711.scope"),
-        ("job:3", TargetKind.WORD, "job:3"),  # a job is no guest
+        ("job:3", TargetKind.WORD, "job:3"),  # a job is not a guest
         ("/org/qkilld1/job/3", TargetKind.PIDFILE, "/org/qkilld1/job/3"),
     ],
 )

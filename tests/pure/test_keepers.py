@@ -58,7 +58,7 @@ def test_a_keeper_under_another_name(start: str, stop: str, project: str) -> Non
     "start",
     [
         "/usr/sbin/sshd -D",
-        # The name of a keeper as an argument is no keeper.
+        # A program is not a keeper just because an argument names one.
         "/usr/bin/tail -f /var/log/dockerd",
         "/usr/bin/grep dockerd",
         "/usr/bin/systemctl restart dockerd",

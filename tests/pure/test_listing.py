@@ -86,7 +86,7 @@ class Objects:
         body = await self.listings.encode(
             ROWS, Listing(lambda: list(self.texts), self._element), EagerPace()
         )
-        # The reply is as new as all signals before it.
+        # The reply must contain every change that a signal has announced before it.
         assert not self.listings._unfinished
         (rows,) = parse(ROWS, bytes(body))
         return {path: text for _, path, text, _ in rows}

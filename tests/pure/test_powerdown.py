@@ -101,7 +101,7 @@ class Course:
 
     @property
     def ignored_at(self) -> float:
-        """When asking ends (s) if the guest was asked once and does not react."""
+        """The time (s) at which asking ends, if the guest was asked once and does not react."""
         return min(self.asked[0][0] + 60, 60.7)
 
     @property
@@ -289,7 +289,7 @@ def test_an_idle_guest_that_ignores_it() -> None:
     [Moment(vcpus=1.0), Moment(vcpus=1.0, requests=200), Moment(vcpus=0.3, requests=20)],
 )
 def test_a_busy_guest_that_ignores_it(moment: Moment) -> None:
-    """Constant work is no sign of a shutdown."""
+    """Constant work is not a sign of a shutdown."""
     course = Course(constantly(moment), idle_disks=False).run(200)
     assert course.asked == [(1 if moment.requests else 2, AskMethod.BUTTON)]
     assert course.end == (60.7, Conclusion.IGNORED)

@@ -289,7 +289,7 @@ MORE = {
             {"cgroup": replace(OWN, own=False, written=9_000)},
             Verdict.IDLE,
         ),
-        # A disk is stuck. A page of QEMU's log and the end of a thread of its pool are no progress
+        # A disk is stuck. A page of QEMU's log and the end of a pool thread are not progress
         (
             {"threads": (FDATASYNC,), "cgroup": replace(OWN, written=None)},
             {"cgroup": replace(OWN, written=None, dirty=OWN_DIRTY - 4096), "switches": 101},
@@ -408,7 +408,7 @@ MORE = {
             served(replace(SERVER, io=replace(NO_IO, write_bytes=5_100_000))),
             Verdict.FLUSHING,
         ),
-        # A server's log, and its work for others, are no progress for us
+        # A server's log, and its work for others, are not progress for us
         (
             served(SERVER),
             served(replace(SERVER, io=replace(NO_IO, write_bytes=5_004_096))),
@@ -650,7 +650,7 @@ MORE = {
             {"devices": (TOP, UPPER_BUSY, replace(UNDER_TOP, writes=900))},
             Verdict.STORAGE_WAIT,
         ),
-        # If rings are unreadable but something moves, this is no standstill
+        # If rings are unreadable but something moves, the process makes progress
         ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
         # For AIO, qkilld can read only the tail of the ring and whether requests are possible
         ({"direct": True}, {}, Verdict.STORAGE_WAIT),

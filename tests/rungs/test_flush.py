@@ -103,7 +103,7 @@ async def flush_by_name(qmp, disk, *, timeout_s):
 disks.flush_by_name = flush_by_name
 """
 """Makes the first flush do nothing. This flush comes before the processors are stopped, so it is as
-if the storage had died right after it. If the storage were dead before, the processors would not be
+if the storage had died right after it. If the storage died earlier, the processors would not be
 stopped."""
 
 

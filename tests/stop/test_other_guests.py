@@ -381,7 +381,7 @@ def test_an_unusable_pidfile(
 
 @pytest.mark.parametrize("stops", [True, False])
 def test_a_program_of_the_unit_that_names_no_guest(stops: bool) -> None:
-    """It is in a unit that systemd has started, but may not be stopping."""
+    """systemd has started the program's unit, but may not be stopping it."""
     environment = {"SYSTEMD_EXEC_PID": str(os.getpid())}
     if stops:
         assert ProcessFinder(Options(), environment | {"SERVICE_RESULT": "success"}).named() is None

@@ -50,7 +50,7 @@ def lingering() -> Iterator[Callable[[], socket.socket]]:
 
 
 def in_a_socket(passed: list[socket.socket]) -> list[socket.socket]:
-    """Put them into the buffer of a socket; return that."""
+    """Put the sockets into the buffer of another socket; return that one."""
     one, other = socket.socketpair()
     socket.send_fds(one, [b"x"], [each.fileno() for each in passed])
     one.close()
@@ -185,7 +185,7 @@ def kept_busy(service: VarlinkService) -> Iterator[None]:
 def test_the_daemon_does_not_exit_idle_while_such_a_file_is_open(
     start_daemon: StartDaemon, socket_path: Path, lab_dir: Path
 ) -> None:
-    """The kernel would not let it end, and no other daemon would start."""
+    """The kernel would not let the daemon end, so no other daemon would start."""
     idle_s = 1.5
     daemon = start_daemon("--varlink", str(socket_path), "--exit-idle", f"{idle_s}s")
     service = VarlinkService(daemon, socket_path)

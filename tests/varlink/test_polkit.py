@@ -40,7 +40,7 @@ class Authority:
     def __init__(self, bus: Bus, *, descriptors: bool) -> None:
         self.answer: tuple[bool, bool] | None = (True, False)
         self.questions: list[tuple[int, int, str, dict[str, str]]] = []
-        """Of each: the process that it is about, the uid, the action and the details."""
+        """For each question: the process, the uid, the action and the details."""
         self._connection = open_dbus_connection(bus.address, enable_fds=descriptors)
         driver = DBusAddress(
             "/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus"

@@ -530,7 +530,7 @@ def test_a_signal_does_not_disturb(service: VarlinkService, varlink: VarlinkClie
 def test_a_guest_that_is_gone_at_once_takes_one_reply(
     service: VarlinkService, fake_qemu: Make
 ) -> None:
-    """With `byUnit`, the settings of the unit are not needed if the guest exits before."""
+    """With `byUnit`, the unit is not read if the guest exits soon enough."""
     guest = fake_qemu()
     with service.client() as client:
         (reply,) = client.stream("Terminate", pid=guest.pid, byUnit=True)
