@@ -42,7 +42,9 @@ MAX_PLACES: Final = 1024
 """How many servers behind other servers fit into one sample. If a server is behind several
 connections of the guest, it counts once for each, because the sample has a copy for each."""
 MAX_CHILDREN: Final = 4
-"""Of the processes that a server has started, only this many are sampled: the newest."""
+"""Of the processes that a server has started, only this many of the oldest and this many of the
+newest are sampled. A long flush is older than the short scripts that others start meanwhile, but
+the oldest may be helpers that never end."""
 KEPT_FILES: Final = 64
 """How many descriptors may stay open between reads for all servers of one guest."""
 HOPS: Final = 4
@@ -310,9 +312,11 @@ class ServerReader:
         server = self._sampled.get(pid)
         if server is None or server.threads:
             return []
-        started = [child for child in read_children(pid, self._proc) if child != self._pid]
         # Sort by age: newer processes have greater pids, until the pids wrap.
-        return sorted(started)[-MAX_CHILDREN:]
+        started = sorted(child for child in read_children(pid, self._proc) if child != self._pid)
+        if len(started) <= 2 * MAX_CHILDREN:
+            return started
+        return [*started[:MAX_CHILDREN], *started[-MAX_CHILDREN:]]
 
     def _placed(self, server: Peer) -> Peer:
         """Return the server, but without the servers behind it if the sample has no room for

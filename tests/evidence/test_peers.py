@@ -71,14 +71,18 @@ def image(lab_dir: Path) -> Path:
     return path
 
 
-def test_the_newest_processes_of_a_server_with_several_threads(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("count", [4, 8, 50])
+def test_the_oldest_and_newest_processes_of_a_server_with_several_threads(
+    monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """The kernel lists the processes that each thread has started."""
-    monkeypatch.setattr(peers, "read_children", lambda pid, proc: [30, 31, 10, 11, 20, 21])
+    """The kernel lists the processes that each thread has started. A long flush is older than the
+    short scripts that other requests start meanwhile."""
+    pids = list(range(10, 10 + count))
+    monkeypatch.setattr(peers, "read_children", lambda pid, proc: pids[1::2] + pids[::2])
     with contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader:
         reader._sampled[5] = Peer(5, "nbdkit", (), None, None, None)
-        assert reader._children(5) == [20, 21, 30, 31]
+        expected = pids if count <= 8 else [*pids[:4], *pids[-4:]]
+        assert reader._children(5) == expected
 
 
 def test_a_server_and_the_one_behind_it(image: Path) -> None:
