@@ -222,7 +222,7 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
     """
     pid = _pid_of(pidfd)
     if pid is None:
-        raise ProcessChanged("it is no pidfd")
+        raise ProcessChanged("it is not a pidfd")
     try:
         # If the pid is -1, the process was reaped, so a signal through the pidfd has no effect.
         if pid > 0 and (

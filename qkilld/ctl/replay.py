@@ -50,7 +50,7 @@ def read(path: str) -> Trace:
         with open(path, "rb") as file:  # noqa: PTH123  a path may be any bytes
             data = file.read(trace.MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "this is no path"
+        why = error.strerror if isinstance(error, OSError) else "this is not a path"
         raise InvalidArgs(f"The trace {shown} cannot be read: {why}") from None
     try:
         if len(data) > trace.MAX_BYTES:

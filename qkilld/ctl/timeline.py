@@ -59,7 +59,7 @@ def timeline(output: Output, source: str, path: str | None) -> int:
         with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123  a path may be any bytes
             file.write(svg)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "this is no path"
+        why = error.strerror if isinstance(error, OSError) else "this is not a path"
         raise Failed(f"The picture cannot be written: {why}") from None
     return ExitCode.OK
 

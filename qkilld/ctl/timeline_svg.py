@@ -195,7 +195,7 @@ def _throughput(points: Sequence[tuple[float, int]], scale: _Scale) -> _Lane:
         empty = "no writes were seen" if points else "unknown"
         return 26, [*_frame(26, "written", ""), _text(LEFT + 8, 18, empty, "s")]
     elements = _frame(90, "written", f"{format_bytes(round(most))}/s")
-    elements.append(_text(LEFT - 10, 32, f"{format_bytes(points[-1][1])} in all", "l"))
+    elements.append(_text(LEFT - 10, 32, f"{format_bytes(points[-1][1])} in total", "l"))
     corners = []
     for start, end, rate in rates:
         height = 90 - 84 * rate / most

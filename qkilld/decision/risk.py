@@ -84,7 +84,7 @@ def risks_of_exit(
     When QEMU exits, it has normally written its data. But QEMU also exits with 0 if its storage has
     reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Only a
     lost server is visible from outside, and only if the server is on this host. A missing
-    connection is a risk only if the server is gone, too; otherwise, QEMU may have closed the node.
+    connection is a risk only if the server is gone, too: QEMU may just have closed the node.
     Until `reconnect-delay` has passed, QEMU does not exit with unwritten data. So an earlier exit
     proves that no data was lost, even if no sample has seen the server return.
 

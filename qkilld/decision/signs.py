@@ -59,9 +59,9 @@ _WRITES: Final = frozenset(
 )
 """Calls that write, and seldom need to read from the storage."""
 _SERVER: Final = "peer:"
-"""The names of all signs of servers begin with this."""
+"""The prefix of the names of all signs of servers."""
 _RUNS: Final = "serves"
-"""The names of signs that show only that a server runs end with this."""
+"""The suffix of the names of signs that show only that a server runs."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""

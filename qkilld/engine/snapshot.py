@@ -111,7 +111,7 @@ class Snapshot:
         NOT_ASKED, that the guest was asked at the start.
 
         `policy` is that of the job, including the time spans of the request. If `progress_at` is
-        None, assume that progress goes on until the job is resumed.
+        None, assume that progress continues until the job is resumed.
         """
         phase = Phase.TERMINATE
         rungs = [Rung(phase, SIGTERM.name, started)]

@@ -131,7 +131,7 @@ class AgentClient(Channel):
 
     def _take(self, message: dict[str, Any]) -> None:
         if "return" not in message and "error" not in message:
-            raise MonitorProtocolError("The agent sent a message that is no reply")
+            raise MonitorProtocolError("The agent sent a message that is not a reply")
         if self._answer is None or self._answer.done():
             raise MonitorProtocolError("The agent sent a reply although no command was pending")
         self._answer.set_result(message)

@@ -228,5 +228,5 @@ def decode_object(message: bytes) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise MonitorProtocolError("A message is no JSON object")
+        raise MonitorProtocolError("A message is not a JSON object")
     return value

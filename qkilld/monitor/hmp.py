@@ -65,7 +65,7 @@ class HmpClient(Channel):
             until = client._loop.time() + timeout_s
             banner: bytes = await client._wait(client._answer, until, "the prompt")
             if not banner.startswith(b"QEMU "):
-                raise MonitorProtocolError("The socket is no human monitor")
+                raise MonitorProtocolError("The socket is not a human monitor")
         except MonitorTimeout:
             client.close()
             raise MonitorBusy(

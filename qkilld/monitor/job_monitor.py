@@ -152,7 +152,7 @@ class JobMonitors:
                     raise MonitorUnreachable("it is no stream socket")
                 await prove(process, connection)
         except (MonitorError, OSError) as error:
-            raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
+            raise InvalidArgs(f"The descriptor does not lead to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         """See engine.ports.Monitors. Skip incomplete messages, because the previous daemon may have

@@ -158,7 +158,7 @@ class QmpClient(Channel):
             "human-monitor-command", {"command-line": line}, timeout_s=timeout_s
         )
         if not isinstance(printed, str):
-            raise MonitorProtocolError("The output of the human monitor is no text")
+            raise MonitorProtocolError("The output of the human monitor is not text")
         return checked(line, printed)
 
     async def _negotiate(self, timeout_s: float) -> None:

@@ -187,7 +187,7 @@ def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
 
 
 def test_qkillctl_shows_no_usage_of_a_stuck_process(stuck: StuckGuests) -> None:
-    """Also, qkillctl does not wait for the process."""
+    """qkillctl does not wait for the process, either."""
     guest = stuck.make_stuck(OTHER_UID)
     read: list[object] = []
 

@@ -118,7 +118,7 @@ def test_unknown_is_not_another_one(world: World) -> None:
 
 
 def test_an_unreadable_identity_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For example, no descriptor may be free."""
+    """This happens, for example, if no descriptor is free."""
     process = FakeProcess()
     job = world.stop(process, FORCE | FIXED)
 

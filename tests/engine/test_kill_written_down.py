@@ -181,7 +181,7 @@ def test_force_waits_until_sigkill_is_saved(world: World, store: SlowStore) -> N
 def test_force_is_saved_although_sigkill_was_about_to_be_sent(
     world: World, store: SlowStore
 ) -> None:
-    """It may have to wait: the process's executable may become unreadable right now."""
+    """SIGKILL may have to wait: the process's executable may become unreadable right now."""
     job = world.stop(FakeProcess(), FORCE | FIXED)
     world.clock.advance(10)
     assert job.phase is Phase.KILL

@@ -477,7 +477,7 @@ def test_many_timers_at_a_time() -> None:
 
 
 def test_changes_and_ends_of_many_jobs(world: World) -> None:
-    """For example while a host shuts down."""
+    """This happens while a host shuts down."""
     bus = FakeBus()
 
     async def work() -> None:

@@ -210,7 +210,7 @@ def test_an_agent_that_refuses_is_no_reason_not_to_press() -> None:
 
 @pytest.mark.parametrize("lasts", [False, True])
 def test_a_button_that_could_not_be_pressed_is_tried_once_more(lasts: bool) -> None:
-    """For example because the monitor was lost at that moment."""
+    """The monitor may have been lost at that moment."""
     world, process = asked_world(UP), FakeProcess()
     world.monitors.refuses = {GuestOrder.BUTTON}
     job = world.stop(process, POWERDOWN)
@@ -736,7 +736,7 @@ def test_a_fault_in_qkilld_ends_asking_though_no_span_does(asked: bool) -> None:
 
 @pytest.mark.parametrize("flags", [POWERDOWN, POWERDOWN | NOWAIT])
 def test_a_press_of_somebody_else_is_watched(flags: Flag) -> None:
-    """For example by an earlier ExecStop= line."""
+    """An earlier ExecStop= line may have pressed the button."""
     world, process = asked_world(replace(UP, press_pending=True)), FakeProcess()
     job = world.stop(process, flags)
     world.clock.advance(1)

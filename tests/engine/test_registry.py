@@ -159,7 +159,7 @@ def test_a_user_has_a_limit_and_root_has_none(
 def test_a_survivor_counts_for_its_user_until_its_guest_is_gone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pidfd and its file are kept until then, too."""
+    """The pidfd and the file of the survivor are kept until then, too."""
     monkeypatch.setattr(registry_module, "MAX_JOBS_PER_UID", 2)
     guests = [FakeProcess(make_guest(pid=pid)) for pid in range(2)]
     for process in guests:
@@ -257,7 +257,7 @@ def test_cancel_all(world: World) -> None:
 def test_the_timers_of_a_job_are_its_requesters(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then the stop of a guest by root does not wait behind thousands of jobs of its owner."""
+    """So root's stop of a guest does not wait behind thousands of jobs of the guest's owner."""
     users: list[int | None] = []
     call_at = world.clock.call_at
 

@@ -54,7 +54,7 @@ def test_a_process_that_is_stopped_before_the_guest_was_asked() -> None:
 
 @pytest.mark.parametrize("silent_s", [0, 3])
 def test_a_process_that_is_stopped_before_the_guest_was_asked_is_continued(silent_s: int) -> None:
-    """Its monitor may need time to answer again."""
+    """The monitor may need time to answer again."""
     world, process, _ = stopped_world(resume=True)
     continued: list[int] = []
 

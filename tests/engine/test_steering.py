@@ -125,8 +125,7 @@ def test_a_hold_of_roots_does_not(world: World) -> None:
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
 def test_root_takes_a_job_over(world: World, flags: Flag) -> None:
-    """For example with `qkilld-stop --force --max 5s`, although the owner has made the stop
-    endless."""
+    """Root may run `qkilld-stop --force --max 5s` after the owner has made the stop endless."""
     process = FakeProcess()
     spans = {"grace": INFINITY, "max": INFINITY}
     job = world.stop(process, flags, uid=OWNER, spans=spans)

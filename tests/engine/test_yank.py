@@ -292,7 +292,7 @@ def test_the_next_daemon_knows_what_was_cut_off() -> None:
 def test_the_next_daemon_waits_for_its_monitor(
     opens_after_s: float, opens: bool, cut_off: bool
 ) -> None:
-    """It is still being opened when SIGKILL is due."""
+    """The monitor is still being opened when SIGKILL is due."""
     world, process = stuck_world()
     job = begun(world, process)
     world.clock.advance(59.5)

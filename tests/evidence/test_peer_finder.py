@@ -168,7 +168,7 @@ def test_a_process_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_was_stuck_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is searched for again before RETRY_S."""
+    """The finder searches for the server again before RETRY_S has passed."""
     monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
     monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
     monkeypatch.setattr(peer_finder, "RETRY_S", LONG_S)

@@ -315,7 +315,7 @@ def test_a_server_that_others_use_too(image: Path) -> None:
 
 
 def test_servers_that_are_used_no_more_are_let_go(image: Path) -> None:
-    """Their places in the finder are needed for the next servers."""
+    """The next servers need the places of these servers in the finder."""
     finder = PeerFinder()
     with (
         contextlib.closing(ServerReader(os.getpid(), finder, FuseFinder())) as reader,
@@ -503,7 +503,7 @@ def test_a_server_here_of_a_process_in_another_network_namespace(lab_dir: Path) 
 
 
 def test_a_connection_under_the_descriptor_of_another(lab_dir: Path) -> None:
-    """As libiscsi reconnects: the number of descriptors does not change."""
+    """libiscsi reconnects like this: the number of descriptors does not change."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = socket.create_connection(listener.getsockname())
         accepted = [listener.accept()[0]]

@@ -173,7 +173,8 @@ def test_the_connecting_side_on_unix(lab_dir: Path) -> None:
 
 
 def test_output_to_a_log(lab_dir: Path) -> None:
-    """As systemd connects a service's standard output to the journal: nothing can be received."""
+    """systemd connects a service's standard output to the journal like this: nothing can be
+    received."""
     path = str(lab_dir / "s")
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind(path)

@@ -475,7 +475,7 @@ def test_the_disks_below_a_descriptor(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path: Path) -> None:
-    """For example a dump of the guest's memory. It is no image, so nothing of the guest is lost."""
+    """A dump of the guest's memory is not an image, so none of the guest's data is lost with it."""
     reader = reader_of(
         tmp_path,
         {2: ("/far/log", os.O_WRONLY, 8), 4: ("/far/dump", os.O_WRONLY, 8), 5: ("/fuse/c", RW, 7)},
@@ -496,7 +496,7 @@ def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path:
 def test_a_file_on_a_standard_stream_counts_once_a_thread_flushes_it(
     tmp_path: Path, call: str
 ) -> None:
-    """For example the output of dd conv=fsync, which a script of a storage server may run."""
+    """A script of a storage server may run dd conv=fsync, for example."""
     mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
     reader = reader_of(tmp_path, {1: ("/far/disk", os.O_WRONLY, 8)}, mountinfo, SYS)
     thread = Thread(7, "dd", "D", 1, io_call=True, wchan="", call="write", descriptor=1)
@@ -520,7 +520,7 @@ def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> N
 
 
 def test_the_log_of_a_program_that_opens_it_for_reading_and_writing(tmp_path: Path) -> None:
-    """As os.Create does in Go."""
+    """os.Create in Go opens files like this."""
     mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
     reader = reader_of(
         tmp_path, {1: ("/far/log", RW, 8), 2: ("/far/b (deleted)", RW, 8)}, mountinfo

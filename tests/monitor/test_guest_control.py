@@ -456,7 +456,7 @@ def test_a_program_that_uses_the_monitor_for_a_moment(qemu: Start) -> None:
 def test_the_monitor_of_a_stopped_process(
     qemu: Start, lab_dir: Path, kind: str, was_used: bool
 ) -> None:
-    """It does not notice that an earlier client has left, so its monitor seems to be in use."""
+    """QEMU does not notice that an earlier client has left, so the monitor seems to be in use."""
     place = f"unix:{lab_dir}/monitor,server=on,wait=off"
     guest = qemu(qmp=False, arguments=[f"-{kind}", place])
 

@@ -101,7 +101,7 @@ def test_out_of_band_outlives_daemons_and_saves_the_healthy_disk(
 
 
 def test_a_connection_that_comes_too_late(qemu: Callable[..., Guest], lab_dir: Path) -> None:
-    """It only gets the greeting, so it is recognised after a second and left alone."""
+    """The connection gets only the greeting, so qkilld gives it up after a second."""
     dead = lab_dir / "dead.raw"
     dead.write_bytes(bytes(1 << 20))
     with nbd_server(dead) as server:

@@ -268,7 +268,7 @@ def test_a_silent_monitor_is_known_in_a_second() -> None:
 
 @pytest.mark.parametrize("file_system", ["tmpfs", "overlay"])
 def test_a_mount_namespace_of_its_own(lab_dir: Path, file_system: str) -> None:
-    """As with PrivateTmp=, the path leads to another socket for this process."""
+    """As with PrivateTmp=, the path leads this process to another socket."""
     needs.root("to mount")
     place = lab_dir / "place"
     place.mkdir()

@@ -233,7 +233,7 @@ def test_a_wait_by_sigcont_is_not_made_a_power_cut() -> None:
     assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
     refused = judge(facts, MUTE)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
-    # Without a timeout, adoption would be no improvement, so nothing is written.
+    # Without a timeout, adoption would not improve anything, so nothing is written.
     endless = judge(replace(facts, timeout_stop=INFINITY), MUTE)
     assert not endless.writes and endless.keeps_data
 

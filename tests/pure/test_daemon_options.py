@@ -74,7 +74,7 @@ def test_a_wrong_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("arguments", [OF_UNIT, OF_USER_UNIT])
 def test_the_unit_starts_it_without_argparse(arguments: list[str]) -> None:
-    """Also, no garbage collection runs during the imports."""
+    """No garbage collection runs during the imports, either."""
     top = str(Path(qkilld.__file__).parents[1])
     command = [sys.executable, "-I", "-S", "-c", START, top, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -172,7 +172,7 @@ def test_nothing_is_lost_or_doubled_or_kept() -> None:
 
 
 def test_subordinate_uids_share_the_turn_of_their_user(subordinate_uids: None) -> None:
-    """But access is decided for the subordinate uid itself."""
+    """Only the turn is shared: access is decided for the subordinate uid itself."""
     queue: FairQueue[str] = FairQueue()
     for number in range(6):
         queue.put(f"n{number}", 100_000 + number, f"s{number}", 10)

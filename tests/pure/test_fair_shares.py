@@ -57,7 +57,7 @@ def test_root_does_not_count_as_a_user(shares: FairShares) -> None:
 
 
 def test_subordinate_uids_leave_room_for_others(shares: FairShares) -> None:
-    """One user may have 65,536 of them."""
+    """One user may have 65,536 subordinate uids."""
     assert [fill(shares, uid) for uid in range(100_000, 100_004)] == [5, 1, 1, 0]
     assert not shares.has_room(65_536) and shares.has_room(65_535)
     assert [fill(shares, uid) for uid in range(1000, 1004)] == [1, 1, 1, 0]

@@ -45,7 +45,7 @@ def wait(seconds: float) -> Decision:
         (FORCE, None, None, 0, Decision(Action.TERMINATE)),
         (NOWAIT, None, None, 0, Decision(Action.TERMINATE)),
         (FORCE | NOWAIT, None, None, 0, Decision(Action.KILL)),
-        # SIGTERM sent, without FORCE: 15 s in all, and never SIGKILL
+        # SIGTERM sent, without FORCE: 15 s in total, and never SIGKILL
         (NONE, 0, None, 0, wait(15)),
         (NONE, 0, None, 14.999999, wait(15)),
         (NONE, 0, None, 15, Decision(Action.GIVE_UP)),

@@ -163,7 +163,7 @@ def test_only_a_running_guest_is_asked(runstate: str) -> None:
 def test_a_guest_that_is_paused_while_it_shuts_down(
     runstate: str, seconds: float, end: tuple[float, Conclusion]
 ) -> None:
-    """For example for a snapshot, or because its disk was full for a moment."""
+    """Somebody may take a snapshot, or a disk may be full for a moment."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and 5 <= since < 5 + seconds:
@@ -319,8 +319,7 @@ def test_an_ignoring_guest_that_writes_its_log() -> None:
 
 
 def test_a_shutdown_without_an_agent() -> None:
-    """As was measured, the guest works in bursts with pauses of some seconds, and then it is
-    off."""
+    """Measured: the guest works in bursts with pauses of some seconds, and then is off."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 9:

@@ -66,7 +66,7 @@ def test_reads_of_others_are_no_writes_of_a_server() -> None:
 
 
 def test_reads_never_excuse_a_frozen_file_system_for_ever() -> None:
-    """Others read from the device, and write to the disk below it."""
+    """Other programs read from the device, and write to the disk below it."""
     now = None
     for second in range(60):
         upper = replace(READ_BY_OTHERS, reads=500 + second)

@@ -230,7 +230,7 @@ def test_the_others_of_a_main_process_that_is_gone(
     lines: list[str],
     left: set[int],
 ) -> None:
-    """It was a shell that ran them, or a QEMU beside which they run."""
+    """The process that is gone was a shell that ran the others, or a QEMU beside them."""
     options = {"pidfile": A, "gone by name": {"pid": 0}}.get(main, {})
     named_by = {"--pidfile": "pidfile", "--pid": "gone by name"}
     if len(lines) == 2 and named_by[lines[0].split()[0]] != main:
@@ -314,7 +314,7 @@ def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
     code: int,
     left: bool,
 ) -> None:
-    """It is no shell that runs the other guest of the unit, so it still runs when that is gone."""
+    """Unlike a shell that runs the other guest, such a QEMU does not exit with that guest."""
     monkeypatch.setenv("MAINPID", "4")
     lines = ["--pid $MAINPID", "--pidfile b"] if options else [""]
     facts = stopping(*lines, kill_mode=kill_mode, main_pid=4)

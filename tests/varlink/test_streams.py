@@ -84,7 +84,7 @@ def send(sock: socket.socket, method: str, *, more: bool = True, **parameters: A
 
 
 def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes no more memory if its job changes often, and gets the result when it reads again."""
+    """Frequent changes of the job take no more memory. The client gets the result when it reads."""
     monkeypatch.setattr(streams, "MIN_INTERVAL_S", 0.0)
 
     async def follow() -> None:

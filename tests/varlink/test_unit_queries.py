@@ -24,7 +24,7 @@ class SlowUnits(UnitStops):
         super().__init__(service, lambda pid: None, user=False)
         self.goes_on = asyncio.Event()
         self.ends: dict[int, asyncio.Event] = {}
-        """By process id."""
+        """Keyed by process id."""
         self.running: Counter[int] = Counter()
         """The queries that run now, by uid."""
         self.count = 0
