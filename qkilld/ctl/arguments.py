@@ -66,8 +66,9 @@ examples
   qkillctl -H root@host terminate --wait web   stop a guest on another host, over ssh
 """
 _TERMINATE: Final = """\
-Stop guests. All jobs are started first; a job that cannot be started does not prevent the others.
-Without --wait, qkillctl returns as soon as the jobs have started, and qkilld continues them.
+Stop guests. All jobs are started before any is waited for. A job that cannot be started does
+not affect the others. Without --wait, qkillctl returns as soon as the jobs have started, and qkilld
+continues them.
 
   qkillctl terminate --powerdown --wait web
                       Ask the guest's operating system to shut down, and watch it. SIGTERM follows

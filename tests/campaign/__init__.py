@@ -1,4 +1,4 @@
-"""The campaign: real QEMUs on random storage whose behaviour is known.
+"""The campaign: real QEMUs on randomly chosen storage whose behaviour is known.
 
 `make bench-judgement`, or `python -m tests.campaign` after set-up. A run (spec.py) is generated
 from a seed (draw.py) or written by hand (cases.py). It consists of real storage (disks.py),
