@@ -68,8 +68,8 @@ class NodeServer:
 
     def outlived(self, closed_first: bool | None) -> bool:
         """Return whether the server certainly served the connection until the guest closed it.
-        False if another server is behind this one, because the connection proves nothing about that
-        one."""
+        False if another server is, or may be, behind this one, because the connection proves
+        nothing about that server."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 
@@ -178,7 +178,7 @@ def _follow_group(
     users = {known[name].inode: name for name in names if name in known}
     free = [one for one in names if one not in known or known[one].inode not in inodes]
     free.sort(key=lambda one: one in known)
-    free_names = dict.fromkeys(reversed(free))  # Reversed: names are taken from the end.
+    free_names = dict.fromkeys(reversed(free))  # Names are taken from the end.
     for socket in sockets:
         name = users.get(socket.inode, "")
         if not name:

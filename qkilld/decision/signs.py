@@ -1,7 +1,7 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
-The numbers count the work of a disk that a thread waits for, of a connection, of the server at its
-other end, of the process, or of its control group. waits.py assigns signs to waits; open_wait.py
+The numbers count the work of a connection, of the server at its other end, of the process, of its
+control group, or of a disk that a thread waits for. waits.py assigns signs to waits; open_wait.py
 compares their values.
 """
 
@@ -99,8 +99,9 @@ class Sign:
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
     switches: int | None = None
-    """Sample.switches, if the sign moves only if the process has run, as it does at each reply.
-    Until it runs, the value to compare with stays as it is, even if samples lack the sign."""
+    """Sample.switches, for a sign that moves only if the process has run, as it does at each reply;
+    None for other signs. Until the process runs, the sign is compared with the same earlier value,
+    even if samples lack the sign in between."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
@@ -151,8 +152,8 @@ def write_signs(devices: Iterable[Device]) -> list[Sign]:
     completed reads.
 
     Reads are doubtful, because such a call seldom needs reads, and other processes may read
-    forever. Writes of a lower layer are doubtful, too, if a device above it has no visible writes
-    in flight, but may hide a flush.
+    forever. Writes of a lower layer are doubtful, too, if a device above it may hide a flush and
+    has no visible writes in flight.
     """
     listed = list(devices)
     hides = any(device.hides_flush for device in listed)
@@ -427,9 +428,9 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
-    for a worker of an io_uring, the thread may wait for any of the server's disks. If there are
-    several, their signs are sure only with `awake`: a thread that has run was woken by the disk
-    that it waited for.
+    for a worker of an io_uring, the thread may wait for any of the server's disks. If the server
+    has several disks, their signs are then sure only with `awake`: a thread that has run was woken
+    by its disk.
 
     `awake`: whether all of these threads have run since the last sample.
     """

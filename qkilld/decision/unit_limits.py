@@ -17,7 +17,7 @@ from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
 """If a timeout cannot be extended, its last part is reserved for SIGTERM: the guest is not asked
-during this part. The part is this long (µs), or half of the timeout if that is longer."""
+during this part. This part is half of the timeout, but at least this long (µs)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Limits:
     long as systemd lets it."""
 
     stay: int = INFINITY
-    """How long after its start the helper exits, because systemd would kill it soon after that."""
+    """How long after its start the helper must exit, because systemd would kill it soon after."""
     ask: int = INFINITY
     """How long after its start the helper stops asking the guest, to leave time for SIGTERM."""
     force: bool = False

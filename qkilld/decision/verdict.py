@@ -60,8 +60,8 @@ DETAIL_AFTER: Final = 250_000
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""Fields of a sample whose changes do not matter while no wait has signs, because time or other
-processes cause them. The guest's own control group is compared separately."""
+"""Fields of a sample that change with time or because of other processes. These changes do not
+matter while no wait has signs. The guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
     *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),
@@ -87,8 +87,8 @@ class Assessment:
     outstanding: bool | None
     """Whether the process waits for something; None if unknown."""
     outstanding_at: int | None
-    """When `outstanding` was last True or None. A single unreadable sample between two of an idle
-    process does not count."""
+    """When `outstanding` was last True or None. If the process is idle in two samples, a single
+    unreadable sample between them does not count."""
     pending: int | None
     """Bytes that are still to be written; None if unknown."""
     rate: int | None
@@ -204,15 +204,15 @@ def assess(
 
 
 def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:
-    """Return whether the sample shows no wait, and is the first with unreadable sources after one
-    of an idle process. Such a sample proves as little as a longer interval between samples, so it
-    does not change `outstanding_at`."""
+    """Return whether the process was idle in the previous sample, and this one shows no wait, but
+    has unreadable sources. Such a sample proves as little as a longer interval between samples, so
+    it does not change `outstanding_at`."""
     return before.outstanding is False and all(wait.kind is WaitKind.UNSEEN for wait in waits)
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing has moved in the last two samples and no open wait has signs: the
-    result stays the same.
+    """Return whether the result stays the same, because nothing has moved in the last two samples
+    and no open wait has signs.
 
     This check only saves time: for most idle guests it returns True, and listing their waits again
     would cost three times as much.
@@ -365,8 +365,8 @@ def _follow(
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return how long (µs) samples could not show progress of the servers that are sampled now for
-    the first time: since the wait began or since the last progress, whichever is later."""
+    """Return for how long (µs) the progress of newly sampled servers may have gone unseen: since
+    the wait began or since the last progress, whichever is later."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 

@@ -72,8 +72,8 @@ class Wait:
     """Whether it is certain that the process cannot exit before the wait ends, because a request is
     in flight or a call has not returned."""
     holds_sigterm: bool = False
-    """Whether the process's first thread is in this wait and so cannot take SIGTERM. Until the wait
-    ends, the guest runs, and may use other disks forever."""
+    """Whether the process's first thread is in this wait and so cannot take SIGTERM. While the wait
+    lasts, the guest continues to run, and may keep using other disks."""
     connections: frozenset[int] = _NONE
     """The inodes of the node's connections. If these change, a connection broke, and the process is
     perhaps only repeating its requests (connections.py)."""
@@ -454,8 +454,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # doubtful, because a backup program may also back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # Count only the backend itself as watched: a new server behind the client does not mean
-        # that earlier samples may have missed progress.
+        # Count only the backend itself as watched: earlier samples have not missed progress just
+        # because they lack a new server behind the client.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))

@@ -54,7 +54,7 @@ def choose(
     still_since  do not cut off connections that have moved since this time; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
-    sample = evidence.seen  # `waits` are those of this sample, too.
+    sample = evidence.seen  # `waits` comes from this sample, too.
     nodes = {node.name: node for node in sample.nodes or ()}
     suspects, working, others = [], [], []
     for instance in instances:

@@ -101,8 +101,8 @@ class Access:
         """
         if pid == 0:
             raise InvalidArgs("0 is not the id of a process")
-        # If the process cannot be identified at once, it remains open while this retries, so that
-        # another process that reuses the pid is not taken for it.
+        # If the process cannot be identified at once, keep it open during the retries, so that a
+        # new process with the same pid is not mistaken for it.
         process = self._host.open_unidentified(pid)
         try:
             await self.identified(process.identify, until)

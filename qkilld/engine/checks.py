@@ -156,8 +156,8 @@ def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
 
 
 def details_of_all(flags: Flag) -> dict[str, str]:
-    """Return the details, under the same keys, of a request to stop the guests of all other
-    users."""
+    """Return the details of a request to stop the guests of all other users, with the keys of
+    `details_of`."""
     target = "all QEMU guests of other users"
     return dict.fromkeys(("pid", "guest", "unit", "uid"), "") | {
         "target": target,

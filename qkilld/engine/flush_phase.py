@@ -495,7 +495,7 @@ class FlushPhase:
             monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
-        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if QEMU does not."""
+        """If the guest has powered off, tell QEMU to quit. If QEMU does not, SIGTERM follows."""
         monitor = self._link.monitor
         if not self._powered_off or monitor is None or self._job.control.held:
             self._finish()

@@ -264,8 +264,9 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked or not self._failed:
-                # Continue: the power button can still be pressed, or once more if the first press
-                # failed. The guest may also react to an earlier request.
+                # Continue: if the agent failed, the power button can still be pressed; if the first
+                # press failed, it can be pressed once more. The guest may also react to an earlier
+                # request.
                 self._failed = self._failed or method is AskMethod.BUTTON
                 self._observe_later()
             else:
@@ -281,8 +282,7 @@ class GuestAsker:
             monitor.order(what, self._guarded(callback))
 
     def _observe_later(self, interval: int | None = None, *, until: int | None = None) -> None:
-        """Observe after `interval` (µs), or at `until` if that is earlier, because the conclusion
-        may change at that time."""
+        """Observe after `interval` (µs), or earlier at `until`, when the conclusion may change."""
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         now = self._clock.now()

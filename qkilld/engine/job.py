@@ -316,8 +316,8 @@ class Job:
     def join(self, request: Request) -> None:
         """Let another request change the job. It can add FORCE, lengthen time spans, shorten the
         time for asking the guest, and allow signals in a job that would only ask. It cannot do the
-        opposite of any of these. If the job has a higher rank, the owner's request can only add
-        FORCE.
+        opposite of any of these. If the job has a higher rank than the owner of the process, the
+        owner's request can only add FORCE.
 
         A request of higher rank takes the job over and replaces the former request. The guest gets
         all the help (Request.help) that either request allows. If the owner had requested the job,
@@ -549,8 +549,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Do this before the monitor reports that it was closed, which changes the state of
-            # `_powerdown` and `_yank`.
+            # Do this before the monitor reports that it was closed, because that report changes the
+            # state of `_powerdown` and `_yank`.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:

@@ -41,8 +41,8 @@ class Pace:
 
 class LongReplies:
     """Limits how many long replies are prepared at a time: one for each user without limits, and
-    one for all other users together. A user with several waiting calls gets a turn for one of them
-    at a time."""
+    one for all other users together. If several calls of a user wait, only one of them at a time is
+    in line for a turn."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         self._unlimited = unlimited

@@ -146,8 +146,8 @@ class Watch(Protocol):
 
     @property
     def lacks_thread(self) -> bool:
-        """Return whether other users' processes block all threads that take samples, and so delay
-        the requested sample."""
+        """Return whether the requested sample is delayed because other users' processes block all
+        threads that take samples."""
 
     def close(self) -> None:
         """No callback follows."""

@@ -196,7 +196,7 @@ class PowerdownPhase:
     @property
     def _latest(self) -> int:
         """Return the latest time for SIGTERM: the end of MaxSec= minus the shorter of GraceSec= and
-        half of MaxSec=. Without signals, return the end of MaxSec=."""
+        half of MaxSec=. If no signal follows, return the end of MaxSec=."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)

@@ -272,8 +272,9 @@ class Registry:
             job.interrupt_waits()
 
     def _freed_by_job_for(self, key: tuple[int, int]) -> Counter[int]:
-        """Count, by user, the jobs to forget when this process gets a new job. There is at most
-        one: a job that the process survived, and that ended over a minute ago (KEEP_ENDED)."""
+        """Return how many jobs of each user are forgotten when this process gets a new job. There
+        is at most one: a job that the process survived, and that ended over a minute ago
+        (KEEP_ENDED)."""
         survivor = self._survivors.get(key)
         if survivor is None or survivor.number in self._jobs:
             return Counter()
@@ -373,8 +374,8 @@ class Registry:
 
     def _forget_entirely(self, job: Job) -> None:
         """Remove the saved state of a job, and stop counting the job for its user. Call this when
-        the job's object is gone and, if the process survived the job, the process is gone, too, or
-        has a new job."""
+        the job's object is gone. If the process survived the job, call it only when the process is
+        gone, too, or has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))

@@ -162,7 +162,7 @@ class Service:
             except NoSuchUnit:
                 known = False
             except (BusError, Failed):
-                pass  # systemd does not answer. The control groups are enough.
+                pass  # systemd does not answer. The control groups are enough to find the guest.
         guest = choose_guest(name, facts, *await self._guests.get(), known=known)
         checked = await self._access.open_checked(
             guest.identity.pid,

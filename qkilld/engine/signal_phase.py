@@ -152,7 +152,7 @@ class SignalPhase:
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
-            # Reset this only before the deadline: after it, a due signal is being retried.
+            # Reset this only before the deadline; later, a due signal is being retried.
             if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
                 self._unidentified_since = None
             match action:
@@ -161,7 +161,7 @@ class SignalPhase:
                     job.wait_until(decision.deadline, decision.wake)
                     return
                 case Action.SAMPLE:
-                    # `advance` is called again with the sample, or at its timeout.
+                    # `advance` is called again when the sample arrives or times out.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
                     # If SIGKILL waits for this sample, the sample must not wait for those of
@@ -170,7 +170,7 @@ class SignalPhase:
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
                 case Action.YANK:
-                    # `advance` is called again with the reply, or at its timeout.
+                    # `advance` is called again when the reply arrives or times out.
                     if self._yank.step():
                         return
                 case Action.GIVE_UP:

@@ -48,9 +48,9 @@ class StandstillCheck:
 
     def begin(self, callback: StandstillCallback, *, may_continue: bool, ask_until: int) -> None:
         """Take a sample, and call back. If only SIGSTOP stops the process and `may_continue` is
-        set, send SIGCONT first, but not while the job is held. After MAX_SAMPLES requests
-        without a sample, or a third of the time until `ask_until`, assume that the guest can be
-        asked. No callback follows `close` or the exit of the process."""
+        set, send SIGCONT first, but not while the job is held. If there is no sample after
+        MAX_SAMPLES requests, or after a third of the time until `ask_until`, assume that the guest
+        can be asked. No callback follows `close` or the exit of the process."""
         self._timer = None
         taken, now = 0, self._parts.clock.now()
         latest = now + (ask_until - now) // 3 - TIMEOUT
@@ -98,7 +98,7 @@ class StandstillCheck:
             self._parts.journal.write(events.signal_refused(job, SIGCONT))
             callback(reason, False)
         except (ProcessChanged, UnknownIdentity) as error:
-            # SIGTERM comes next: the identity check before it will end the job or delay SIGTERM.
+            # SIGTERM comes next, and its identity check will end the job or delay the signal.
             note(f"continuing process {job.guest.identity.pid}", error)
             callback(reason, False)
         else:

@@ -40,8 +40,8 @@ def choose_guest(
     """Return the guest that runs in a unit: its main process, or else the only QEMU process in it.
 
     Users may choose any name for their units. So if there is a system unit of that name, units of
-    user managers are ignored. There is a system unit if systemd describes it, or if a guest runs in
-    it.
+    user managers are ignored. A system unit counts as existing if systemd describes it, or if a
+    guest runs in it.
 
     facts         the unit's properties; None if systemd does not answer
     unidentified  processes that may be QEMU

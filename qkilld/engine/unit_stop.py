@@ -77,7 +77,7 @@ class UnitStops:
             guest_pid = job.guest.identity.pid
             limits = limits_of(facts, pid, guest_pid, await self._unit_of(guest_pid, units))
             every.append(limits)
-            # polkit has allowed other callers only SIGTERM.
+            # polkit has allowed other callers to send SIGTERM, but not SIGKILL.
             may_force = uid in (0, job.guest.identity.uid)
             if job.running:
                 self._join(job, limits, process, uid, force and may_force)
@@ -102,7 +102,7 @@ class UnitStops:
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
         if Flag.NOWAIT in job.flags:
-            return  # No limit matters: the job ends right after one signal or one request.
+            return  # The job ends right after one signal or request, so no limit matters.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:

@@ -19,7 +19,7 @@ class Waiters:
         self._requesters = 0
 
     def add(self, callback: Callback, *, requester: bool) -> None:
-        """Call back once, when the job ends."""
+        """Add a callback, which is called once, when the job ends."""
         self._waiting[callback] = requester
         self._requesters += requester
 

@@ -78,8 +78,9 @@ class YankRung:
 
     def step(self) -> bool:
         """Start an attempt to cut off storage, or continue the current one. Call this only with a
-        fresh sample. After each reply, the attempt calls the job's `advance`: if the reply came
-        late, the storage may have answered meanwhile, so another sample is needed first.
+        fresh sample. After each reply, the attempt calls the job's `advance` instead of continuing:
+        if the reply came late, the storage may have answered meanwhile, so the next step needs
+        another sample.
 
         Return False if nothing more can be cut off: SIGKILL is then next.
         """
@@ -98,8 +99,8 @@ class YankRung:
         return True
 
     def withdraw(self) -> None:
-        """End the attempt, unless `yank` was sent, because progress or a caller delays SIGKILL. But
-        continue after a useless sample: otherwise, such samples could lead to endless attempts."""
+        """End the attempt, because progress or a caller delays SIGKILL. But continue if `yank` was
+        sent, or after a useless sample: otherwise, such samples could lead to endless attempts."""
         evidence = self._job.assessment
         is_blind = evidence is not None and tells_nothing(evidence.last)
         if not self._unanswered and not is_blind:
@@ -177,7 +178,7 @@ class YankRung:
         monitor.yank([cutoff.instance for cutoff in chosen], handle_reply)
 
     def _note_unanswered(self) -> None:
-        """Assume that connections are cut off if `yank` has no reply yet."""
+        """Record `_unanswered` as cut off, even if `yank` has no reply yet."""
         chosen, self._unanswered = self._unanswered, ()
         if not chosen:
             return
