@@ -81,7 +81,7 @@ class Places:
     polkitdir: str
     """The directory of polkit's actions."""
     bashdir: str
-    """The directory of completions; likewise the next two."""
+    """The directory of bash's completions; zshdir and fishdir are those of zsh and fish."""
     zshdir: str
     fishdir: str
 
@@ -136,7 +136,7 @@ def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str,
         ("packaging/qkilld.conf", places.private),
         ("packaging/qkilld.sysusers", f"{places.libdir}/sysusers.d"),
         ("packaging/guest-example.conf", places.docdir),
-        # For authors of clients, and at these places because README.md links to them.
+        # Authors of clients need these files. README.md links to them at these places.
         ("dbus/README.md", f"{places.docdir}/dbus"),
         ("dbus/*.varlink", f"{places.docdir}/dbus"),
         *(
@@ -193,7 +193,8 @@ def install(root: str, places: Places, python: str) -> None:
     for source in sorted(path for path in written if path.endswith(".py")):
         compiled = importlib.util.cache_from_source(source)
         made |= _make_directories(root, compiled)
-        # Unchecked hashes make every build the same, and no program reads sources when it starts.
+        # With UNCHECKED_HASH, every build has the same byte code, and programs do not look at the
+        # sources when they start.
         py_compile.compile(
             root + source,
             cfile=root + compiled,
@@ -213,7 +214,7 @@ def uninstall(root: str, places: Places) -> bool:
     InstallError, OSError."""
     manifest = _read_manifest(root, places)
     if manifest:
-        # Run the module, because the program expects it at its place without DESTDIR.
+        # Run the module, not the installed program, which looks for it at the path without DESTDIR.
         undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
         environment = {"PYTHONPATH": root + places.package}
         if subprocess.run(undo, cwd="/", env=environment, check=False).returncode == 4:
@@ -237,7 +238,7 @@ def _script(python: str, package: str, entry: str) -> bytes:
 
 
 def _relocated(text: str, moved: dict[str, str]) -> str:
-    # The longest first, because some names begin with another one.
+    # Try longer names first, because some names begin with a shorter one.
     names = "|".join(re.escape(name) for name in sorted(moved, key=len, reverse=True))
     return re.sub(rf"(?:{names})(?![\w-])", lambda found: moved[found[0]], text)
 
@@ -281,7 +282,7 @@ def _read_manifest(root: str, places: Places) -> list[str]:
 
 
 def _remove(root: str, lines: Iterable[str]) -> None:
-    """Remove files, and then empty directories, the deepest first."""
+    """Remove the files, and then the directories that are empty, the deepest first."""
     for line in lines:
         if not line.endswith("/"):
             Path(root + line).unlink(missing_ok=True)

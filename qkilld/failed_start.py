@@ -24,8 +24,8 @@ from qkilld.model.errors import Failed, QkilldError
 from qkilld.model.text import printable
 
 VARLINK_FOR_S: Final = 0.5
-"""How long calls on Varlink are answered. There is a limit, because callers may connect again and
-again."""
+"""How long this process refuses calls on Varlink. There is a limit, because callers may connect
+again and again."""
 BUS_FOR_S: Final = 5.0
 MAX_TEXT: Final = 1024
 
@@ -74,10 +74,10 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> NoReturn:
         # The calls that wait for our name arrive before the bus confirms that we own it.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Nothing may close the connection before this process ends, as asyncio and Python would do
-        # at their end. If a call comes after the connection was closed and before systemd notices
-        # the end, systemd adds the bus's request for a start to the start that is just failing, and
-        # the bus gets no answer.
+        # Keep the connection open until this process ends: if this function returned, asyncio or
+        # Python would close the connection earlier. If a call comes after the connection was closed
+        # and before systemd notices the end, systemd adds the bus's request for a start to the
+        # start that is just failing, and the bus gets no answer.
         _end()
 
 

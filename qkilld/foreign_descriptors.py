@@ -4,9 +4,9 @@ blocks.
 close(2) may block as long as the stranger wants. For a TCP socket with SO_LINGER, it waits until
 the socket's data is acknowledged. For a file on FUSE, it waits until the FUSE server answers
 FUSE_FLUSH, even after SIGKILL. Other calls block in the same way if they make the kernel drop
-descriptors. These are recvmsg(2) without room for the descriptors, and close(2) of a socket that
-has unread ones. A process that shares a socket with us can also make our calls block by clearing
-O_NONBLOCK.
+descriptors. These calls are recvmsg(2) without room for the descriptors, and close(2) of a socket
+in which descriptors are still unread. A process that shares a socket with us can also make our
+calls block by clearing O_NONBLOCK.
 
 So each recvmsg(2) has room for all descriptors, threads close them, and no call depends on
 O_NONBLOCK. A signal interrupts a thread that is stuck in closing a socket. Nothing interrupts a
@@ -60,7 +60,7 @@ class _Closer:
         self._waiting: deque[int] = deque()
         self._threads = 0
         self._busy_since: dict[int, float] = {}
-        """When each thread began to close its descriptor, keyed by thread id."""
+        """The time when each thread began to close its descriptor, keyed by thread id."""
         self._is_watched = False
 
     @property

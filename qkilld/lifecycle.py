@@ -133,7 +133,7 @@ async def live(
 
 
 def _listeners(stored: dict[str, int], journal: Journal) -> list[socket.socket]:
-    """Take the sockets passed by systemd out of `stored`."""
+    """Remove from `stored` the sockets that systemd has passed, and return those to listen on."""
     if (diag := stored.pop(SOCK_DIAG, None)) is not None:
         try:
             ask_through(diag)
@@ -418,7 +418,7 @@ class RunningDaemon:
         return None if bus is None or await bus.own() else ExitCode.FAILURE
 
     async def _leave(self, bus: BusService | None) -> None:
-        """Leave the bus, and answer every call received."""
+        """Release the bus name, and answer all received calls, also those on Varlink."""
         if bus is not None:
             await bus.leave()
         await self._varlink.drain(DRAIN_TIMEOUT_S)

@@ -153,7 +153,8 @@ class DescriptorSearch:
             except StopIteration:
                 self._finish()
             except Exception:
-                self._rest = None  # Otherwise, the next call would treat the search as complete.
+                # If this iterator were kept, the next call would treat the search as complete.
+                self._rest = None
                 raise
             else:
                 if link is not None:
@@ -223,7 +224,7 @@ class DescriptorSearch:
         return processes
 
     def _note_failure(self, error: Exception) -> None:
-        """Note that a process could not be read, unless it has exited."""
+        """Note that the search is incomplete, unless the process has exited."""
         if not isinstance(error, (FileNotFoundError, ProcessLookupError)):
             self._is_complete = False
 

@@ -2,10 +2,11 @@
 
 The limit for the files of all guests is two thirds of this program's descriptors, minus PER_JOB for
 each job, and minus the descriptors that watch the servers of guests (server_exits.py). The last
-third is for files that jobs and callers must have open. If more jobs reduce the limit, the next
-sample closes the files that guests have kept open longest. If there is no room for a guest's files,
-they are opened for each sample, and no other guest's files are closed for them. Guests are sampled
-in turn: if each closed the files of the next, no file would be open when it is needed.
+third is for files that jobs and callers must have open. If the limit falls because new jobs start,
+the next sample closes the files that guests have kept open longest. If there is no room for a
+guest's files, they are opened for each sample, and no other guest's files are closed for them.
+Guests are sampled in turn: if each closed the files of the next, no file would be open when it is
+needed.
 """
 
 from __future__ import annotations

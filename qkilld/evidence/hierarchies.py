@@ -68,7 +68,8 @@ class Hierarchies:
         self._reload_at = 0.0
         self._mounts: list[tuple[frozenset[str], str, str]] = []
         self._crowded: dict[str, float] = {}
-        """When a group with too many processes may be listed again, keyed by its directory."""
+        """The time at which each group with too many processes may be listed again, keyed by the
+        group's directory."""
 
     def groups(self, membership: bytes) -> dict[str, Group]:
         """Return groups by controller ("memory", "blkio", "name=systemd"); the key of v2 is "".

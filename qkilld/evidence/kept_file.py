@@ -45,8 +45,8 @@ def kept_files() -> int:
 
 
 def count_kept(number: int) -> None:
-    """Add `number` other descriptors to the result of `kept_files`; a negative number subtracts
-    closed ones."""
+    """Make `kept_files` count `number` more descriptors, which belong to no KeptFile; `number` is
+    negative if such descriptors were closed."""
     _count.add(number)
 
 
@@ -81,8 +81,8 @@ class KeptFile:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
             _count.add(1)
         try:
-            # Try a short buffer first: most files are short, and a text that a caller stores may
-            # occupy the whole buffer that it was read into.
+            # Try a short buffer first: most files are short, and if a caller stores the text, the
+            # whole buffer may stay in memory.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
             if len(text) >= _SHORT:
                 text = os.pread(self._descriptor, most, 0)

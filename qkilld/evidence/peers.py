@@ -203,8 +203,9 @@ class ServerReader:
         self._readers.clear()
 
     def _read(self, ends: Mapping[int, str | None], tables: _SampleTables) -> dict[int, int]:
-        """Sample the servers at these ends, but each server only once in a sample. Return the
-        process id of each end, if its server was sampled or is the guest's own process."""
+        """Sample the servers at these ends, except those that were already read for the present
+        sample. Return the process id of each end, if its server was sampled or is the guest's own
+        process."""
         owners = self._finder.find(ends) if ends else {}
         self._new_missing_ends |= ends.keys() - owners.keys()
         own_ends: dict[int, dict[int, str | None]] = {}
@@ -258,7 +259,7 @@ class ServerReader:
             others = []
             for pid in behind.get(peer.pid, ()):
                 other, links = build(self._sampled[pid]), self._links[peer.pid]
-                # If several of these processes use the server, it serves none of them alone.
+                # A server that several of these processes use serves none of them alone.
                 serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
                 others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)
@@ -271,8 +272,8 @@ class ServerReader:
         return bool(reader.upstream or reader.upstream_unknown or _connections_of(reader.mounts))
 
     def _links_of(self, pid: int, tables: _SampleTables) -> _Links:
-        """Find and sample the servers that a server uses itself. In a sample, this is done once for
-        each server."""
+        """Find and sample the servers that a server uses itself. If this was already done for the
+        present sample, return the same result."""
         if (links := self._links.get(pid)) is not None:
             return links
         if (reader := self._readers.get(pid)) is None:

@@ -11,8 +11,8 @@ may stay blocked (workers.py).
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
 ran. If the clock has not advanced, no thread has run, so values that only the threads can change
 are not read again. Values that others can change (a pending signal, a debugger, requests on rings)
-are read each time. The clock may lack the present run of a thread, so a change may be noticed one
-sample later.
+are read each time. While a thread runs, the clock may not include this run yet, so a change may be
+noticed one sample later.
 """
 
 from __future__ import annotations

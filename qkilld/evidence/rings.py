@@ -1,4 +1,4 @@
-"""Read requests of io_uring and Linux AIO, for which no thread waits in a system call.
+"""Find requests of io_uring and Linux AIO, for which no thread waits in a system call.
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those

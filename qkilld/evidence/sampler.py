@@ -96,11 +96,11 @@ class Reader:
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
         self._known_graph: BlockGraph | None = None
-        """The block graph when sockets were last listed. None if it was not known yet."""
+        """The block graph when the sockets were last listed; None if none was known then."""
         self._fd_directory = f"{PROC}/{pid}/fd"
 
     def read(self, *, detail: bool = False) -> Sample:
-        """Take a sample now. May block. The process cannot make this raise an exception.
+        """Take a sample now. May block. Raises no exception, whatever the process does.
 
         `detail`: include its AIO rings, and the servers of its connections. Both are expensive to
         read.

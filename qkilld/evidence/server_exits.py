@@ -33,8 +33,8 @@ ms."""
 
 
 _SHARE: Final = 4
-"""The pidfds of servers may use 1/_SHARE of this program's descriptors. If none of these is
-free, a user takes one from another user whose guests have more."""
+"""The pidfds of servers may use 1/_SHARE of this program's descriptors. If none of these is free, a
+guest takes one from the user whose guests have most, if its own user's guests have fewer."""
 
 
 class GuestServerExits:

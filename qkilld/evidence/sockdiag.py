@@ -1,7 +1,7 @@
 """Read all stream sockets of a network namespace at once, by sock_diag(7).
 
-pyroute2 (0.9.7) is not used: its import takes 25 MB of memory, more than the rest of the daemon,
-and it takes 60 µs for each socket (measured). 1,000 guests have thousands of sockets.
+pyroute2 (0.9.7) is not used: importing it takes 25 MB of memory, more than the rest of the daemon,
+and reading a socket with it takes 60 µs (measured). 1,000 guests have thousands of sockets.
 
 Any user can have hundreds of thousands of sockets. If a family (unix or TCP) has more than
 MAX_SOCKETS, its table is called crowded, and sockets are queried one by one. A query for a TCP
@@ -370,7 +370,7 @@ def closed_first(id: bytes) -> bool | None:
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
         for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
-            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, this is a listening socket.
+            if buffer[start + 4 : start + 40] == id[1:37]:  # If not, it is a listening socket.
                 return buffer[start + 1] in _CLOSED_FIRST or None
     except FileNotFoundError:
         return False

@@ -71,8 +71,8 @@ _MAX_SETTLED: Final = 16
 reading the kernel's table is cheaper than checking the link of each descriptor."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
-"""Connections with these descriptors are normally standard streams. They do not count as storage
-unless the command line says so: if QEMU starts without such streams, it may get these numbers for
+"""Connections with these descriptors are normally standard streams. They count as storage only if
+the command line says so: a QEMU that was started without standard streams may get these numbers for
 its disks."""
 
 

@@ -47,7 +47,7 @@ for each read."""
 
 
 class _ThreadEntry:
-    """A thread, as of the last time it ran."""
+    """A thread as it was when it was last read in full."""
 
     __slots__ = (
         "alive",

@@ -23,7 +23,7 @@ RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
 """See FairShares. Dead storage often blocks many guests of one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One more than MAX_BLOCKED, to run `instead` (see submit)."""
+"""One more than may be blocked, so that one worker can run `instead` (see submit)."""
 
 Call = Callable[[], None]
 

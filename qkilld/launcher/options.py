@@ -84,8 +84,8 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -
     """Return QEMU's argv.
 
     `machine` is the architecture from uname(2). `qmp` and `agent` are the paths of sockets that
-    QEMU creates. A QMP monitor is always added; a name is added if the file has none, and a
-    display likewise.
+    QEMU creates. A QMP monitor is always added. A name is added only if the file has none, and
+    `-display none` only if the file has no display option.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):
@@ -106,9 +106,9 @@ def _agent_port(path: str) -> list[str]:
 
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
-    """Return whether to add a port for the agent: the machine can have one, and the file has none.
-    Add no port to a guest that is restored from a saved state (loadvm), because its devices must be
-    those with which it was saved."""
+    """Return whether to add a port for the agent. Add one if the machine can have one and the file
+    has none, but not to a guest that is restored from a saved state (loadvm), because its devices
+    must be those with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]
