@@ -386,12 +386,12 @@ class RunningDaemon:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
         # Close the Varlink connections before leaving the bus, because leaving takes time. If a
-        # connection closes soon after a cancellation, the client concludes that the daemon's stop,
-        # not a caller, has cancelled the job.
+        # connection closes soon after a cancellation, the client concludes that the job was
+        # cancelled because the daemon stops, and not by a caller.
         self._varlink.close()
         await self._leave(bus)
-        # systemd must start a new daemon for the remaining jobs. It does so in a restart, and
-        # otherwise only after a failure.
+        # systemd must start a new daemon for the remaining jobs. In a restart, it always does so;
+        # otherwise, only if this process exits with a failure.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 
@@ -428,8 +428,8 @@ class RunningDaemon:
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
-            # Do not exit while files wait to be closed: this process could not end, and systemd
-            # would start no other one before its end.
+            # Do not exit while files are still to be closed: closing them could keep this process
+            # from ending, and systemd starts a new daemon only after this one has ended.
             busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return

@@ -153,7 +153,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 
 @functools.cache
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
-    """For each field, return the function that converts its value, and whether it may be missing.
+    """Return the function that converts each field's value, and whether the field may be missing.
 
     Call this when a value is converted, not when its decoder is made: for a class that has fields
     of its own type, the recursion would not end.

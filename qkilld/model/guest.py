@@ -34,7 +34,7 @@ class Identity:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The pid and the start time. No other process since the boot has the same two values."""
+        """The pid and the start time. Since the boot, no other process has had both."""
         return (self.pid, self.start_time)
 
 
@@ -105,7 +105,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A QEMU process. Before engine.checks has checked the process, it may be any process."""
+    """A QEMU process. Until engine.checks has confirmed this, it may be any process."""
 
     identity: Identity
     label: Label

@@ -148,7 +148,7 @@ class JobStatus:
             return "shuts down"
         if self.verdict == Verdict.FLUSHING and self.guest_asked == GuestAsked.NOT_ASKED:
             return "waits for a backup or migration"
-        # A job that is held stays in this phase even after asking has ended.
+        # A job that is held stays in the phase powerdown even after asking has ended.
         return _BEFORE_SIGNALS.get(self.guest_asked, "was asked to shut down")
 
     @property

@@ -169,8 +169,8 @@ class Peer:
     serves to that peer; () if there are none, or if several peers use this one."""
     certain: bool = True
     """If this peer is in another peer's `behind`: whether it certainly works for that peer. This is
-    uncertain if the kernel does not show which process serves a file system, or if nothing more is
-    known than that the other peer has started this one."""
+    uncertain if the kernel does not show which process serves a file system, or if it is only known
+    that the other peer has started this one."""
     unseen_requests: bool | None = None
     """Whether the peer may have file requests in flight, on an io_uring or in Linux AIO, for which
     no thread waits."""

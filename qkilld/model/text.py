@@ -28,7 +28,7 @@ def format_bytes(count: int) -> str:
     size = float(count)
     for unit in ("kB", "MB", "GB", "TB"):
         size /= 1000
-        # Not 1000, because rounding could give "1000.0 kB".
+        # The limit is not 1000, because a size just below it would be rounded to "1000.0 kB".
         if size < 999.95 or unit == "TB":
             break
     return f"{size:.1f} {unit}"

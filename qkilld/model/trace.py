@@ -37,7 +37,7 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The job of a trace. Of the command line, the header contains only the guest's name."""
+    """The job of a trace. It contains no part of the command line except the guest's name."""
 
     job: int
     started: int
@@ -94,7 +94,7 @@ class ExitRecord:
 
 @dataclass(frozen=True, slots=True)
 class CutRecord:
-    """The end of the recording before the end of the job."""
+    """The recording ended before the job did."""
 
     at: int
     why: str

@@ -67,7 +67,7 @@ class UnitFacts:
     final_kill_signal: int = 9
     """FinalKillSignal=, which systemd sends last, normally SIGKILL."""
     timeout_stop: int = INFINITY
-    """TimeoutStopUSec, µs; INFINITY for never."""
+    """TimeoutStopUSec, µs; INFINITY for no limit."""
     type: str = ""
     """Type= of a service: simple, exec, forking, oneshot, notify, …; "" for a scope."""
     timeout_failure_mode: str = "terminate"

@@ -23,7 +23,7 @@ MAX_TITLE: Final = 128
 MAX_NODE_NAME: Final = 31
 """QEMU does not accept longer names of nodes."""
 MAX_CONNECTIONS: Final = 64
-"""At most this many connections of a disk are known, because they are saved with the job."""
+"""At most this many connections of a disk are recorded, because they are saved with the job."""
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
     | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
@@ -222,7 +222,7 @@ def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _connections(nodes: object) -> dict[str, list[str]]:
-    """For each file name, return the names of those of its nodes that use a network connection."""
+    """For each file name, return the nodes that use this file over a network connection."""
     names: dict[str, list[str]] = {}
     for node in _list(nodes, "query-named-block-nodes"):
         match node:

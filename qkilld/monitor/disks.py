@@ -5,9 +5,9 @@ exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports
 processors are stopped first, because running ones could write after the flush, and because QEMU's
 export code has failed an assertion while they ran (QEMU issue 945).
 
-Nobody else must be able to read the export. So QEMU's NBD server gets a listening socket whose
-name the kernel has chosen, and accepts a fixed number of connections. qkilld makes all of them, and
-adds an export only after the server has greeted each of them.
+The export must be readable only by qkilld. So QEMU's NBD server gets a listening socket whose name
+the kernel has chosen, and accepts a fixed number of connections. qkilld makes all of them, and adds
+an export only after the server has greeted each of them.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """The address to connect to if a socket listens on all addresses of the host."""
 _NO_DEVICE: Final = frozenset({"null", "none"})
 MAX_CLAIMS: Final = 1000
-"""If more character devices than this have a role, the guest's monitor is not used, because each
-device is compared with each socket."""
+"""If more character devices than this have a role, the guest's monitor is not used, because
+comparing each device with each socket would take too long."""
 
 
 class Role(StrEnum):

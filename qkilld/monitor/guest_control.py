@@ -94,7 +94,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Call `open`, `take` or `adopt` instead, which also connect."""
+        """Do not call this directly: use `open`, `take` or `adopt`, which also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -193,8 +193,8 @@ class GuestControl:
             ):
                 await asyncio.sleep(START_WAIT_S / 50)
             elif endpoints and is_stopped(process, proc):
-                # The obstacles may be wrong: a stopped QEMU seems to serve a client that has
-                # disconnected.
+                # `obstacles` may be wrong: the monitor of a stopped QEMU seems to be in use even
+                # after its client has disconnected.
                 raise MonitorUnreachable(
                     f"{endpoints[0].title} does not answer, because the guest's process is stopped"
                 )
@@ -366,7 +366,7 @@ class GuestControl:
         return port is None or (port.opened and not port.held)
 
     async def observe(self) -> GuestObservation:
-        """Observe the guest. Never raises MonitorError: an unreadable value is unknown."""
+        """Observe the guest. Never raises MonitorError: unreadable values are None or UNKNOWN."""
         at = time.monotonic_ns() // 1000
         runstate = totals = vcpus = ran = waited = None
         button, pending = Button.UNKNOWN, None

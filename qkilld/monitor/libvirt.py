@@ -35,7 +35,7 @@ class Domain:
 
     name: str
     uri: str
-    """The URI for a connection to its libvirt."""
+    """The URI for a connection to the libvirt daemon that manages the guest."""
 
 
 def domain_of(

@@ -177,7 +177,8 @@ class QmpClient(Channel):
         number = self._in_band = self._last_id + 1
         self._idle.clear()
         arguments = {"enable": ["oob"]} if oob else None
-        until = max(until, self._loop.time() + timeout_s / 2)  # A late greeting leaves little time.
+        # After a late greeting, this command would have little time left.
+        until = max(until, self._loop.time() + timeout_s / 2)
         await self._call("execute", "qmp_capabilities", arguments, number, until)
         self.oob = oob
 

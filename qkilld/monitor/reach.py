@@ -61,8 +61,8 @@ REACH_TIMEOUT_S: Final = 1.0
 START_S: Final = 5.0
 """If QEMU has run for less than this time, it might not listen on its monitor yet."""
 MAX_TABLE: Final = 64 << 20
-"""A longer /proc/PID/net/unix counts as unreadable. This is enough for about 600,000 sockets; any
-user can create many."""
+"""A longer /proc/PID/net/unix counts as unreadable. The limit is enough for about 600,000 sockets;
+any user can create many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""

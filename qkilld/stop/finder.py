@@ -68,8 +68,8 @@ class ProcessFinder:
         return pid is not None and str(pid or "") == self._main_pid
 
     def named(self) -> ProcessHandle | None:
-        """Return the named process. Return None if the target is a whole unit (--unit, or our own
-        unit if systemd sets no $MAINPID), or with --all.
+        """Return the named process. Return None with --all, with --unit, or for our own unit if
+        systemd sets no $MAINPID.
 
         Raises InvalidArgs if nothing is named. Also raises what `open_main_process` and
         `pidfile.read` raise.
@@ -257,7 +257,8 @@ def _qemus(
                 continue
             if process is None:
                 continue
-            # Read the unit while the process is open. If the pid was reused, `exited` is True.
+            # Read the unit while the process is open. If the pid was reused before that, `exited`
+            # is True, and the unit is not used.
             unit = procfs.read_unit(pid)
             if process.exited():
                 process.close()
@@ -276,7 +277,7 @@ def _qemu(
 ) -> ProcessHandle | None:
     """Open a process, and check once more that it is QEMU; return None if it is not.
 
-    Raises OSError, any exception of `open_process`, or `executable` if that is an exception.
+    Raises `executable` if that is an exception, OSError, and what `open_process` raises.
     """
     if isinstance(executable, Exception):
         raise executable

@@ -50,8 +50,8 @@ class GuestStop:
         done."""
 
     def force_if_allowed(self) -> None:
-        """Send FORCE with further calls, unless another user owns the process and this program does
-        not run as root: the daemon would refuse such calls."""
+        """Send FORCE with further calls, unless the daemon would refuse them because another user
+        owns the process and this program does not run as root."""
         if self.state is None or os.geteuid() in (0, self.state["uid"]):
             self.forced = True
 

@@ -74,8 +74,10 @@ class KeeperWatch:
         """The result of services_that_run() for each set of programs."""
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
-        """Wait until the process is gone, until none of its keepers is being stopped, or until the
-        keepers' time is over and either the guest makes no progress or LONGEST_S has passed.
+        """Wait until the process is gone, or until none of its keepers is being stopped.
+
+        After the keepers' time is over, also return if the guest makes no progress, or if LONGEST_S
+        has passed.
 
         If a keeper is being stopped, `on_keeper` is called once, with the name of the keeper.
         """

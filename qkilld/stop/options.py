@@ -47,8 +47,8 @@ class Options:
         self.debug = debug
 
     def forget_limits(self) -> None:
-        """Stop the next guests as configured, because these options are for the guest that
-        they name."""
+        """Stop further guests as configured, because these options are only for the guest that the
+        command line names."""
         self.force = self.powerdown = None
         self.spans = {}
 

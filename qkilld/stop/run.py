@@ -313,7 +313,7 @@ class StopRun:
                     )
 
     def _start(self, stops: Sequence[GuestStop]) -> None:
-        """Start these stops. First ask libvirt's guests through libvirt, each in a thread."""
+        """Start these stops. libvirt first asks the guests that it manages, each in a thread."""
         if not has_libvirt(os.environ):
             self._hand_over(stops, 0)
             return

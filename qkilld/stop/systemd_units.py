@@ -107,8 +107,8 @@ def later_lines(facts: UnitFacts, options: Options) -> LaterLines:
 
 
 def _stops_of(command: Command) -> int:
-    """Return how often a line of ExecStop= is seen to run qkilld-stop for guests of its unit; 2
-    also for more."""
+    """Return how often a line of ExecStop= appears to run qkilld-stop for guests of its unit: 0, 1,
+    or 2 for twice or more."""
     from qkilld.unitcheck.command import helper_options, is_helper
 
     if is_helper(command):

@@ -59,7 +59,8 @@ class Targets:
 
     @property
     def reason(self) -> str:
-        """The reason to record: the one of the command line, if any."""
+        """The reason to record: that of the command line; by default, the unit whose ExecStop= runs
+        this program, if any."""
         if self._options.reason is not None:
             return self._options.reason
         if not self.finder.stops_unit:
@@ -116,8 +117,8 @@ class Targets:
         if self._options.all_guests:
             return self._unattended()
         if processes := self.finder.in_unit(self._executables):
-            # If systemd reports an exit code, the unit had a main process. `--pid $MAINPID` leaves
-            # the guests of later lines, even if there never was one.
+            # If systemd reports an exit code, the unit had a main process. With `--pid $MAINPID`,
+            # guests are left to later lines even if the unit never had a main process.
             had_main = "EXIT_CODE" in os.environ or self._options.names_one
             if self.finder.in_own_unit and had_main:
                 processes = self.left_to_us(processes)
@@ -182,7 +183,8 @@ class Targets:
         if not self.finder.unidentified:
             return self._failures
         say(str(self.finder.unknown_identity()))
-        # A later line searches again, and systemd would not run it after a failure.
+        # Do not fail if a later line will search again, because systemd would not run that line
+        # after a failure.
         if self._runs_before_another_line():
             return self._failures
         return [*self._failures, ExitCode.FAILURE]
@@ -298,9 +300,10 @@ class Targets:
     def judge_not_qemu(
         self, pid: int, message: str, others: list[ProcessHandle]
     ) -> tuple[int, list[ProcessHandle]]:
-        """Return the exit code for a named process that is not a QEMU, and the processes to
-        stop among `others`. The code is 0 if the process may be a shell that runs the `others`. If
-        there are none, and the QEMU that our unit has started runs in another unit, print which."""
+        """Return the exit code for a named process that is not a QEMU, and the processes to stop
+        among `others`. The code is 0 if the process may be a shell that runs the `others`. If there
+        are no `others`, but the QEMU that our unit has started runs in another unit, print which
+        unit that is."""
         if others:
             if _is_uncovered(pid):
                 say(f"{message}, and is left to systemd")

@@ -87,8 +87,9 @@ def read_later(drop_ins: Iterable[str]) -> list[str]:
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
     """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # In ExecStop=, any assignment overrides our lines: a line that it appends runs after ours, even
-    # if ours contain the same line. In other lists, only an empty assignment overrides our lines.
+    # Any assignment to ExecStop= counts as an override, because a line that it appends runs after
+    # our lines, even if they contain the same line. In other lists, only an empty assignment
+    # overrides our lines.
     ends = {"After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="
@@ -100,7 +101,7 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def _adds_stop(text: str) -> bool:
-    """Return whether a drop-in adds lines to ExecStop= without an empty assignment, which would
+    """Return whether a drop-in only appends lines to ExecStop=. With an empty assignment, it would
     replace the earlier lines."""
     values = list(entries(text, "Service", "ExecStop"))
     return bool(values) and "" not in values

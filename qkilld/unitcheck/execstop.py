@@ -300,8 +300,8 @@ def helper_line(
     *,
     is_last: bool = True,
 ) -> Line:
-    """Return the ExecStop= line of a service that runs qkilld-stop, the helper. `number`: the index
-    of the existing line that this line replaces.
+    """Return the line for a service's ExecStop= that runs qkilld-stop, the helper. `number`: the
+    index of the existing line that this line replaces.
 
     The line gets the prefix `-`, so that systemd stops the unit with SIGTERM if the helper is
     missing. With `-`, systemd ignores the helper's exit status, so the helper reports failures in

@@ -350,7 +350,7 @@ class _Stop:
         if number in IGNORED:
             return self._silence()
         # This signal kills a guest that is still shutting down, so only the earlier waiting
-        # matters. A guest that has exited before loses nothing.
+        # matters. A guest that has exited before this signal loses nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
@@ -410,7 +410,7 @@ class _Stop:
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
             # If systemd signals QEMU and the server at the same time, QEMU usually exits first. If
-            # a line or another unit stops QEMU more slowly, the server exits first.
+            # a line or another unit stops QEMU, that takes longer, so the server may exit first.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(

@@ -66,7 +66,7 @@ class Storage:
     unit: str = ""
     """The file system's .mount unit."""
     outside_target: bool = False
-    """The mount is not ordered before remote-fs.target, as with the option nofail."""
+    """The mount is not ordered before remote-fs.target, for example because of nofail."""
     protocol: str = ""
     """For a server or device: nbd, iscsi, vhost-user, …"""
     server: str = ""
