@@ -41,7 +41,8 @@ Samples = dict[Series, dict[Way, list[float]]]
 def measure(rounds: int, late_rounds: int) -> list[Figure]:
     """Stop a guest in every way in each round.
 
-    Raises needs.Missing without libvirt, a container or root, AssertionError on failure.
+    Raises needs.Missing without libvirt or root, or if no container can be booted; AssertionError
+    if a stop fails.
     """
     peer.programs()
     guest_image()  # Build it now, because the checkout is read-only in the container.

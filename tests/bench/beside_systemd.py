@@ -22,13 +22,13 @@ from tests.lab.image import busybox
 from tests.lab.process import TOP
 
 DEBIAN_PYTHON: Final = "/usr/bin/python3"
-"""The interpreter of the floor, with Debian's packages."""
+"""The Python that runs qkilld and the floor in the container, with Debian's packages."""
 AT_ONCE: Final = 60
 MANY: Final = 200
 WARM, COLD, AT_ONCE_RATIO = 3, 10, 2.5
 LINEAR: Final = 1.25
-"""Stopping MANY units may cost at most this many times as much for each unit as stopping
-AT_ONCE."""
+"""If MANY units are stopped, each may cost at most this many times as much as if AT_ONCE are
+stopped."""
 
 
 def measure(rounds: int) -> list[Figure]:

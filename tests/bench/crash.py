@@ -43,7 +43,7 @@ def measure(wanted: int) -> Figure:
 
 
 def _measure(jobs: int) -> Figure:
-    figure = Figure(f"{jobs} running jobs, and a daemon that is killed by SIGKILL among them")
+    figure = Figure(f"A daemon with {jobs} running jobs is killed by SIGKILL")
     grace = _GRACE_S + jobs * _PER_JOB_MS // 1000
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("r"))
@@ -85,7 +85,7 @@ def _measure(jobs: int) -> Figure:
         figure.targets.append(at_most("latest SIGKILL", max(late), LATE_MS, "ms"))
     if unseen := len(receipts) - len(late):
         figure.notes.append(
-            f"{unseen} were not seen in time at times: their SIGKILL waits for longer."
+            f"Jobs not counted, because late samples may have delayed their SIGKILL: {unseen}."
         )
     return figure
 

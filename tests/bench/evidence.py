@@ -95,9 +95,9 @@ def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> F
                         at_most(f"{label}, {kind}, to {COMMIT}'s", ratio, limit, "times")
                     )
     figure.notes += [
-        "In a row: as with many jobs. They share a reading of the host's sockets, disks, memory.",
+        "In a row: as with many jobs, which share a reading of the host's sockets, disks, memory.",
         "Alone: after a pause, with a reading of its own, and with cold processor caches.",
-        "The first finds out which files, disks and sockets there are; so does one every 30 s.",
+        "The first, and one every 30 s, also finds out which files, disks and sockets there are.",
         *notes,
     ]
     return figure
@@ -186,7 +186,7 @@ def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figur
     if unseen := len(receipts) - len(late):
         notes = [
             *notes,
-            f"{unseen} were not seen in time at times: their SIGKILL waits for longer.",
+            f"Jobs not counted, because late samples may have delayed their SIGKILL: {unseen}.",
         ]
     for name in checkouts:
         label = "processor time, share of one core" if name == OURS else f"  {name}"

@@ -74,7 +74,7 @@ def measure(rounds: int) -> Figure:
 
 @contextlib.contextmanager
 def _guest() -> Iterator[Guest]:
-    """Start a QEMU without a monitor; yield it when it handles SIGTERM, and after a pause."""
+    """Start a QEMU without a monitor, wait until it handles SIGTERM, pause, and yield it."""
     with start_qemu(qmp=False) as guest:
         deadline = time.monotonic() + _TIMEOUT_S
         while not _handles_sigterm(guest.pid):
