@@ -152,7 +152,8 @@ def test_qkilld_stop_finds_the_others(
         ProcessFinder(Options(pid=guest.pid), {}).named()
     threading.Timer(0.3, stuck.free).start()
     monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 30)
-    # Without a new pidfd, another process that reuses the pid cannot be taken for the guest.
+    # The pidfd is opened only once, so that another process that reuses the pid is not taken for
+    # the guest.
     with patch.object(os, "pidfd_open", wraps=os.pidfd_open) as opened:
         named = ProcessFinder(Options(pid=guest.pid), {}).named()
     opened.assert_called_once_with(guest.pid)
@@ -164,7 +165,8 @@ def test_qkilld_stop_finds_the_others(
 def test_a_stuck_process_of_the_unit_is_not_taken_for_none(
     stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    """Otherwise systemd would run the next ExecStop= line while the guest runs."""
+    """If the process were ignored, systemd would run the next ExecStop= line while the guest
+    runs."""
     monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 0.2)
     guest, foreign = stuck.make_stuck(OTHER_UID), stuck.make_stuck(OTHER_UID)
     there = {fake_qemu().pid for _ in range(others)}
@@ -246,15 +248,15 @@ def test_a_user_with_many_of_them_leaves_room(
     reads = BlockableReads()
 
     def blocks(guest: Guest) -> bool:
-        """Return whether reading the guest blocks another thread."""
+        """Return whether reading the guest blocks one more thread."""
         before = reads.blocked
         with pytest.raises(Unanswered):
             reads.one(f"/proc/{guest.pid}", executable)
         return reads.blocked > before
 
     assert [blocks(stuck.make_stuck(OTHER_UID)) for _ in range(4)] == [True, True, True, False]
-    # No more processes of this user are read, not even one that would not block. Those of other
-    # users are.
+    # No more processes of this user are read, not even one that would not block. Processes of other
+    # users are still read.
     own = fake_qemu(uid=OTHER_UID)
     with pytest.raises(Unanswered):
         reads.one(f"/proc/{own.pid}", executable)

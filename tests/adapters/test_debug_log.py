@@ -57,7 +57,7 @@ def test_ignored_errors_are_logged(option: str, level: str | None, shown: bool) 
     ],
 )
 def test_every_program_has_the_debug_option(argv: tuple[str, ...]) -> None:
-    """The option does not change the other output and the exit code."""
+    """The option changes neither the other output nor the exit code."""
     quiet, loud = run(*argv), run(*argv, "--debug")
     assert loud.returncode == quiet.returncode
     assert loud.stderr.endswith(quiet.stderr) or "debug: " in loud.stderr

@@ -25,13 +25,13 @@ QEMU = Identity(17, 99, 0, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
 
 @pytest.fixture
 def never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BinaryIO]:
-    """Yield the writer of process 17's command line in tmp_path; reading it blocks until this
-    closes."""
+    """Yield a file that writes the command line of process 17 in tmp_path. Reads of the command
+    line block until this file is closed."""
     monkeypatch.setattr(names_module, "TIMEOUT_S", 0.05)
     (tmp_path / "17").mkdir()
     os.mkfifo(tmp_path / "17/cmdline")
     before = set(threading.enumerate())
-    # For reading too, because opening a FIFO only for writing waits for a reader.
+    # Open the FIFO for reading, too, because open(2) only for writing would wait for a reader.
     with os.fdopen(os.open(tmp_path / "17/cmdline", os.O_RDWR), "wb") as writer:
         yield writer
     for thread in set(threading.enumerate()) - before:

@@ -1,4 +1,4 @@
-"""The places to which events are written, without ever delaying the caller."""
+"""Events are written to journald or stderr without ever delaying the caller."""
 
 from __future__ import annotations
 

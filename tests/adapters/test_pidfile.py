@@ -290,8 +290,8 @@ def test_name_with_parentheses_and_blanks_in_stat(tmp_path: Path) -> None:
 
 
 def end_namespace(unshare: subprocess.Popen[bytes]) -> None:
-    """Kill the first process of the namespace, for which unshare waits. This ends all others in
-    it."""
+    """Kill the first process of the namespace, for which unshare waits. When that process ends, the
+    kernel kills all others in the namespace."""
     for pid in children(unshare.pid):
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -80,7 +80,7 @@ def test_the_code_of_an_exit_after_an_error(scripted_qemu: Make) -> None:
 
 
 def test_a_qemu_that_exits_is_never_taken_for_something_else(qemu: Make) -> None:
-    """Before QEMU has exited, the kernel frees its memory, and with that its executable."""
+    """While QEMU exits, the kernel frees its memory; after that, its executable is unreadable."""
     exiting = False
     for _ in range(20):
         guest = qemu(arguments=LARGE)
@@ -148,7 +148,7 @@ def test_a_process_with_an_unreadable_executable_is_not_qemu(fake_qemu: Make) ->
 
 
 def test_a_process_that_cannot_be_watched_is_closed(fake_qemu: Make) -> None:
-    """For lack of a descriptor, for instance."""
+    """For example, all descriptors may be in use."""
     process = open_process(fake_qemu().pid)
     pidfd, limits = process.fileno(), resource.getrlimit(resource.RLIMIT_NOFILE)
 

@@ -37,7 +37,7 @@ def test_a_journald_that_does_not_read(lab_dir: Path, monkeypatch: pytest.Monkey
                 notifier.extend(number)
                 assert manager.recv(100) == b"EXTEND_TIMEOUT_USEC=%d" % number
         log.close()
-    # Its journald is gone, so the thread has nothing to wait for.
+    # The socket of the test's journald is closed, so the log's thread has nothing to wait for.
     for thread in set(threading.enumerate()) - threads:
         thread.join(30)
 

@@ -138,8 +138,9 @@ def test_a_process_in_our_own_control_group(
         ("0::/a.slice/web.service\n", "a.slice/web.service", {"": False, "7": False, "8": True}),
         ("0::/web.service\n", "unified/web.service", {"7": False, "8": True}),
         ("1:name=systemd:/web.service\n0::/\n", "systemd/web.service", {"7": False, "7\n8": True}),
-        # True, because it is unknown: the unit is no service, it has control groups below its own,
-        # its control group does not exist, or the file is no list of control groups.
+        # The result is True because the unit's processes are unknown: the unit is not a service, it
+        # has control groups below its own, its control group does not exist, or the file is not a
+        # list of control groups.
         ("0::/web.scope\n", "web.scope", {"7": True}),
         ("0::/web.service\n", "web.service/own", {"7": True}),
         ("0::/web.service\n", "db.service", {"7": True}),

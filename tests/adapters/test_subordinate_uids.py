@@ -21,12 +21,12 @@ bob:x:1001:1001::/home/bob:/bin/sh
         ("", []),
         ("alice:100000:65536\n", [(100_000, 165_535, 1000)]),
         ("1001:165536:10\nalice:200000:1", [(165_536, 165_545, 1001), (200_000, 200_000, 1000)]),
-        # Users of a directory service, with two ranges and one.
+        # Two users of a directory service: one has two ranges, the other has one.
         (
             "carol:300000:5\ncarol:400000:5\ndave:500000:5",
             [(300_000, 300_004, -4), (400_000, 400_004, -4), (500_000, 500_004, -5)],
         ),
-        # Nothing may count as root, or as a user whose uid is not subordinate.
+        # Ranges that belong to root, or that begin below the first subordinate uid, are left out.
         ("root:100000:65536\n0:200000:65536\nalice:0:100\nalice:65535:10\n", []),
         ("alice\nalice:x:y\nalice:-1:5\nalice:100000:65536:9\n#\n\udcff:1\n", []),
     ],

@@ -31,7 +31,7 @@ def gate() -> Iterator[threading.Event]:
 
 
 def blocked(threads: TargetThreads, gate: threading.Event, pids: range, uid: int) -> int:
-    """Return how many threads that user's targets could block."""
+    """Return how many threads the targets of the user `uid` could block."""
     count = 0
     for pid in pids:
         try:

@@ -100,7 +100,7 @@ def test_the_owner_does_not_overrule_root(daemon: Daemon, client: Client, fake_q
                 call(owner, job, member, *arguments)
             assert caught.value.name == "org.freedesktop.DBus.Error.AccessDenied"
         call(owner, job, "Extend", "t", 10_000)
-        # The owner cannot delay SIGKILL forever by a request that joins the job, either.
+        # A request of the owner that joins the job cannot delay SIGKILL forever, either.
         never = ("t", NEVER)
         assert owner.terminate(guest.pid, FORCE, grace_usec=never, max_usec=never) == job
     assert client.wait(job)[0] == "killed"

@@ -25,8 +25,8 @@ Make = Callable[..., Guest]
 def test_a_guest_whose_first_thread_has_exited(
     client: Client, scripted_qemu: Make, flags: int
 ) -> None:
-    """In this process, Python does not handle SIGTERM. Its first thread handles signals, and has
-    exited."""
+    """In this process, Python does not handle SIGTERM, because it runs signal handlers only in the
+    first thread, which has exited."""
     guest = scripted_qemu(FIRST_THREAD_EXITS)
     until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")
     job = client.terminate(guest.pid, flags, grace_usec=("t", 300_000))

@@ -231,7 +231,7 @@ def test_look_at_another_users_guest(daemon: Daemon, fake_qemu: Make) -> None:
     needs.root("to be another user")
     guest = fake_qemu(name="web", uuid="5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5")
     ctl(daemon.bus, "inspect", "web", code=6, uid=OTHER_UID)
-    # To every user, `status` shows what `list` shows.
+    # `status` shows every user what `list` shows.
     document = ctl_json(daemon.bus, "status", str(guest.pid), uid=OTHER_UID)
     assert (document["guest"]["name"], document["guest"]["user"]) == ("web", "root")
 
@@ -576,7 +576,7 @@ def _send_forged_change(bus: Bus, to: str, path: str) -> None:
 def on_terminal(
     bus: Bus, *arguments: str, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
-    """Run qkillctl with its output on a terminal of 100 by 24."""
+    """Run qkillctl with its output on a terminal of 100 columns and 24 rows."""
     around = lab_bus.environment(bus.address) | {"NO_COLOR": "", "COLUMNS": "100"} | env
     with terminal.on_terminal(argv(bus, *arguments), around) as running:
         yield running.process, running.screen

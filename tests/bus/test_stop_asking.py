@@ -41,7 +41,7 @@ def helper(
     root: Path, directory: Path, *arguments: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
     """Run qkilld-stop with these arguments; yield the process and its output. qkilld-stop calls the
-    daemon from `started`."""
+    daemon that `started` has started with the same directory."""
     said = Log(directory / "said")
     arguments = (f"--socket={directory}/socket", *arguments)
     no_bus = {"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus"}

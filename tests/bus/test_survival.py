@@ -91,8 +91,8 @@ def test_a_job_goes_on_that_had_not_sent_sigterm(
 def test_a_job_outlives_a_crash_right_after_its_reply(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """The daemon replies only after the job is saved. Before this was so, every third job was
-    lost."""
+    """The daemon replies only after the job is saved. An earlier daemon replied first, and lost
+    every third job."""
     daemon = start()
     with private_bus.client() as client:
         for _ in range(12):
@@ -195,7 +195,7 @@ def test_no_guest_that_was_killed_is_said_to_have_exited(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
     """The daemon is killed right after it has sent SIGKILL, before it can save this. But it has
-    saved before that it would send SIGKILL, unless saving took more than 50 ms on a busy
+    already saved that it is about to send SIGKILL, unless saving took more than 50 ms on a busy
     machine."""
     daemon = start()
     rounds: list[set[str]] = []

@@ -79,7 +79,7 @@ def test_a_bus_that_does_not_answer(listening: tuple[socket.socket, str]) -> Non
 
 
 def test_a_bus_with_a_full_backlog(listening: tuple[socket.socket, str]) -> None:
-    """connect(2) would block. The event loop still runs, until the timeout."""
+    """connect(2) would block. The event loop keeps running until the timeout."""
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(listening[0].getsockname())
 

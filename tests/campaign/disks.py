@@ -36,7 +36,7 @@ _CALLS: Final = ("flush", "fsync")
 
 @dataclass
 class RunDisk:
-    """A disk of a running run."""
+    """A disk of a run in progress."""
 
     disk: Disk
     number: int

@@ -24,8 +24,8 @@ COUNTER_STALL_S: Final = 10.0
 DETECTION_S: Final = 1.0
 """SIGKILL must be sent within this time after the policy's limit."""
 SETTLED_S: Final = 6.0 + 1.1
-"""For this time after a change, the previous verdict is right, too: disks write back in bursts up
-to 5 s apart, and the next sample may come a second later."""
+"""For this time after a change, the verdict from before the change is right, too: disks write back
+in bursts up to 5 s apart, and the next sample may come a second later."""
 _BEFORE: Final = 0.3
 """SIGKILL may be this much too early by the lab's clock, because changes of storage take effect
 just before they are recorded."""
@@ -121,7 +121,7 @@ def kill_time(outcome: Outcome) -> float | None:
 
 
 def _early(found: Truth, span: Span) -> float:
-    """Return how many seconds before the policy's limit SIGKILL may come."""
+    """Return how long (s) before the policy's limit SIGKILL may come."""
     before = [other for other in found.spans if other.until == span.since]
     if not any(other.state in (State.SLOW, State.GAPS) for other in before):
         return _BEFORE
@@ -151,8 +151,8 @@ def _kill(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
 def _wait(
     found: Truth, outcome: Outcome, killed: float | None, end: float, trace: Trace | None
 ) -> Iterator[Finding]:
-    """Find false waits: the job waited too long after the last movement, or after the time at which
-    nothing kept QEMU from exiting any more."""
+    """Find false waits: the job waited too long after the last movement, or while nothing kept QEMU
+    from exiting."""
     for span in found.spans:
         since, until = span.since, min(span.until, end)
         allowed = found.spec.longest_stall + DETECTION_S + LATE_S + _starved(found.spec)

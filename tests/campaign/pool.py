@@ -27,8 +27,8 @@ from tests.lab.scratch import scratch
 
 AT_ONCE: Final = 32
 _BEGINNING: Final = 2
-"""How many runs set up their storage, QEMU and records at a time, because this takes processor
-time."""
+"""The maximum number of runs that set up their storage, QEMU and records at the same time. Setting
+up takes processor time."""
 _ATTEMPTS: Final = 3
 _CHECK_S: Final = 5.0
 _MOST_S: Final = 900.0
@@ -36,7 +36,7 @@ _MOST_S: Final = 900.0
 _MORE_S: Final = 120.0
 """The time (s) for a run that was ended to remove its storage."""
 TRIES: Final = 3
-"""How often to try a run whose samples are late each time."""
+"""The maximum number of attempts for a run whose samples are late each time."""
 _PR_SET_PDEATHSIG: Final = 1
 
 

@@ -39,7 +39,8 @@ class Quality:
     """The number of processes for which the policy would wait forever."""
     mistakes: int = 0
     watched: float = 0
-    """Seconds, over all runs, in which nothing had failed."""
+    """The time (s) until the storage failed or, if it did not, until the process ended; summed over
+    all runs."""
     trusted: float = 0
 
 

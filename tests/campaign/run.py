@@ -28,7 +28,7 @@ from tests.lab.scratch import scratch
 CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
 _BETTER: Final = frozenset({"fast", "thaw", "alive", "back", "go"})
 _PATIENCE_S: Final = 300
-"""Longer (s) than any run in which storage moves."""
+"""A time (s) that is longer than any run in which storage moves."""
 
 
 @dataclass

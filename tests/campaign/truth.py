@@ -1,4 +1,4 @@
-"""Derive the state of a run at each time from its schedule, and from the state the right results.
+"""Derive the state of a run at each time from its schedule, and the right results from the state.
 
 Times are seconds from the request to stop.
 """

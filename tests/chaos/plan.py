@@ -44,13 +44,13 @@ JOIN_S: Final = 10.0
 """In the plans with only one kind of fault: the first stops are requested within this time, before
 the faults begin."""
 KILL_GAP_S: Final = (0.1, 1.0)
-"""The shortest and the longest time between two kills. If the average were less, systemd would
+"""The shortest and the longest time between two kills. If the average were shorter, systemd would
 refuse to start the daemon again."""
 KILL_RETRY_S: Final = 20.0
 READY_S: Final = 1.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
-"""No signal is due within this time before or after the end of the incident."""
+"""No signal is due for this time (s) before the incident ends, and for the same time after that."""
 COMPARED_S: Final = 18.0
 """How long signals are measured after the incident, for comparison."""
 
@@ -95,7 +95,7 @@ class Guest:
     grace_s: float = 0.0
     """The grace that the client requests. If it is 0, GRACE_S or FIXED_S applies."""
     look_s: float = 0.0
-    """How often (s) the client reads the properties of the job; 0 for never."""
+    """The interval (s) at which the client reads the properties of the job; 0 if it never does."""
 
     @property
     def least_s(self) -> float:

@@ -45,9 +45,9 @@ class KeptRecords:
     """How many records a guest has kept after a stop, out of RECORDS of each kind."""
 
     disks: int
-    """How many of the records that the first disk had acknowledged."""
+    """How many of the records that the first disk had acknowledged are kept."""
     guest: int
-    """How many of the records that the guest had in its memory."""
+    """How many of the records that the guest had in its memory are kept."""
 
     def __str__(self) -> str:
         return f"{self.disks:>3} {self.guest:>3}"

@@ -74,7 +74,8 @@ def run(release: Release, deb: Path) -> Iterator[str]:
 
 
 def _autopkgtest(system: Container) -> None:
-    """Run the package's own tests. One needs its own machine, which this container is."""
+    """Run the package's own tests. One of them requires a machine of its own; this container serves
+    as one."""
     system.run("mkdir", "-p", "/srv/source")
     system.run("cp", "-R", f"{CHECKOUT}/packaging/debian", "/srv/source/debian")
     options = ("--no-built-binaries", "--ignore-restrictions=isolation-machine")

@@ -142,7 +142,8 @@ class FakeProcess:
     def die(self, status: int = 0) -> None:
         """Exit, or end by a signal of another program; the pidfd becomes readable.
 
-        `status`: in the form of wait(2), so a number of a signal stands for this signal.
+        `status`: in the form of wait(2), so the number of a signal means that this signal ended the
+        process.
         """
         self.dead, self.status = True, status
         self.wake()
@@ -271,8 +272,8 @@ class FakeMonitors:
         self.files_answer = True
         """Whether QEMU answers a reading of the disks that asks the file systems."""
         self.done: list[str] = []
-        """Operations on the disks, and readings of them, from the first reading that asks no file
-        system."""
+        """Operations on the disks, and readings of them. Readings are recorded from the first one
+        that asks no file system."""
         self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
         self.answers = True
         """Whether out-of-band commands are answered."""
@@ -449,7 +450,7 @@ class FakeMonitor:
             self._monitors.open_monitors -= 1
 
     def _call(self, callback: Callable[[], None], after_s: float = 0) -> None:
-        """Call back from the loop, unless closed."""
+        """Call `callback` from the loop, unless this monitor has been closed by then."""
         at = self._clock.now() + int(after_s * S)
         self._clock.call_at(at, lambda: None if self._closed else callback())
 

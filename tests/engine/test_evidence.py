@@ -312,5 +312,6 @@ def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
     world.clock.advance(75)
     assert process.sent == [SIGTERM, SIGKILL]
     killed = (job.rungs[-1].at - job.started) / S
-    # After one second it counts as missing, and unknown counts as outstanding.
+    # After one second, a sample counts as missing, and the job then assumes that requests are
+    # outstanding.
     assert killed == pytest.approx(10 if lag < 1 else 60, abs=1.5)

@@ -1,4 +1,4 @@
-"""The flush before SIGTERM, and that no guest is left paused, whatever happens when."""
+"""The flush before SIGTERM. No guest is left paused, whatever happens at whatever time."""
 
 from __future__ import annotations
 
@@ -505,7 +505,7 @@ PLACES = (ImagePlace(("remote",), "0:53"), ImagePlace(("local",), ""))
 
 
 def world_with_fuse() -> World:
-    """A guest with a disk on FUSE, and a local one."""
+    """A guest with a disk on FUSE and a local disk."""
     names = replace(LOCAL, names=("local",)), replace(LOCAL, title="remote", names=("remote",))
     world = flushing_world(replace(QUIET, disks=names))
     shown = replace(IDLE, mounts=(FUSE,), images=PLACES)

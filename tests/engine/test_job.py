@@ -234,7 +234,7 @@ def test_only_the_requester_is_missed(world: World) -> None:
     job.forget_waiter(waits[0], disconnected=True)
     assert MessageId.WAITER_GONE not in world.journal.ids
     job.forget_waiter(waits[1], disconnected=True)
-    # The requester no longer waits. That somebody else does makes no difference.
+    # The requester no longer waits. It makes no difference that another user still waits.
     assert world.journal.ids.count(MessageId.WAITER_GONE) == 1
     job.forget_waiter(waits[2], disconnected=True)
     job.forget_waiter(waits[1], disconnected=True)
@@ -242,7 +242,8 @@ def test_only_the_requester_is_missed(world: World) -> None:
 
 
 def test_many_waiters_leave_in_no_time(world: World) -> None:
-    """A client that disconnects removes all its waits. With a list, 30,000 of them took 12 s."""
+    """A client that disconnects removes all its waits. When waits were kept in a list, removing
+    30,000 took 12 s."""
     job = world.stop(FakeProcess())
     waits = [functools.partial(print) for _ in range(100_000)]
     began = time.process_time()

@@ -116,7 +116,7 @@ def test_the_limits_of_a_unit_add_no_signal(first: dict[str, Any], sent: list[in
 
 
 class OneScope:
-    """systemd, with the guard of a scope that is being stopped."""
+    """A fake systemd with a scope and its guard, whose ExecStop= is running."""
 
     def __init__(self, scope: UnitFacts | None) -> None:
         self.scope = scope

@@ -253,7 +253,8 @@ def test_calls_on_varlink(world: World) -> None:
 
 
 def test_streams_of_many_jobs(world: World) -> None:
-    """One call stops many jobs. Its replies run from the first one to the results of all jobs."""
+    """One call stops many jobs. The test covers all replies to it, from the first one to the
+    results of all jobs."""
     count, sent = 3000, list[bytes]()
 
     class FakeConnection:
@@ -366,7 +367,7 @@ def test_a_search_among_many_programs(world: World) -> None:
 @pytest.mark.parametrize("uid", [0, UID])
 def test_stopping_many_guests(world: World, uid: int) -> None:
     """A user other than root can have only MAX_JOBS_PER_UID jobs, so most guests are refused."""
-    pids = range(5_000_000, 5_003_000)  # above the ids of processes, such as this one
+    pids = range(5_000_000, 5_003_000)  # above the pids of real processes, such as this one
     processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in pids]
     service, _ = make_service(world, *processes)
 
@@ -385,7 +386,7 @@ def test_stopping_many_guests(world: World, uid: int) -> None:
 
 
 def test_calls_of_wait_for_one_job(world: World) -> None:
-    """A user may have a thousand."""
+    """A user may have a thousand such calls open."""
     bus = FakeBus()
 
     async def work() -> None:
@@ -450,7 +451,7 @@ def test_many_processes_that_end_at_a_time() -> None:
 
 
 def test_many_timers_at_a_time() -> None:
-    """A user can make thousands of jobs due at the same time, by max-usec."""
+    """With max-usec, a user can make thousands of jobs due at the same time."""
     count, calls = 400, list[int]()
 
     async def work() -> None:
@@ -463,7 +464,7 @@ def test_many_timers_at_a_time() -> None:
         timers[0].cancel()
         timers[1].cancel()
         clock.call_at(due - S // 100, timers[2].cancel)
-        time.sleep(0.2)  # So that all are due.  # noqa: ASYNC251
+        time.sleep(0.2)  # Wait until all timers are due.  # noqa: ASYNC251
 
         async def until_called() -> None:
             while len(calls) < count - 3:  # noqa: ASYNC110

@@ -45,7 +45,7 @@ def test_as_long_as_it_moves_sigkill_waits_for_a_standstill(world: World) -> Non
         assert outlook(job).rung is NextRung.KILL
     policy = job.policy
     assert outlook(job) == Outlook(NextRung.KILL, policy.stall)
-    # Without FORCE, the job gives up instead, and ReapSec= later.
+    # Without FORCE, the job gives up instead of sending SIGKILL, but ReapSec= later.
     lax = world.stop(another(), NO_FLAGS)
     world.clock.advance(30)
     assert outlook(lax) == Outlook(NextRung.GIVE_UP, policy.stall + policy.reap)
@@ -110,8 +110,8 @@ def test_while_the_guest_is_asked(world: World) -> None:
 def test_a_client_sees_the_deadline_from_sigterm_on(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy host, `follow` is called late. Until then, qkillctl showed "waits without
-    limit"."""
+    """On a busy host, `follow` is called late. In the meantime, qkillctl used to show "waits
+    without limit"."""
     monkeypatch.setattr(Job, "follow", lambda job: None)
     job = world.stop(another(), Flag.FORCE)
     assert [rung.action for rung in job.rungs] == ["SIGTERM"]

@@ -103,7 +103,8 @@ def test_a_few_at_a_time_and_none_counts_as_blocked() -> None:
     assert len(sampler.order) == AT_ONCE
     after.clock.advance(MANY * sampler.span + 2 * PAUSE / S)
     assert {*sampler.order} == {process.guest.identity.pid for process in processes}
-    # A few samples fit into the second after which a sample counts as blocked; all of them do not.
+    # A sample counts as blocked after one second, which is enough time for a few samples, but not
+    # for all.
     assert sampler.most * sampler.span < 1 < MANY * sampler.span
     assert {job.verdict for job in resumed} == {Verdict.IDLE}
     assert all(turn.verdict is not Verdict.UNKNOWN for job in resumed for turn in job.history)

@@ -1,5 +1,5 @@
-"""Servers of network disks: SIGTERM waits until they are found, and the end of the job until it is
-known whether they were stopped, too."""
+"""Servers of network disks: SIGTERM waits until they are found, and the job does not end until it
+is known whether they were stopped, too."""
 
 from __future__ import annotations
 

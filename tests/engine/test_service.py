@@ -135,7 +135,7 @@ def test_a_process_that_executes_a_program_on_a_busy_host_is_identified_again(
     process.unknown = 2
     assert len(run(service.terminate_each([(4711, 99)], 0, {}, ROOT))) == 1
     assert host.asked.count("open") == 2
-    # It is not tried forever, and many processes have one time limit together.
+    # Reading the identity is not retried forever, and many processes share one time limit.
     monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 0.1)
     process.unknown = 10**6
     began = time.monotonic()
@@ -149,7 +149,7 @@ def test_a_process_that_executes_a_program_on_a_busy_host_is_identified_again(
 def test_retries_of_many_calls_do_not_block_the_loop(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is at most one in each turn of the loop."""
+    """At most one retry is made in each turn of the loop."""
     monkeypatch.setattr(access, "IDENTITY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(access, "_FIRST_PAUSE_S", 0.01)
     service, _ = make_service(world, FakeProcess())

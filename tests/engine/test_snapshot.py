@@ -322,8 +322,9 @@ def test_numbers_and_processes_are_not_taken_twice(world: World) -> None:
 
 @pytest.mark.parametrize("progress", [None, 65])
 def test_a_job_of_which_only_its_signals_are_known(progress: int | None) -> None:
-    """A client knows only this much when the daemon exits. The job sends no second SIGTERM, and
-    assumes that the process may have made progress until now."""
+    """When the daemon exits, a client knows only the signals of a job, and perhaps when it last
+    made progress. The job sends no second SIGTERM, and assumes that the process may have made
+    progress until now."""
     after, process = World(), FakeProcess()
     after.clock.advance(70)
     after.sampler.shows = WAITS

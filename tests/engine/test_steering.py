@@ -178,7 +178,7 @@ def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
     job = world.stop(process, uid=0)
     world.stop(FakeProcess(), FORCE, uid=OWNER, spans={"grace": INFINITY})
     assert (job.policy.grace, job.flags, job.request.uid) == (10 * S, FORCE, 0)
-    # A user whom polkit authorized can.
+    # A user whom polkit has authorized can change the grace.
     world.stop(FakeProcess(), uid=STRANGER, spans={"grace": 20 * S})
     assert (job.policy.grace, job.request.uid) == (20 * S, 0)
 

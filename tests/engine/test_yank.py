@@ -242,8 +242,8 @@ BUSY = (RequestQueue("/m/a/virtio-backend", 0, 3, 5), RequestQueue("/m/b/virtio-
 
 
 def two_drives(restarts_after_s: float) -> tuple[World, FakeProcess]:
-    """A world in which the next daemon has continued a job. The first of two disks has not answered
-    a request before SIGTERM. Both connections look the same."""
+    """A world in which the next daemon has continued a job. Before SIGTERM, the first of the two
+    disks left a request unanswered. Both connections look the same."""
     world, process = stuck_world()
     instances = tuple(
         YankInstance("block-node", f"#{disk.title}", {"type": "block-node"}) for disk in DRIVES

@@ -19,8 +19,8 @@ def number_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def on_a_disk(directory: Path) -> Iterator[Path]:
-    """Provide this directory, or if it is not on a block device (tmpfs, overlay), another one that
-    is.
+    """Provide this directory if it is on a block device. Otherwise (tmpfs, overlay), provide
+    another directory that is on one.
 
     Raises needs.Missing.
     """

@@ -18,7 +18,7 @@ Make = Callable[..., Guest]
 
 
 def test_a_real_qemu_with_a_config_file(qemu: Make, lab_dir: Path) -> None:
-    """The images are found, and a remote node that only the file names."""
+    """The reader finds the image that is named only in the -readconfig file."""
     image = lab_dir / "a.raw"
     image.write_bytes(bytes(1 << 16))
     config = lab_dir / "more.cfg"
@@ -47,7 +47,7 @@ def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_di
 
 
 def test_very_much_in_config_files_takes_no_memory(lab_dir: Path) -> None:
-    """Once, all of 40 files of half a megabyte each was kept: 1.4 GB in 40 s."""
+    """An earlier qkilld kept all content: 40 files of half a megabyte took 1.4 GB and 40 s."""
     (lab_dir / "big").write_text('[drive]\nfile="y"\n' * 30_000)
     code = "import sys; print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, *("-readconfig", "big") * 40]

@@ -194,7 +194,8 @@ def test_the_devices_of_a_btrfs(tmp_path: Path) -> None:
 
 
 def test_whether_requests_are_counted(tmp_path: Path) -> None:
-    """An administrator can switch that off; a partition has the queue of its disk."""
+    """An administrator can switch the counting off. For a partition, the setting of its disk's
+    queue applies."""
     files = disk("sda", "8:0", queue__iostats="1\n")
     files |= disk("sda/sda1", "8:1", partition=True)
     files |= disk("sdb", "8:16", queue__iostats="0\n")

@@ -98,7 +98,8 @@ def test_descriptors_that_are_not_images(lab_dir: Path) -> None:
 
 @pytest.mark.parametrize("format", ["qcow2", "qed", "vmdk", "vdi", "vhdx", "vpc"])
 def test_an_image_where_guests_have_their_memory(format: str) -> None:
-    """A monitor can add one that is not on the command line. Only its magic number shows it."""
+    """An image that was added through the monitor is not on the command line. Only its magic number
+    shows what it is."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         image = make_disk(Path(directory) / "image", "64M", format)
         memory = Path(directory) / "memory"
@@ -228,7 +229,7 @@ def _answer(fuse: int) -> None:
 
 
 def test_by_the_mount_of_the_descriptor(tmp_path: Path) -> None:
-    """These paths do not exist: only text is read."""
+    """These paths need not exist, because only the text of the fake /proc is read."""
     proc = lay(
         tmp_path,
         process(
