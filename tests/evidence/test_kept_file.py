@@ -33,7 +33,7 @@ EACH = 10
 
 
 def links_below(pid: int) -> list[Path]:
-    """Return what this process has open of /proc/PID, the directory included."""
+    """Return the paths that this process has open in /proc/PID, including the directory itself."""
     links = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -47,7 +47,7 @@ def files_of(guest: Guest) -> list[Path]:
 
 
 class FakeWatch:
-    """Keeps EACH files open after its samples, if it may."""
+    """A watch of EACH files, which it keeps open after a sample if the budget allows it."""
 
     def __init__(self, budget: FileBudget, path: Path) -> None:
         self._budget = budget
@@ -89,7 +89,7 @@ class Crowd:
 
 @pytest.fixture
 def crowd(tmp_path: Path) -> Iterator[Callable[[int], Crowd]]:
-    """A function that makes a crowd in a program with this limit of descriptors."""
+    """A function that makes a Crowd whose budget has this limit of descriptors."""
     (tmp_path / "file").write_text("text")
     before = kept_files()
     assert before == 0  # Another test has left files open.

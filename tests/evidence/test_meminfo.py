@@ -1,4 +1,4 @@
-"""/proc/meminfo, by tables and for real."""
+"""Reading /proc/meminfo: from tables of texts, and on this host."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def with_sockets(count: int, processes: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def looks_until_found(finder: PeerFinder, inode: int) -> tuple[int, float]:
-    """Return the process, and the longest processor time of a sample, in all threads."""
+    """Return the process, and the most processor time of one search, in all threads together."""
     end, most = time.monotonic() + LONG_S, 0.0
     while time.monotonic() < end:
         before = time.process_time()

@@ -211,7 +211,8 @@ def test_servers_too_far_behind_are_unknown(lab_dir: Path, monkeypatch: pytest.M
 def test_a_server_whose_connections_cannot_be_read(
     lab_dir: Path, protocol: int, unknown: bool
 ) -> None:
-    """The kernel does not report a socket of MPTCP as one of TCP, and it may be a connection."""
+    """The kernel does not list an MPTCP socket among the TCP sockets, although it may be a
+    connection to another server."""
     try:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol).close()
     except OSError as error:
@@ -243,7 +244,8 @@ def open_below(pids: list[int]) -> int:
     places = {("/", "proc", str(pid)) for pid in pids}
     links = []
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # The descriptor of this list.
+        # The descriptor with which iterdir() has listed the directory is closed by now.
+        with contextlib.suppress(FileNotFoundError):
             links.append(entry.readlink())
     return sum(link.parts[:3] in places for link in links)
 
@@ -389,8 +391,8 @@ def test_servers_that_exit_with_their_client(command_line: str, leaves: bool) ->
 
 @pytest.fixture
 def blocked(tmp_path: Path) -> Iterator[Path]:
-    """Yield a directory like /proc, where reading the command lines of servers 7 and 8 blocks until
-    an nbdkit --single is written."""
+    """Yield a directory like /proc. Reading the command line of server 7 or 8 blocks until a test
+    writes "nbdkit --single" to it."""
     for name in ("7", "8"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "status").write_text("Name:\tnbdkit\nUid:\t4321\t4321\t4321\t4321\n")
@@ -426,7 +428,7 @@ def test_command_lines_that_block_take_few_threads_and_little_time(blocked: Path
     assert time.monotonic() - start < 4 * TIMEOUT_S
     assert (len(threads_of(7)), len(threads_of(8))) == (MAX_OF_TARGET, 1)
     write_command_line(blocked, 7)
-    # Readers with a thread need no new one. Those without get one.
+    # Readers that already had a thread do not need a new one. Those without get one.
     assert any(reader.leaves() for reader in readers[:MAX_OF_TARGET])
     (blocked / "7/cmdline").unlink()
     (blocked / "7/cmdline").write_bytes(b"nbdkit\0")

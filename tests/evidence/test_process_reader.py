@@ -287,7 +287,8 @@ FILES = {
     *("pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2"),
     *("fsync", "fdatasync", "sync", "syncfs", "sync_file_range", "msync"),
     *("fallocate", "ftruncate", "truncate", "copy_file_range", "io_submit", "io_destroy"),
-    "sync_file_range2",  # Same number, for architectures with another order of arguments.
+    # This is sync_file_range on architectures with another order of arguments: the same number.
+    "sync_file_range2",
 }
 ANY = {"read", "write", "readv", "writev", "sendfile", "splice"}
 HEADERS = {
@@ -449,7 +450,7 @@ def test_a_reused_process_id_is_not_read(fake_qemu: Make, reader_of: ReaderOf) -
 
 
 def fork_with_pid(pid: int) -> int:
-    """Fork a child with this pid, which must be free; it waits to be killed: clone3(2)."""
+    """Fork a child with this pid (which must be free) by clone3(2). It waits until it is killed."""
     wanted = (ctypes.c_int32 * 1)(pid)
     # struct clone_args: the exit signal is its fifth, set_tid and set_tid_size follow the tls.
     words = (0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(wanted), 1, 0)
@@ -540,7 +541,7 @@ def test_a_thread_that_a_debugger_holds_alone(reader_of: ReaderOf) -> None:
         tracer = trace([other])
         assert until(held, bool) == [other]
         process.send_signal(signal.SIGSTOP)
-        # Now all are stopped, which is the state of the process.
+        # Now all threads are stopped, so the process counts as stopped, and no thread as held.
         until(lambda: read(reader)["state"], lambda state: state == "T")
         assert held() == []
         process.send_signal(signal.SIGCONT)
@@ -577,7 +578,7 @@ def test_in_fdatasync_on_a_slow_disk(reader_of: ReaderOf) -> None:
             process.stdin.flush()
             found = until(
                 lambda: read(reader),
-                # The slow disk delays open(2) too, and a thread that was just woken waits nowhere.
+                # The slow disk delays open(2), too, and a thread that was just woken has no wchan.
                 lambda found: any(
                     thread.syscall == fdatasync and "wait" in (thread.wchan or "")
                     for thread in found["threads"]

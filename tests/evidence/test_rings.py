@@ -202,7 +202,7 @@ def test_descriptors_of_a_process_that_has_not_run_are_looked_at_more_rarely(
     (lab_dir / "7/fdinfo/3").write_text(BUFFERED)
     now += rings.IDLE_REFRESH_S
     assert reading.read(has_run=False) == (RingRequests(0), False)
-    # What is unknown may become known.
+    # An unknown result is read again, even if the process has not run.
     (lab_dir / "7/fdinfo/3").write_text("")
     now += rings.IDLE_REFRESH_S
     assert reading.read(has_run=False) == (RingRequests(0), None)
@@ -229,7 +229,8 @@ def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> No
     assert reading.read() == (RingRequests(2), None)
     now += rings.REFRESH_S
     assert reading.read() == (RingRequests(2), None)
-    with (lab_dir / "7/maps").open("w") as pipe:  # One thread reads, not two.
+    # Only one thread reads, although there were two calls.
+    with (lab_dir / "7/maps").open("w") as pipe:
         pipe.write(AIO)
     now += rings.REFRESH_S
     thread = reading._mappings._thread

@@ -1,4 +1,4 @@
-"""Complete samples, and one that blocks does not delay the others."""
+"""Samples are complete, and a sample that blocks does not delay the others."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ def listening_elsewhere(path: str) -> Iterator[None]:
 
 
 def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
-    """Comparing each with each took 25 s for a sample."""
+    """Comparing each connection with each use took 25 s for one sample."""
     code = (
         "import socket, sys\n"
         "server = socket.socket(socket.AF_UNIX); server.bind('m7'); server.listen(4096)\n"

@@ -159,7 +159,7 @@ def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = watch(1000, 3), watch(1000, 4)
         assert (first.unwatched, second.unwatched) == (frozenset(), frozenset(servers[1:]))
         other = watch(1001, 3)
-        # Both users have two now: the newest of the first user were given up.
+        # Each user now watches two servers: the newest ones of the first user were given up.
         assert first.unwatched == {servers[2]} and second.unwatched == set(servers)
         assert other.unwatched == {servers[2]}
         root = watch(0, 4)
@@ -167,7 +167,7 @@ def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert first.unwatched == other.unwatched == set(servers[:3])
         more = watch(1002, 1)
         assert more.unwatched == {servers[0]} and root.unwatched == frozenset()
-        # Nor do root's guests take them from each other.
+        # Root's guests do not take descriptors from each other either.
         assert watch(0, 1).unwatched == {servers[0]} and root.unwatched == frozenset()
         root.close()
         more.add(servers[0], NOW)
@@ -213,7 +213,7 @@ def descriptor_limit(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def descriptors_left(number: int) -> Iterator[None]:
-    """Let this process open so many descriptors more."""
+    """Within the context, let this process open only `number` more descriptors."""
     fillers: list[int] = []
     with Path("/dev/null").open("rb") as null, contextlib.ExitStack() as stack:
         limit = 4 * (GuestServerExits.descriptors + len(descriptors()) + 8)

@@ -214,7 +214,8 @@ def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
         with accepted:
             reader = SocketReader(os.getpid())
             reader.refresh()
-            for _ in range(2):  # The second time, the places are known.
+            # In the second round, the reader already knows where the sockets are.
+            for _ in range(2):
                 found = {s.inode: s for s in reader.read(SocketTable()) or ()}
                 assert inode(server) not in found
                 assert found[inode(client)].client
@@ -233,7 +234,7 @@ def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
 
 
 def test_one_by_one_and_all_at_once_are_alike() -> None:
-    """A table queries single TCP sockets some times, and then reads all."""
+    """A table queries single TCP sockets at first. After some queries, it reads all at once."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         for _ in range(sockdiag._CHEAPER):
@@ -320,7 +321,7 @@ input()
 
 
 def look_among_many() -> None:
-    """Read two sockets of this process beside too many of others."""
+    """Read two sockets of this process while other processes have more than MAX_SOCKETS."""
     one, other = socket.socketpair()
     with contextlib.ExitStack() as stack:
         stack.enter_context(one)
@@ -365,7 +366,7 @@ def test_a_crowded_table_takes_no_longer_than_its_time(monkeypatch: pytest.Monke
 
 
 def test_a_kind_that_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """UDP represents MPTCP and others that not every kernel has."""
+    """UDP takes the place of MPTCP and other protocols, because not every kernel has those."""
     monkeypatch.setattr(sockets, "_UNSEEN", frozenset({"UDP"}))
     with socket.socket(type=socket.SOCK_DGRAM):
         reader = SocketReader(os.getpid())
@@ -521,7 +522,7 @@ def test_without_proc(tmp_path: Path) -> None:
 def test_the_rest_of_an_answer_does_not_wait_for_the_next_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The event loop may ask next, and the rest may be 500,000 sockets."""
+    """The event loop may ask next, and would have to read the rest: up to 500,000 sockets."""
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)
     monkeypatch.setattr(sockdiag, "namespace_of", "self")
     monkeypatch.setattr(sockdiag, "_netlink", None)
@@ -546,7 +547,7 @@ def test_the_rest_of_an_answer_does_not_wait_for_the_next_question(
 
 
 def test_a_disk_may_have_the_descriptor_of_standard_input(lab_dir: Path) -> None:
-    """If QEMU starts without standard streams, its connections get their numbers."""
+    """If QEMU starts without standard streams, its connections may get descriptors 0, 1 and 2."""
 
     def close_standard_streams() -> None:
         for descriptor in (0, 1, 2):

@@ -1,4 +1,4 @@
-"""What is not read again of a process that has not run, and what is read anyway."""
+"""If a process has not run, some of its values are not read again; the others are read anyway."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_sockets_that_are_no_storage_are_asked_for_once(
         client.connect(path)
         later.connect(path)
         served, fresh = (stack.enter_context(server.accept()[0]) for _ in "12")
-        # Only these two sockets of this process, which has others.
+        # Let the reader see only these two sockets, although this process has others.
         two = tuple((str(one.fileno()), os.fstat(one.fileno()).st_ino) for one in (server, served))
         reader = SocketReader(os.getpid())
         reader.refresh(Descriptors(2, (), two), graph)

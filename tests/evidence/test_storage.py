@@ -198,8 +198,8 @@ def test_nfs_by_our_own_mounts_where_they_have_it(tmp_path: Path) -> None:
 
 
 def test_a_process_with_many_more_mounts_than_we_have(tmp_path: Path) -> None:
-    """Then the kernel takes long for mountinfo. In the host's mount namespace, ours has them,
-    too."""
+    """Such a mountinfo is not read, because the kernel takes long to write it. The storage is known
+    only if process 1 has the mount, or if our own mountinfo is as long."""
     many = "".join(
         f"{number} 9 0:50 / /{'x' * 200} rw - tmpfs x rw\n" for number in range(10, 2000)
     )
@@ -507,8 +507,8 @@ def test_a_file_on_a_standard_stream_counts_once_a_thread_flushes_it(
 
 
 def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> None:
-    """If QEMU starts without standard streams, its images get their numbers. A terminal is not an
-    image."""
+    """If QEMU starts without standard streams, its images may get descriptors 0, 1 and 2. A
+    terminal is not an image."""
     reader = reader_of(
         tmp_path,
         {0: ("/dev/pts/1", RW, 6), 1: ("/far/log", os.O_WRONLY, 8), 2: ("/far/a", RW, 8)},

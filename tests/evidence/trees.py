@@ -28,7 +28,7 @@ def disk(
 ) -> dict[str, str]:
     """Return the files of a block device in /sys; a `name` with "/" is below another device.
 
-    partition: of the device above
+    partition: whether it is a partition of the device above it
     below: its lower devices, name and number
     """
     home = f"devices/{name}"

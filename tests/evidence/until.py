@@ -12,8 +12,8 @@ _T = TypeVar("_T")
 def until(
     read: Callable[[], _T], wanted: Callable[[_T], object], timeout: float = 30, every: float = 0.01
 ) -> _T:
-    """Return the first reading that satisfies `wanted`. AssertionError with the last one after
-    `timeout`."""
+    """Return the first reading that satisfies `wanted`. Raises AssertionError with the last reading
+    after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         if wanted(found := read()):

@@ -118,7 +118,8 @@ class History:
             return
         self._count_ends()
         control, flags = job.control, job.flags
-        # It resumes before crash() returns the job, so `check` cannot look at the job yet.
+        # The next daemon resumes the job before crash() returns it, so `check` cannot look at the
+        # job until then.
         self.job = None
         self.world, self.job = crash(self.world, job, self.process, down)
         assert (self.job.number, self.job.control, self.job.flags) == (job.number, control, flags)

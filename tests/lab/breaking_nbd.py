@@ -6,7 +6,7 @@
 
 This command is the server. ADDRESS is a path or a port of the loopback. Each connection lasts
 SECONDS. In the first half of this time, the server carries out and answers REPLIES requests. In the
-second half, it reads at most BYTES more. So a client that sends the unanswered requests again makes
+second half, it reads at most BYTES more. So if a client repeats the unanswered requests, it makes
 progress only if REPLIES is not 0. Source of the protocol: the NBD protocol's doc/proto.md.
 """
 

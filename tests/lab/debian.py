@@ -4,8 +4,8 @@
 under tcg, while a boot takes a minute. `python -m tests.lab.debian` saves this state, if there is
 none, from the disk that packaging/setup makes (step debian).
 
-The guest writes nothing to its disks without a command, so every run can lose the same data. The
-files that are counted afterwards are on its second disk, mounted on /data.
+The guest writes to its disks only on command, so the data that can be lost is the same in every
+run. The files that are counted afterwards are on its second disk, mounted on /data.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class HungDisk:
     directory: Path
     """The mount point."""
     fuse: FuseStore
-    """The file system that contains the disk's image. It must work when the disk is removed."""
+    """The file system that contains the disk's image. It must not hang when the disk is removed."""
 
 
 @contextlib.contextmanager
@@ -73,8 +73,8 @@ def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
 def _keep(image: str, mounted: str) -> None:
     device = run(["losetup", "--find", "--show", image], check=True).stdout.strip()
     try:
-        # Limit the size of requests. Each 128 KiB are a call to FUSE, so with large requests, a
-        # slow disk would complete nothing for seconds.
+        # Limit the size of requests. A request needs one call to FUSE for every 128 KiB, so a slow
+        # disk would not complete a large request for seconds.
         Path(f"/sys/block/{Path(device).name}/queue/max_sectors_kb").write_text("256")
         run(["mkfs.ext4", "-q", device], check=True)
         run(["mount", device, mounted], check=True)

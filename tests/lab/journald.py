@@ -25,6 +25,6 @@ while sent:
 
 
 def fill_journald(system: Container) -> None:
-    """Fill the socket of the container's journald, which must be stopped. Programs that log block
-    until journald continues."""
+    """Fill the socket of the container's journald, which must be stopped. A program that writes to
+    the log then blocks until journald continues."""
     system.python("-c", _FILL)

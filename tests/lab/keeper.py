@@ -1,11 +1,11 @@
-"""A process (the keeper) that kills everything a lab has started if the lab is killed.
+"""The keeper: if a lab is killed, this process kills everything that the lab has started.
 
     python -m tests.lab.keeper MARK SECONDS
 
 This command is the keeper. Children normally die with their parent (process.spawn), but not if the
-parent is stuck. For example, a file on a hung FUSE server blocks its readers forever, and every
-sync(2) on the host. So the keeper waits for the end of its input, and SECONDS later it kills all
-processes with MARK in their environment.
+parent is stuck. For example, a hung FUSE server blocks all readers of its files forever, and every
+sync(2) on the host, too. So the keeper waits for the end of its input, and SECONDS later it kills
+all processes with MARK in their environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Processes that nobody can identify, because they are in execve(2) and wait for a FUSE server.
 
-While the kernel closes their O_CLOEXEC file, it has taken a lock without which nobody can read
-their /proc/PID/stat and exe (adapters.blockable).
+While the kernel closes their O_CLOEXEC file, it holds a lock that every reader of their
+/proc/PID/stat and exe needs (adapters.blockable).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def test_a_disk_is_as_slow_as_it_is_told_to_be() -> None:
                 process.end(writer)
 
         write()
-        disk.slow(1 << 17)  # 8 s for the write.
+        disk.slow(1 << 17)  # At this rate, the write of 1 MiB takes 8 s.
         slow = write()
         assert slow > 4
         disk.fast()

@@ -98,7 +98,7 @@ def test_it_answers_as_qemus_own_library_does(qemu: Start) -> None:
         return answers
 
     def comparable(answers: list[object]) -> list[object]:
-        # The monitor's own peer differs, and contains its descriptor's number.
+        # The reply to query-chardev differs, because it names the monitor's own connection.
         return [answer for number, answer in enumerate(answers) if number != 2]
 
     assert comparable(run(ours())) == comparable(run(theirs()))

@@ -205,7 +205,7 @@ def test_the_signs_of_a_shutdown() -> None:
 
 
 async def press_as_somebody_else(guest: Guest) -> None:
-    """The press is seen although the guest has noticed it."""
+    """The press still counts as pending although the guest has already noticed it."""
     async with controlled(guest) as control:
         assert not (await control.observe()).press_pending
         await control.hmp("system_powerdown")

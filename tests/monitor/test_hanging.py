@@ -30,8 +30,8 @@ WRITES = 8
 
 
 async def hang(control: GuestControl, guest: Guest, freeze: Callable[[], None]) -> None:
-    """Send SIGTERM after writes that the healthy disk has acknowledged and one that the dead disk
-    has not."""
+    """Send SIGTERM when the healthy disk has acknowledged its writes, and the dead disk has not
+    acknowledged its only write."""
     for number in range(WRITES):
         await control.hmp(f'qemu-io local "write -P {number + 1} {number * 32}M 64k"')
     freeze()

@@ -1,4 +1,4 @@
-"""Monitors on TCP and abstract sockets of real QEMUs: connections, and the proof of their end."""
+"""Connections to monitors on TCP and abstract sockets, and proof that they lead to the guest."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_monitor_answers_over_a_connection_that_is_passed(
 def test_a_monitor_is_passed_if_qkilld_reaches_no_other(
     qemu: Start, lab_dir: Path, more: tuple[str, ...], is_passed: bool
 ) -> None:
-    """That qkilld reaches the agent makes no difference, because an agent is not a monitor."""
+    """It makes no difference whether qkilld reaches the agent: an agent is not a monitor."""
     sockets = {each: f"unix:{lab_dir / each},server=on,wait=off" for each in ("qmp", "hmp")}
     arguments = {
         "qmp": ("-qmp", sockets["qmp"]),

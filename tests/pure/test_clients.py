@@ -59,7 +59,7 @@ def unix(second: int) -> Socket:
 
 
 def calls(thread: Thread, second: int, *, writes: int = 0, reads: int = 0) -> dict[str, Any]:
-    """There is a call in each sample, but each sample may show another call."""
+    """Every sample shows a pending call, but not necessarily the same one."""
     device = replace(HEALTHY, writes=1_000 + writes * second, reads=500 + reads * second)
     return {"threads": (replace(thread, switches=second),), "devices": (device,)}
 

@@ -170,11 +170,11 @@ def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -
         ("/usr/bin/virsh start web", "web", "qemu-kvm -name web", True),
         ("/opt/start-vm web", "web", "qemu-kvm -name web", True),
         ("/opt/start-vm web-1", "web", "qemu-kvm -name web", False),
-        # The QEMU of this unit runs in it, so the other guest is not that one.
+        # This unit's own QEMU runs in the unit, so the guest outside is a different one.
         (f"{QEMU} -name db -drive file=/srv/web/disk.img", "web", "qemu-kvm -name web", False),
         (f"/bin/sh -c '{QEMU} -S'", "", "qemu-system-x86_64 -S", False),
         (f"{QEMU} -name sudo -S", "sudo", "qemu-system-x86_64 -name sudo -S", False),
-        # These may start it in the unit of a server or of a session.
+        # These programs may start QEMU in the unit of a server or of a session.
         (f"/bin/tmux new -d -s a '{QEMU} -name web'", "web", "qemu-kvm -name web", True),
         (f"/bin/sh -c '/bin/screen -dm {QEMU} -S'", "", f"{QEMU} -S", True),
         (f"/bin/sudo -u vm {QEMU} -S", "", f"{QEMU} -S", True),
@@ -299,7 +299,7 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     assert "daemon-reload" in found.advice
     for surroundings in (ASKABLE, replace(ASKABLE, is_template=True, stop_texts=("a %i", "b %i"))):
         assert judge(facts, surroundings).writes
-    # Here, no line is from the instance.
+    # These settings have no line that could be of one instance only.
     assert judge(BARE, replace(ASKABLE, is_template=True)).writes
 
 

@@ -60,7 +60,8 @@ def test_of_a_zombie() -> None:
     "method",
     [
         "Process.create_time",
-        # Replace these in _pslinux, because oneshot() needs those of Process unchanged.
+        # Replace these methods in _pslinux, because oneshot() needs the unchanged methods of
+        # psutil.Process.
         "_pslinux.Process.cpu_times",
         "_pslinux.Process.memory_info",
         "_pslinux.Process.uids",

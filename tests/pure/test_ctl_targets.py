@@ -122,7 +122,7 @@ DB_BY_NAME = GuestRow(16, "db", "", 1000, "")
         ("unit:web-vm", [WEB, DB], 10),
         ("db.service", [DB, IMPOSTOR], 11),  # a guest's name cannot pass for a unit
         ("name:db.service", [DB, IMPOSTOR], 14),
-        ("db", [WEB, DB], 11),  # by its name and by its unit, but one guest
+        ("db", [WEB, DB], 11),  # both the name and the unit match, but it is one guest
         ("unit:db", [DB, DB_BY_NAME], 11),
         ("name:4711", [WEB, NUMBER], 15),
     ],

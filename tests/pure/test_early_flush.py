@@ -1,4 +1,4 @@
-"""The flush before QEMU asks a file system that may not answer: which disks, and in which order."""
+"""Flushing before QEMU asks a file system that may not answer: which disks, and in which order."""
 
 from __future__ import annotations
 

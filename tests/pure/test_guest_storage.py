@@ -119,7 +119,8 @@ def test_a_server_that_cannot_be_seen(
         monkeypatch.setattr(procfs, "read_unit", lambda pid: None)
         (place,) = places("-drive", f"file={disk}")
         assert f"the unit of process {os.getpid()}" in place.unseen and not place.server
-        # The same for a user and another user's process, or for a container and a process outside.
+        # The same happens if the server's process cannot be seen, because it belongs to another
+        # user or is outside the container.
         monkeypatch.setattr(procfs, "pids", list)
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
         (place,) = places("-drive", f"file={disk}")
@@ -135,8 +136,8 @@ def unit_is_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unit_is_process")
 def test_a_forged_row_makes_no_server() -> None:
-    """The name of a user's abstract socket is a row of /proc/net/unix for another socket of this
-    user."""
+    """The name of a user's abstract socket contains a forged row of /proc/net/unix, for another
+    socket of this user."""
     path = f"/run/{os.getpid()}.nbd"
     with socket.socket(socket.AF_UNIX) as mine, socket.socket(socket.AF_UNIX) as hostile:
         mine.bind(f"\0{path}")

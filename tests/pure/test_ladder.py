@@ -372,7 +372,8 @@ WAITING = Sample(0, "S", threads=())
         (WAITING, Sample(0, "?"), 1, 60),
         (IDLE, Sample(0, "?"), 1, 10),
         (IDLE, replace(IDLE, sockets=None), 1, 60),
-        # Several in a row may hide a wait, so StallSec= starts again, but not forever.
+        # Several unreadable samples in a row may hide a wait, so StallSec= starts again, but not
+        # without limit.
         (IDLE, Sample(0, "?"), 2, 310),
         (IDLE, replace(IDLE, sockets=None), 2, 310),
     ],
@@ -380,7 +381,7 @@ WAITING = Sample(0, "S", threads=())
 def test_unreadable_samples_do_not_start_the_time_again(
     good: Sample, bad: Sample, length: int, expected: int
 ) -> None:
-    """On a busy host, `length` samples in eight cannot be read."""
+    """On a busy host, some samples cannot be read: the first `length` of every eight."""
     assert kill_second(lambda second: bad if second % 8 < length else good) == expected
 
 

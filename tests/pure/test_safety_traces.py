@@ -56,7 +56,7 @@ def test_a_fixed_clock_kills_guests_that_have_not_exited(case: Case) -> None:
         return
     assert replayed.result is Result.KILLED
     assert due <= replayed.at <= due + 10_000
-    # No process had handled SIGTERM and finished, so nothing proves that its data is safe.
+    # QEMU had not finished handling SIGTERM, so nothing proves that the guest's data is safe.
     assert replayed.data_at_risk
 
 

@@ -81,7 +81,7 @@ def test_systemd_reads_the_same_spans(text: str) -> None:
         assert done.returncode != 0
         return
     assert done.returncode == 0, done.stderr
-    if usec != INFINITY:  # Which it shows as a signed number.
+    if usec != INFINITY:  # systemd-analyze shows it as a signed number.
         assert f"s: {usec}\n" in done.stdout
 
 
