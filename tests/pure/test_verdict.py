@@ -473,8 +473,8 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # A server's progress does not explain why another server does not read its request, or why
-        # one does not to which a proxy without other clients has passed it on
+        # A server's progress does not explain why another server does not read its request. The
+        # same is true if a proxy without other clients has passed the request on to that server
         (
             two_nodes(SHARED, UNREAD),
             two_nodes(replace(SHARED, io=WROTE), UNREAD),
@@ -633,8 +633,8 @@ MORE = {
             {"devices": (HUNG, replace(BESIDE, writes=900))},
             Verdict.FLUSHING,
         ),
-        # The same is true of a disk below another image, but not of one below the disk with the
-        # request
+        # The same is true of a disk below another image. But a disk that is also below the disk
+        # with the request may be completing this request
         (
             {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
             {"devices": (HUNG, TOP, replace(UNDER_TOP, writes=900))},
@@ -766,7 +766,8 @@ ON_NBD = {"nodes": (NBD,), "sockets": (UNIX,)}
         ("idle unread idle", None),
         ("wait idle unread idle", 0),
         ("idle unread idle unread idle", None),
-        # The wait may have ended at that time, or one may have begun and ended.
+        # While samples were unreadable, an earlier wait may have ended, or a new one may have begun
+        # and ended.
         ("wait unread idle", 1),
         ("idle unread unread idle", 2),
         ("idle starved starved idle", 2),
@@ -841,8 +842,8 @@ def test_the_first_reply_is_progress(
 
 
 def test_work_of_a_server_without_a_reply_is_no_progress() -> None:
-    """QEMU runs once, for a reply before the server begins to repeat a request that fails. Later,
-    the server is not sampled for a while."""
+    """QEMU runs once, to handle a reply. After that, the server repeats a request that fails.
+    Later, the server is not sampled for a while."""
     found = []
     for second in range(60):
         shown = served(replace(SERVER, switches=1_000 + 5 * second))
@@ -1365,7 +1366,7 @@ def test_of_the_first_sample_only_its_counts_are_kept() -> None:
 
 
 def test_a_disk_that_a_thread_may_wait_for_delays_sigkill_if_no_thread_can_be_read() -> None:
-    """The QEMU has so many threads, such as iothreads, that they are not read."""
+    """QEMU has so many threads (for example iothreads) that qkilld does not read them."""
     blind = replace(IDLE, threads=None, ringless=("8:0",))
     still = follow([replace(blind, at=second * S) for second in range(9)])
     (device,) = blind.devices or ()

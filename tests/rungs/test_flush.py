@@ -437,8 +437,8 @@ def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_d
 
 
 def test_all_queues_are_seen(qemu: Start, lab_dir: Path) -> None:
-    """The guest has no driver for the device. At a query for the status of such a device, QEMU 11.1
-    aborts."""
+    """The guest has no driver for the device. QEMU 11.1 aborts when it is asked for the status of
+    such a device."""
     drive = f"file={make_disk(lab_dir / 'd')},if=none,id=local,format=qcow2"
     devices = ["-device", "virtio-blk-pci,drive=local,num-queues=3", "-device", "virtio-scsi-pci"]
     guest = qemu(arguments=machine(["-drive", drive, *devices]))

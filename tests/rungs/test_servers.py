@@ -38,8 +38,8 @@ from tests.rungs.stopping import Stopper, actions, codes, stopper, until
 RECORDS = Layout(40, passes=3)
 WRITTEN = 120
 ROUNDS = 20
-"""The maximum number of stops until records are lost. In most rows, the first stop already loses
-some records."""
+"""A test repeats the stop until records are lost, at most this many times. In most rows, the first
+stop already loses some records."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ def make_image(path: Path) -> Path:
     qemu_img = needs.program("qemu-img", "qemu-utils")
     run([qemu_img, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", path, "3G"], check=True)
     with path.open("r+b") as file:
-        file.truncate(64 << 20)  # An export does not grow.
+        file.truncate(64 << 20)  # An export cannot grow, so make the file large enough.
     return path
 
 

@@ -37,11 +37,11 @@ STORAGE_STALL_S: Final = 60
 REAP_S: Final = 5
 """The defaults of qkilld.conf."""
 _SETTLED_S: Final = 8
-"""For this time (s) after a change of the storage, the earlier verdict is right, too."""
+"""How long (s) the verdict from before a change of the storage is also accepted."""
 
 _DETAIL_S: Final = 5
-"""After this time (s), a sample with detail has found servers and read rings. Samples have detail
-when a wait has lasted 2 s."""
+"""By this time (s after the request), a sample with detail has found servers and read rings.
+Samples have detail when a wait has lasted 2 s."""
 _MOVES: Final = frozenset({Verdict.FLUSHING})
 _WAITS: Final = frozenset({Verdict.STORAGE_WAIT})
 _EITHER: Final = _MOVES | _WAITS

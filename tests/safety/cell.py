@@ -39,7 +39,7 @@ class Cell:
     lost: int
     """The number of acknowledged records that are missing on the disks."""
     corrupt: int
-    """The number of errors that `qemu-img check` finds, without leaked clusters."""
+    """The number of errors that `qemu-img check` finds, not counting leaked clusters."""
     outcome: Outcome
     wrong: list[str]
     """The differences from the expected result; only for qkilld."""
@@ -102,7 +102,7 @@ def _stop(scene: Scene, stopper: Stopper, target: Target) -> tuple[int, Outcome]
             timer.cancel()
             timer.join()
         scene.recover()
-    # Now a guest can exit that was given up, or that waited in the kernel.
+    # A guest that was given up, or that waited in the kernel, can exit now.
     wait_gone(target.pidfd, RECOVERY_S)
     return acknowledged, outcome
 

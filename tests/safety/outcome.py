@@ -36,7 +36,7 @@ class Stopper(Protocol):
         context, it is killed."""
 
     def stop(self, target: Target) -> Outcome:
-        """Stop the guest. Return when the policy reports the result."""
+        """Stop the guest. Wait until the policy reports the result, and return the outcome."""
 
 
 Policy = Callable[[Path | None], contextlib.AbstractContextManager[Stopper]]

@@ -86,8 +86,8 @@ def _launcher(row: Row, column: str) -> Iterator[Launcher]:
 
 
 class _Slot:
-    """The permission to keep a processor busy. If the run limits their number (SLOTS), __init__
-    waits for a free one."""
+    """The permission to keep a processor busy. If the run limits the number of slots (SLOTS),
+    __init__ waits for a free one."""
 
     def __init__(self) -> None:
         self._file = None

@@ -60,7 +60,7 @@ class LibvirtDomain:
         return document
 
     def _virsh(self, command: str, timeout_s: float) -> None:
-        # Ignore failures here: they show in how the guest ends.
+        # Ignore failures here, because the guest's end shows them.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.system.run("virsh", "-c", peer.URI, command, NAME, timeout=timeout_s, check=False)
 

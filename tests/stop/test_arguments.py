@@ -22,7 +22,7 @@ def test_the_suffix_of_a_unit_may_be_omitted(given: str, unit: str) -> None:
 def test_a_main_process_that_is_gone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
 ) -> None:
-    """systemd expands $MAINPID to nothing then."""
+    """If the main process is gone, systemd expands $MAINPID to nothing."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     with pytest.raises(SystemExit):
         parse(given)

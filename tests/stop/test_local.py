@@ -1,4 +1,4 @@
-"""Stops without the daemon: later requests reach the engine's thread."""
+"""When qkilld-stop works without the daemon, later requests reach the engine's thread."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_force_that_comes_later(
     finally:
         stopper.close()
         stop.close()
-        # The program exits instead of closing these.
+        # The program does not close these, because it exits.
         assert stopper._loop is not None
         stopper._loop.close()
         os.close(stopper._mailbox._read)

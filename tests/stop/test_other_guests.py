@@ -34,7 +34,8 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
     """Return the unit of a QEMU with these lines of ExecStop=: arguments of qkilld-stop, or a path
     and a command of a shell.
 
-    If a line begins with "- ", a failure is ignored. The line with "> " runs now, or the first one.
+    If a line begins with "- ", a failure is ignored. The line that begins with "> " runs now. If
+    there is none, the first line runs now.
     """
     start = Command("/usr/bin/qemu-system-x86_64", ())
     given: dict[str, Any] = {"type": "simple", "exec_start": (start,)}
@@ -172,8 +173,8 @@ def test_a_line_that_fails_does_not_pass_on_its_limits(
 def test_a_guest_beside_the_main_process_if_systemd_cannot_be_asked(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], named: list[int]
 ) -> None:
-    """The line is for a guest beside the main process, which systemd stops. But if the named
-    process was a shell, there are several stops, and the guests belong to that shell."""
+    """The line is for a guest beside the main process, which systemd stops. But several stops mean
+    that the line named a shell, and that the guests belong to this shell."""
     monkeypatch.setenv("MAINPID", "9")
     monkeypatch.setattr(stop_run, "RESTART_S", 0)
     run = StopRun(Options(**options), Notifier(""), Log())
@@ -194,7 +195,7 @@ def test_a_guest_beside_the_main_process_if_systemd_cannot_be_asked(
 def test_a_guest_that_cannot_be_identified_before_the_line_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a failure, systemd would not run that line."""
+    """If this line failed, systemd would not run the line that names the guest."""
     targets = Targets(Options(**A))
     targets.finder.stops_unit = True
     monkeypatch.setattr(targets.finder, "read_unidentified_again", lambda globs: None)
@@ -210,7 +211,7 @@ def test_a_guest_that_cannot_be_identified_before_the_line_that_names_it(
     ("settings", "lines", "left"),
     [
         ({}, ["--pidfile a"], {4, 5}),
-        # They are meant to outlive their unit.
+        # With KillMode=process or none, the other guests are meant to outlive their unit.
         ({"kill_mode": "process"}, ["--pidfile a"], {4}),
         ({"kill_mode": "none"}, ["--pidfile a"], {4}),
         ({"kill_mode": "process", "exec_start": (LAUNCHER,)}, ["--pidfile a"], {4}),
@@ -234,7 +235,7 @@ def test_the_others_of_a_main_process_that_is_gone(
     options = {"pidfile": A, "gone by name": {"pid": 0}}.get(main, {})
     named_by = {"--pidfile": "pidfile", "--pid": "gone by name"}
     if len(lines) == 2 and named_by[lines[0].split()[0]] != main:
-        return  # It is not the line that runs now.
+        return  # The first line is not the one that runs now.
     targets = Targets(Options(**options))
     others = [FakeHandle(4), FakeHandle(5)]
     named = Mock(side_effect=NoSuchProcess("gone"), return_value=None)
@@ -243,7 +244,8 @@ def test_the_others_of_a_main_process_that_is_gone(
     monkeypatch.setattr(targets.finder, "named", named)
     monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(others))
     targets.finder.stops_unit = True
-    if main != "gone by name":  # Or systemd never knew the main process (Type=forking).
+    # If systemd never knew the main process (Type=forking), there is no EXIT_CODE.
+    if main != "gone by name":
         monkeypatch.setenv("EXIT_CODE", "exited")
     facts = None if settings is None else stopping(*lines, main_pid=4, **settings)
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
@@ -355,7 +357,7 @@ def test_an_unusable_pidfile(
     left: set[int],
     code: int,
 ) -> None:
-    """Otherwise systemd would end the guests of the unit with SIGTERM and SIGKILL."""
+    """If the helper gave up, systemd would end the guests of the unit with SIGTERM and SIGKILL."""
     options = Options(**A, force=True, spans={"max": 1})
     targets, processes = Targets(options), [FakeHandle(4), FakeHandle(5)]
     monkeypatch.setattr(targets.finder, "named", Mock(side_effect=InvalidArgs("a is no pidfile")))
@@ -373,7 +375,7 @@ def test_an_unusable_pidfile(
     else:
         with pytest.raises(InvalidArgs if code else NoSuchProcess):
             targets.choose()
-        # Otherwise the error itself is printed.
+        # If the error itself is raised, the caller prints it.
         assert ("a is no pidfile" in capsys.readouterr().err) is (code == 0)
     for process in processes:
         process.close()

@@ -36,8 +36,8 @@ RATE = "800K"
 take about 10 s."""
 JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
 MANAGERS_OWN = {"manager-timeout": "advice"}
-"""The finding of every unit of a user, because only the system's administrator can change the limit
-of the user's manager."""
+"""Every unit of a user has this finding, because only the system's administrator can change the
+limit of the user's manager."""
 OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
 """The timeout is so short that the guest keeps its data only if the timeout is extended."""
 
@@ -408,7 +408,8 @@ def test_a_sandbox_that_hides_the_guest(manager: Manager, command: str, sandbox:
 
 
 def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) -> None:
-    """Otherwise, systemd would run the next line while the guest still runs."""
+    """If the helper reported that there is no guest, systemd would run the next line while the
+    guest still runs."""
     command = f"/bin/sh -c '{IDLE} & exec sleep 0.3'"
     lines = ("Type=forking", "GuessMainPID=no", "PrivateUsers=yes", "ExecStop=/bin/touch /run/next")
     stop = f"ExecStop={CHECKOUT}/.venv/bin/python -m qkilld.stop"
@@ -480,7 +481,7 @@ def test_the_configuration_decides_what_a_qemu_is(manager: Manager) -> None:
     manager.systemctl("start", unit)
     try:
         assert unit not in manager.ctl("check-unit")
-        # Others than root may not see which program root runs.
+        # Users other than root may not see which programs root runs.
         done = manager.system.run("qkillctl", "check-unit", check=False, uid=OTHER_UID)
         assert (done.returncode, "may be missing" in done.stderr) == (8, True)
         assert "No QEMU runs in it" in manager.ctl("check-unit", unit, code=8)

@@ -115,7 +115,7 @@ def test_an_interrupted_adoption_is_taken_back(installed: Container, number: str
 
 
 def test_a_drop_in_that_systemd_does_not_load_is_taken_back(installed: Container) -> None:
-    """Otherwise, the next reload of the host would load it, and nobody would check its effect."""
+    """If it stayed, the next reload of systemd would load it, and nobody would check its effect."""
     policy = "/etc/dbus-1/system.d/no-reload.conf"
     manager = "org.freedesktop.systemd1"
     rule = f'<deny send_destination="{manager}" send_interface="{manager}.Manager"'

@@ -93,7 +93,7 @@ def host() -> Iterator[Container]:
         ContainerPolicy(booted).show_storage()
         booted.write("/usr/local/bin/keep", KEEP, 0o755)
         stops = {
-            # pve-guests does not know 101.
+            # pve-guests does not know guest 101.
             "pve-guests": (f"/usr/local/bin/keep {BUSY_S} /run/100.monitor", "infinity"),
             "site-keeper": ("/usr/local/bin/keep /run/free.monitor /run/site.monitor", "10min"),
             "hung-keeper": ("/bin/sleep 1000", str(HUNG_S)),
@@ -227,15 +227,16 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
     # The keeper of this guest hangs. qkilld waits only until the keeper's timeout.
     (stuck,) = stopped("hung")
     assert stuck - hung_begins >= HUNG_S * 1_000_000, story
-    # For this guest, qkilld does not wait for the keepers of other guests. One of them waits for
-    # this guest.
+    # For this guest, qkilld does not wait for the keepers of other guests. One of those keepers
+    # itself waits for this guest.
     (free,) = stopped("free")
     assert free < site_ends, story
     assert not story.at("Sent SIG"), story
 
 
 def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
-    """systemd leaves scopes running. With a guard or qkilld-guests.service, they must run, too."""
+    """systemd leaves scopes running. Scopes must also keep running if they have a guard, or if
+    qkilld-guests.service runs."""
     with lab_container.boot() as host:
         lab_container.install(host)
         host.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep 1000\n")

@@ -120,8 +120,8 @@ MOUNT = "[Mount]\nWhat=tmpfs\nWhere=/var\nType=tmpfs\n"
 
 @pytest.mark.parametrize("case", ["not running", "killed"])
 def test_a_guest_that_is_stopped_when_the_bus_has_gone(lab_dir: Path, case: str) -> None:
-    """During a poweroff, the helper's call starts the daemon. Before, the daemon has not run or was
-    killed."""
+    """During a poweroff, the helper's call starts the daemon. Before this call, the daemon has not
+    run, or it was killed."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(lab_container.boot())
         # Do not run from the checkout, because its mount is unmounted early.

@@ -127,7 +127,7 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
 
 def story(system: Container, unit: str) -> list[str]:
     """Return the names of the unit's events in the journal. Changes of the verdict are left out,
-    and the reasons why the guest could not be asked."""
+    and so are the reasons why the guest could not be asked."""
     names = {message.value: message.name for message in MessageId}
     entries = system.journal("-u", unit)
     found = [names[e["MESSAGE_ID"]] for e in entries if e.get("MESSAGE_ID") in names]
@@ -135,8 +135,8 @@ def story(system: Container, unit: str) -> list[str]:
 
 
 def story_of_an_idle_one(system: Container, unit: str) -> list[str]:
-    """Leave out JOB_JOINED: on a busy machine, the guest may run until its unit's settings are
-    read."""
+    """Leave out JOB_JOINED: on a busy machine, the guest may still be running when its unit's
+    settings have been read."""
     return [name for name in story(system, unit) if name != "JOB_JOINED"]
 
 
@@ -511,7 +511,7 @@ def test_a_shell_that_starts_the_guest_again(system: Container, start_unit: Star
 
 
 def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUnit) -> None:
-    """systemd alone would send SIGKILL to it when the timeout has passed."""
+    """Without the helper, systemd would send SIGKILL to such a guest after the timeout."""
     beside = "/usr/local/bin/qemu-system-beside"
     system.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", beside)
     slow = "trap 'sleep 2; echo saved; exit' TERM; while true; do sleep 0.1; done"
@@ -521,7 +521,8 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
     stop(system, unit)
     assert "another QEMU runs in the unit" in said(system, unit)
     assert "saved" in said(system, unit)
-    # With this KillMode=, it is meant to keep running, also if the main process exits by itself.
+    # With this KillMode=, the guest beside the main process is meant to keep running, even if the
+    # main process exits by itself.
     unit = start_unit("KillMode=process", command="/bin/bash /run/beside")
     stop(system, unit)
     system.run("pkill", "-KILL", "-f", "echo saved")
@@ -532,7 +533,7 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
     until(lambda: system.property(unit, "ActiveState"), "inactive".__eq__)
     system.run("pkill", "-KILL", "-f", "echo saved")
     assert "saved" not in said(system, unit)
-    # systemd may stop it, but its settings are hidden.
+    # systemd may stop this guest, but the helper cannot read the unit's settings.
     unit = start_unit("InaccessiblePaths=/run/dbus", command="/bin/bash /run/beside")
     system.run("systemctl", "stop", unit)
     assert "KillMode= cannot be read" in said(system, unit)
@@ -540,7 +541,7 @@ def test_a_guest_beside_the_main_process(system: Container, start_unit: StartUni
 
 
 def test_a_main_process_that_exits_by_itself(system: Container, start_unit: StartUnit) -> None:
-    """systemd then runs ExecStop= without $MAINPID."""
+    """If the main process exits by itself, systemd runs ExecStop= without $MAINPID."""
     unit = start_unit(helper=f"{HELPER} --pid $MAINPID")
     system.run("systemctl", "kill", "--kill-who=main", unit)
     until(lambda: system.property(unit, "ActiveState"), {"inactive", "failed"}.__contains__)
@@ -637,8 +638,8 @@ def test_a_unit_that_stops_one_of_its_guests(system: Container, start_unit: Star
 
 
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
-    """The main process is a shell. The helper cannot read in which unit a QEMU runs, but which ones
-    are in its own control group."""
+    """The main process is a shell. The helper cannot read in which unit a QEMU runs, but it can
+    read which QEMUs are in its own control group."""
     sandbox = (
         *("ProtectProc=invisible", f"User={OTHER_UID}", "TimeoutStopSec=3"),
         "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",

@@ -22,7 +22,7 @@ QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "
 @pytest.fixture
 def system(installed: Container) -> Iterator[Container]:
     """A system that runs the daemon and has a guest file `web`."""
-    # The guest is asked first, although it has no machine that could react.
+    # The guest is asked first, although its QEMU has no machine that could react.
     drop_in = "/etc/qkilld/qkilld.conf.d/units.conf"
     installed.write(drop_in, "[Policy]\nPowerdownSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")

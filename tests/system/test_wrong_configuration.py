@@ -52,7 +52,7 @@ def test_callers_on_the_bus(system: Container) -> None:
 
 
 def test_one_call_right_after_the_other(system: Container) -> None:
-    """A call may come while the process that has refused the call before ends."""
+    """A call may arrive while the process that refused the previous call is still exiting."""
     call = f"timeout 15 {' '.join(CALL)}"
     done = system.run("sh", "-c", f"for i in $(seq 20); do {call} || echo $?; done", check=False)
     assert done.stdout.split() == ["1"] * 20

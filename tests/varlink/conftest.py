@@ -36,7 +36,7 @@ def socket_path() -> Iterator[Path]:
 @pytest.fixture
 def service(private_bus: Bus, start_daemon: StartDaemon, socket_path: Path) -> VarlinkService:
     daemon = start_daemon("--varlink", str(socket_path))
-    daemon.wait_for("serves the bus at")  # It is ready before this.
+    daemon.wait_for("serves the bus at")  # It serves Varlink earlier than the bus.
     return VarlinkService(daemon, socket_path)
 
 

@@ -30,7 +30,8 @@ from tests.varlink.test_passing import descriptors_of, on_tcp
 Start = Callable[..., Guest]
 CALL = b'{"method":"org.qkilld1.GetStatus","parameters":{}}\0'
 PATIENCE_S = 40.0
-"""Shorter than the time for which a descriptor would make the daemon wait."""
+"""How long (s) a client waits for a reply. This is shorter than the time for which a descriptor
+would make the daemon wait."""
 
 
 def uid() -> int | None:

@@ -71,7 +71,7 @@ def test_every_method_answers(varlink: VarlinkClient, fake_qemu: Make) -> None:
         "Extend": {"job": job, "usec": 1},
         **{name: {"job": job} for name in ("Hold", "Release", "Force", "Wait", "Cancel")},
     }
-    # The job must end for Wait to reply: by Force.
+    # Wait replies only when the job has ended, so call it after Force, which ends the job.
     for name in sorted(DESCRIPTION.methods, key=lambda name: name in ("Wait", "Cancel")):
         try:
             check(name, varlink.call(name, **given.get(name, {})))
@@ -90,7 +90,7 @@ def test_one_call_is_start_progress_and_wait(varlink: VarlinkClient, fake_qemu: 
     first, *between, last = replies
     state = first["state"]
     # On a busy host, the command line may be read late. A guest without a known name may have
-    # storage on a network, and is searched for its servers first.
+    # storage on a network, so qkilld first searches for the servers of this storage.
     assert (state["phase"], state["name"]) in [("terminate", "web"), ("quit", "")]
     assert state["result"] is None
     assert [each["state"]["phase"] for each in between]
@@ -117,7 +117,7 @@ def test_never_and_unknown_are_null(varlink: VarlinkClient, fake_qemu: Make) -> 
 def test_no_number_is_greater_than_an_int_of_varlink(
     service: VarlinkService, fake_qemu: Make, usec: int
 ) -> None:
-    """Times that a caller on the bus has requested may be greater."""
+    """A caller on the bus may have requested times that are greater than such an int."""
     guest = fake_qemu(stubborn=True)
     with service.daemon.bus.client() as on_bus, service.client() as client:
         path = on_bus.terminate(guest.pid, 1, grace_usec=("t", usec), max_usec=("t", usec))
@@ -348,7 +348,7 @@ def test_oneway_is_done_without_a_word(service: VarlinkService, fake_qemu: Make)
     guest = fake_qemu()
     with service.client() as client:
         client.send("Terminate", oneway=True, pid=guest.pid)
-        # The caller may have left by then.
+        # The caller may disconnect before the guest is stopped.
     guest.wait_gone()
 
 
@@ -390,7 +390,7 @@ def test_descriptors_that_nobody_wants_are_closed(
         for _ in range(20):
             socket.send_fds(varlink.socket, [call], pipe)
             assert varlink.reply()[0] == {"jobs": []}
-        # The reply is sent a moment before they are closed.
+        # The daemon sends the reply a moment before it closes the descriptors.
         until(opened, lambda count: count <= before)
         with service.client() as other:
             socket.send_fds(other.socket, [call], [pipe[0]] * 9)
@@ -446,8 +446,8 @@ def test_without_a_bus_it_starts_serves_and_ends(
 
 
 def test_losing_the_bus_ends_its_waits(socket_path: Path, fake_qemu: Make) -> None:
-    """Otherwise the waits would count against the limits of their user until the end of the job.
-    The daemon does not report that the client no longer waits, because it may wait again on
+    """Waits that stayed open would count against the limits of their user until the end of the job.
+    The daemon does not report that the client no longer waits, because the client may wait again on
     Varlink."""
     guest = fake_qemu(stubborn=True, uid=OTHER_UID)
     limits = {"max_replies_per_connection": 2 * MAX_WAITS}
