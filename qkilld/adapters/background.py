@@ -80,6 +80,6 @@ class BackgroundWriter(Generic[T]):
                 try:
                     self._write(item)
                 except Exception as error:
-                    # Log this only once: if this thread writes the debug log, the new line may fail
-                    # to be written, too.
+                    # Log this only once: if it is the debug log that cannot be written, writing
+                    # this line fails, too, and would cause another line.
                     note_once(f"writing to {self._name}", error)

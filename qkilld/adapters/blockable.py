@@ -273,4 +273,5 @@ def _uid(directory: str) -> int:
 
 
 shared = BlockableReads()
-"""The object for the whole program, because TasksMax= limits the sum of all threads of its unit."""
+"""The whole program uses this one object, because TasksMax= limits the sum of all threads of the
+unit."""

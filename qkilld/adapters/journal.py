@@ -80,8 +80,8 @@ class QueuedJournal:
         try:
             self._sink(_event(item))
         except Exception as error:
-            # Count the event as dropped. If the item is a number of dropped events, add it to the
-            # next such number.
+            # Count the event as dropped. If the item is itself a number of dropped events, add this
+            # number.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1

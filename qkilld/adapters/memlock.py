@@ -24,7 +24,7 @@ _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _MADV_POPULATE_READ: Final = 22
-"""Since Linux 5.14. For memory that was never used, it maps the shared page of zeros."""
+"""Since Linux 5.14. For memory that was never used, this advice maps the shared page of zeros."""
 _CAP_IPC_LOCK: Final = 1 << 14
 
 

@@ -37,7 +37,7 @@ _IMPLIED: Final = {
     "name": "guest", "net": "type", "netdev": "type", "numa": "type", "object": "qom-type",
     "sandbox": "enable", "smp": "cpus", "tpmdev": "type", "virtfs": "fsdriver", "vnc": "vnc",
 }
-"""For each option, the key of the first part of its argument, if that part gives none."""
+"""For each option, the key that QEMU assumes if the first part of the argument has no key."""
 _JSON: Final = frozenset({"audiodev", "blockdev", "chardev", "device", "display", "export",
                           "netdev", "object"})
 """The options that also take a JSON object."""
@@ -156,8 +156,7 @@ def parse_config(text: str) -> list[QemuOption]:
 def parse_key_values(text: str, implied: str | None = None) -> dict[str, str]:
     """Parse a QemuOpts string into keys and values; see QemuOption.properties.
 
-    `implied` is the key of the first part, if that part gives none. A doubled comma stands for
-    a comma.
+    `implied` is the key to assume if the first part has no key. A doubled comma stands for a comma.
     """
     values = {}
     for number, part in enumerate(text.replace(",,", "\0").split(",")):

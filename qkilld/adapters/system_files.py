@@ -18,7 +18,8 @@ _FILES: Final = (
     ),
 )
 _DOCUMENTATION: Final = Path(__file__).parents[1] / "documentation"
-"""This directory exists only in a wheel. Other packages install man pages."""
+"""This directory exists only in a wheel. Packages of distributions and `make install` install man
+pages instead."""
 
 
 def find_missing(root: Path) -> list[str]:

@@ -12,7 +12,7 @@ from qkilld.model.bus_address import BusAddress
 
 BRIDGE: Final = "systemd-stdio-bridge"
 END_TIMEOUT_S: Final = 2.0
-"""Time for the process to exit after its input has ended, which it normally does at once."""
+"""How long to wait for the process to exit after its input has ended. It normally exits at once."""
 
 
 class BridgeSocket(socket.socket):

@@ -248,8 +248,8 @@ class Connection:
             return False
         for message in self._frames.feed(chunk):
             if message is None:
-                # Skip only this message. The bus has accepted it, so its header probably follows a
-                # newer specification.
+                # Skip only this message. The bus has accepted the message, so its header probably
+                # follows a newer specification.
                 _log.debug("ignored a message whose header cannot be parsed")
                 continue
             try:
@@ -462,7 +462,8 @@ class Connection:
         )
 
     async def disown(self, name: str) -> None:
-        """Release a bus name. All calls sent to it have been received when this returns."""
+        """Release a bus name. When this returns, all calls that were sent to the name have been
+        received."""
         await self.request_bus("ReleaseName", "s", name)
 
     async def wait_closed(self) -> None:

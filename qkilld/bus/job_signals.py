@@ -68,7 +68,7 @@ class Announcer:
         self._server.emit_removed(job_path(job), interfaces.job())
 
     async def drain(self) -> None:
-        """Wait until the end of each ended job is announced."""
+        """Wait until JobRemoved has been sent for every job that has ended."""
         while self._ended:  # noqa: ASYNC110
             await asyncio.sleep(0)
 

@@ -2,8 +2,8 @@
 
 The library is dbus-next. If dbus-next is missing or cannot be imported, as under Python 3.15, the
 library is dbus-fast, its maintained successor with the same API. Connecting and parsing are done in
-bus.transport, bus.framing and bus.values: both libraries keep every signature that they have ever
-parsed, and how they connect differs between their releases.
+bus.transport, bus.framing and bus.values, because both libraries keep every signature that they
+have ever parsed, and their releases connect in different ways.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ MAX_REPETITIONS: Final = 4
 """Each element is encoded at most this many times on average. If the list is then still not
 current, objects change faster than they can be listed."""
 SPARE: Final = 64
-"""In addition to MAX_REPETITIONS, this many elements may be encoded, because a few objects may
-change often."""
+"""The number of encodings allowed beyond MAX_REPETITIONS: a few objects may change often."""
 LAST: Final = 32
-"""The number of elements at the end that are encoded in one step, so that none of them can change
-meanwhile. If the elements are jobs with all properties, the step takes about 3 ms."""
+"""If no more than this many elements are left, they are encoded in one step, so that none of them
+can change meanwhile. If the elements are jobs with all properties, the step takes about 3 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,8 @@ class Listings:
             keys[path] = None
 
     async def encode(self, signature: str, listing: Listing, pace: Pace) -> bytearray:
-        """Return the body of the reply. Until the caller awaits something, the body is as new as
-        the last signal. Raises Busy if the objects change too fast."""
+        """Return the body of the reply. Until the caller awaits something, the body includes every
+        change that signals have announced. Raises Busy if the objects change too fast."""
         keys: OrderedDict[str, None] = OrderedDict()
         encoded: dict[str, bytes] = {}
         self._unfinished.append(keys)

@@ -52,8 +52,8 @@ class Polkit:
         connect_again: Callable[[], Awaitable[Connection]] | None = None,
     ) -> None:
         """`connect_again` makes another connection to the same bus, for messages with descriptors.
-        `connection` must not accept descriptors, because any user could send some whose close(2)
-        blocks."""
+        `connection` must not accept descriptors, because any user could send a descriptor whose
+        close(2) blocks."""
         self._connection = connection
         self._connect_again = connect_again
         self._timeout_s = timeout_s

@@ -1,6 +1,6 @@
 """Serve objects on a bus.
 
-A call waits until engine.turns lets its user's next call start. Then its path, interface, member,
+Users take turns: a call waits until engine.turns starts it. Then its path, interface, member,
 signature and length are checked against the interface's XML, and only then is its body parsed. The
 caller gets our own QkilldError under its D-Bus name, but no details of other exceptions or of
 failures of other services.
@@ -267,8 +267,8 @@ class Server:
         self.draining = False
 
     def close(self) -> None:
-        """Drop the calls that have not started and those that only wait for a job, because the
-        connection is lost or is closed next. Other calls continue, because they may have to stop a
+        """Drop the calls that have not started and those that only wait for a job: the connection
+        is lost or about to be closed. Other calls continue, because they may have to stop a
         guest."""
         self.draining = True
         for task in self._waits:
@@ -315,8 +315,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name without waiting
-        calls, because a later call of a dropped name would overtake those. If all names have
+        """Cache a uid. If the cache is full, drop the least recently used name that has no waiting
+        calls: a new call of a dropped name would overtake its waiting calls. If all names have
         waiting calls, drop the least recently used one."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))

@@ -237,7 +237,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
 
 
 def _restart_signal(own: dict[str, Any]) -> int:
-    """Return RestartKillSignal=; 0 if it equals KillSignal=, which is the default."""
+    """Return RestartKillSignal=; 0 if it is the same as KillSignal=, as it is by default."""
     number = int(own.get("RestartKillSignal", 0))
     return 0 if number == int(own.get("KillSignal", 15)) else number
 

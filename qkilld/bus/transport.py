@@ -29,8 +29,8 @@ RETRY_S: Final = 0.01
 
 
 async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.socket:
-    """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
-    that failed.
+    """Connect and authenticate; after an OSError, try the next address. Blocks only while
+    it ends a bridge that failed.
 
     `descriptors`: messages can carry descriptors in both directions. Any user of the bus can then
     send some; ForeignSocket closes them. Raises OSError, EOFError, ValueError,
@@ -127,8 +127,8 @@ async def _authenticate(sock: socket.socket, *, descriptors: bool = False) -> No
 
 
 async def _read_line(sock: socket.socket) -> str:
-    """Read up to CR LF. Raises EOFError if the line is too long or the connection ends. (After such
-    an end, dbus-next would wait for ever.)"""
+    """Read up to CR LF. Raises EOFError if the line is too long or the connection ends. (If the
+    connection ends, dbus-next would wait forever.)"""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\r\n"):

@@ -50,8 +50,8 @@ class VariantValue:
 def parse(
     signature: str, body: bytes, order: Literal["<", ">"] = "<", *, max_depth: int = MAX_DEPTH
 ) -> list[Any]:
-    """Parse a body. An `ay` becomes bytes, a dictionary a dict, a variant a VariantValue, and a
-    structure or any other array a list.
+    """Parse a body. An `ay` is returned as bytes, a dictionary as a dict, a variant as a
+    VariantValue, and a structure or any other array as a list.
 
     Takes time in proportion to the length of the body. Raises ValueError if the body does not match
     the signature.

@@ -1,9 +1,10 @@
 """Find the processes of this host that listen at an address. This module runs as root, and other
 users may be hostile.
 
-The names of sockets prove nothing: a name can contain rows of /proc/net/unix, and a user can bind
-any name in a mount namespace of their own. So a unix socket is found by the file that it is bound
-to, as reported by sock_diag(7), and its processes by their descriptors of the socket.
+The names of sockets prove nothing: a name can contain text that looks like further rows of
+/proc/net/unix, and a user can bind any name in a mount namespace of their own. So a unix socket is
+found by the file that it is bound to, as reported by sock_diag(7), and the socket's processes are
+found by their descriptors.
 """
 
 from __future__ import annotations

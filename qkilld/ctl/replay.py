@@ -1,4 +1,4 @@
-"""The command replay: decide a recorded job again, and print the decisions. Needs no bus."""
+"""The command replay: make the decisions of a recorded job again, and print them. Needs no bus."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class Resolver:
         self._listing = asyncio.Lock()
 
     async def find(self, target: Target) -> TargetProcess:
-        """Raises what `find`, `pidfile.read` and calls on the bus raise."""
+        """Raises the exceptions of `find`, of `pidfile.read` and of calls on the bus."""
         match target.kind:
             case TargetKind.PID:
                 return TargetProcess(int(target.value))
@@ -243,8 +243,8 @@ class Resolver:
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
             return process
-        # If the pid was reused before its start time is read, the second list shows another
-        # process.
+        # Read the start time, then list the guests again. If the pid was reused before the start
+        # time was read, the new list shows another process.
         start_time = await self._start_time(target, process.pid)
         guests = await guest_rows(self._manager)
         guest = next(

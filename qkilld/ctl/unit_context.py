@@ -126,8 +126,8 @@ async def gather(
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # Empty for units of a user manager. They need no order, because user@.service is ordered,
-        # and is stopped after them.
+        # Empty for units of a user manager. They need no ordering of their own, because
+        # user@.service is ordered, and is stopped after them.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,

@@ -87,8 +87,8 @@ def plan_early_flush(
         # query-block would hang, so this is the only flush: include the disks on a network.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # Try the stuck disks on block devices, too: some may be healthy, but share a controller's
-        # queues with disks that do not answer.
+        # Also try the stuck disks that lie on block devices: some may be healthy, but share a
+        # controller's queues with disks that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 

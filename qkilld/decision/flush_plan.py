@@ -32,7 +32,7 @@ INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo
 """Runstates of a migration in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
-"""The keys (waits.py) of waits for requests of local disks begin with one of these."""
+"""If a wait may be for a request of a local disk, its key (waits.py) begins with one of these."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Measure how much a guest works, and whether it works more than before. Pure.
+"""Measure how much a guest works, and whether it works more than before it was asked. Pure.
 
 The work that a load does varies with the share of processors and disks that the host gives it. But
 two figures of a load stay about the same. One is the load's demand: the number of processors that
 it uses or waits for, plus the number of its requests in flight. When the host's disk became slow,
-the processors fell from 0.7 to 0.15 and the requests rose from 0.3 to 1.2, so the demand changed
+the first number fell from 0.7 to 0.15 and the second rose from 0.3 to 1.2, so the demand changed
 little (measured). The other figure is the number of requests per second of processor time, which
 changes only if the host becomes more or less busy (share_growth).
 

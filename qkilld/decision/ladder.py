@@ -6,8 +6,8 @@ A job that is held sends no signals and does not give up. Extend delays SIGKILL.
 time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
-- No SIGKILL within `stall` after the last progress, or after the end of the last wait. A wait that
-  may only be hidden delays SIGKILL in the same way, but not forever.
+- No SIGKILL within `stall` after the last progress, or after the end of the last wait. If
+  unreadable evidence may hide a wait, this delays SIGKILL in the same way, but not forever.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` after
   the last progress, or after SIGTERM. If evidence is missing, the process counts as waiting.
 - Doubtful movement delays SIGKILL, but not forever (DOUBT).
@@ -110,7 +110,7 @@ class JobFacts:
 class Decision:
     action: Action
     deadline: int = INFINITY
-    """When the next rung is due, or the job gives up, if nothing changes."""
+    """The time at which the next rung is due or the job gives up, if nothing changes."""
     wake: int = INFINITY
     """With WAIT: when to decide again; INFINITY if only an event can change the decision."""
     promised: int = 0
@@ -220,8 +220,9 @@ def kill_due(facts: JobFacts) -> int:
         doubted = min(max(since, evidence.doubt_from), longest)
         due = max(due, doubted + policy.storage_stall)
     else:
-        # Unreadable samples, and a process that is starved again and again, must not start `stall`
-        # again forever. At `latest_end`, SIGKILL would be due even if a wait were still open.
+        # Unreadable samples, and a process that is starved again and again, must not restart
+        # `stall` without limit. At `latest_end`, SIGKILL would be due even if a wait were still
+        # open.
         latest_end = since + policy.storage_stall * DOUBT
         due = max(due, min(max(since, evidence.outstanding_from), latest_end) + policy.stall)
     return min(due, latest)

@@ -151,7 +151,7 @@ class Judgement:
     reason: str
     """The reason in words, for STATUS= and the receipt."""
     until: int | None = None
-    """When the conclusion changes if the guest does nothing (µs, CLOCK_MONOTONIC)."""
+    """The time (µs, CLOCK_MONOTONIC) at which the conclusion changes if the guest does nothing."""
     method: AskMethod | None = None
     """With ASK: how to ask."""
 
@@ -207,8 +207,8 @@ def start(at: int) -> Attempt:
 
 
 def go_on(attempt: Attempt, at: int) -> Attempt:
-    """Continue the previous daemon's attempt at the time `at`. The time without a daemon does not
-    count as silence of the monitor."""
+    """Continue the previous daemon's attempt; `at` is the current time. The time without a daemon
+    does not count as silence of the monitor."""
     return replace(attempt, answered_at=at)
 
 

@@ -29,7 +29,8 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 _Moment = Sample | ChangeRecord | RungRecord
 
 SAMPLE_DURATION: Final = 250_000
-"""A sample recorded within this time (µs) after a deadline is used for the decision then due."""
+"""A sample recorded within this time (µs) after a deadline is used for the decision at that
+deadline."""
 
 _NONE: Final = Flag(0)
 _ENDS: Final = {

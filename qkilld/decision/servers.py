@@ -1,7 +1,7 @@
 """Find out whether a server of a guest's network disks may have ended before the guest. Pure.
 
 If a server ends before the guest has closed its disk, QEMU's last writes and flushes fail. QEMU
-then exits at once, with code 0, before another sample can be taken, so the servers are searched for
+then exits at once, with code 0, before another sample can be taken, so qkilld looks for the servers
 before SIGTERM. After the guest's end, qkilld checks which process ended first.
 
 A server that is being stopped closes its connections some time before it ends. So a server that
@@ -13,8 +13,8 @@ ordinary stop, so its end proves nothing. The same is true of a process that a s
 the connection: its parent is watched instead, because the parent continues to run.
 
 If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
-Each connection is assigned to any of these nodes, so a risk of one node may really be a risk of
-another node in its group.
+Each connection is assigned to an arbitrary one of these nodes, so a risk of one node may really be
+a risk of another node in its group.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--all",
         dest="all_guests",
         action="store_true",
-        help="stop every QEMU that no ExecStop= of its own unit stops, as qkilld-guests.service "
-        "does at shutdown",
+        help="like qkilld-guests.service at shutdown, stop every QEMU, except those that are "
+        "stopped by ExecStop= of their own unit",
     )
     force = parser.add_mutually_exclusive_group()
     force.add_argument(
