@@ -23,8 +23,8 @@ KEEPALIVE: Final = 512
 """Fewer bytes than this in a WINDOW show no progress: they may be keepalives. iSCSI sends 48 bytes
 each way every 5 s."""
 SERVES: Final = 3
-"""Assume that an NBD server serves requests if it has this many context switches in a WINDOW, even
-if no sample finds one of its threads in a call."""
+"""If an NBD server has this many context switches in a WINDOW, it may be serving requests, even if
+nothing shows a reply."""
 HANDSHAKE: Final = 16 * 1024
 """If fewer bytes than this were acknowledged on a connection, data from the server does not count
 as a reply, because it may belong to the handshake."""
@@ -40,7 +40,7 @@ log."""
 OWN_IO: Final = 512
 """Fewer bytes than this, read or written by the process itself, show no progress."""
 
-_KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
+KEEPALIVE_PROTOCOLS: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" stands for an unknown
 protocol."""
 _STORAGE_WCHAN: Final = (
@@ -281,7 +281,7 @@ def group_signs(sample: Sample) -> list[Sign]:
 
 def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sign]:
     """Return the signs of a connection. `before`: its server in the last sample."""
-    chatty = protocol in _KEEPALIVE
+    chatty = protocol in KEEPALIVE_PROTOCOLS
     signs = []
     if socket.received == 0:
         # Nothing was ever received, so the connection has no sign: the kernel accepts connections
@@ -319,9 +319,15 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
 
 def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     """Return the signs of a server, and of the servers that it uses itself."""
-    signs = _own_server_signs(peer, before, protocol)
-    if peer.shared is not False:
+    if peer.shared is False:
+        signs = _own_server_signs(peer, before)
+    else:
         signs = _shared_server_signs(peer, before)
+    if peer.threads == () and peer.switches is not None and protocol == "nbd":
+        # NBD has no keepalives, so a server that runs may serve requests, even if no sample finds
+        # it in a call. This also shows the replies on unix sockets, which have no counters.
+        text = f"{_server_title(peer)} serves requests"
+        signs.append(Sign(f"{_of(peer)}{_RUNS}", SignKind.TRAFFIC, peer.switches, text))
     earlier = {other.pid: other for other in (before and before.behind) or ()}
     awaited = _awaited_mounts(peer)
     for other in peer.behind:
@@ -346,10 +352,9 @@ def _awaited_mounts(peer: Peer) -> set[str] | None:
     return None if any(not thread.target for thread in working) else {t.mount for t in working}
 
 
-def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
+def _own_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     """Return the signs of a server without other clients: bytes that it reads and writes, completed
-    writes of the disks that its calls wait for, and the return of its calls on mounts. For NBD,
-    there may also be a sign that the server runs."""
+    writes of the disks that its calls wait for, and the return of its calls on mounts."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     # If one of the server's calls is stuck, the server's reads and writes may be its own work,
     # such as a backup job.
@@ -358,18 +363,12 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
-    # NBD has no keepalives, so if an NBD server runs, it serves requests, even if no sample finds
-    # it in a call.
-    if peer.threads == () and peer.switches is not None and protocol == "nbd":
-        text = f"{_server_title(peer)} serves requests"
-        name = f"{_of(peer)}{_RUNS}"
-        signs.append(Sign(name, SignKind.TRAFFIC, peer.switches, text, SERVES))
     return signs
 
 
 def only_runs(sign: Sign) -> bool:
-    """Return whether the sign shows only that a server runs, perhaps to repeat a request that
-    fails."""
+    """Return whether the sign shows only that a server runs, perhaps for other clients, or to
+    repeat a request that fails."""
     return sign.name.startswith(_SERVER) and sign.name.endswith(f":{_RUNS}")
 
 

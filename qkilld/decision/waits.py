@@ -15,6 +15,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Final
 
+from qkilld.decision.replies import reply_signs, runs_without_replies
 from qkilld.decision.signs import (
     TALK,
     Sign,
@@ -425,8 +426,10 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     by_node: dict[str, list[Socket]] = {}
     for socket in sockets:
         by_node.setdefault(socket.node, []).append(socket)
+    runs_anyway = runs_without_replies(sample)
     waits = [
-        _node_wait(node, by_node.get(node.name, ()), sample, before) for node in sample.nodes or ()
+        _node_wait(node, by_node.get(node.name, ()), sample, before, runs_anyway=runs_anyway)
+        for node in sample.nodes or ()
     ]
     waits += [
         _unknown_wait(socket, sample, before.get(socket.inode))
@@ -472,19 +475,25 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
 
 
 def _node_wait(
-    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer]
+    node: Node,
+    sockets: Sequence[Socket],
+    sample: Sample,
+    before: Mapping[int, Peer],
+    *,
+    runs_anyway: bool,
 ) -> Wait:
-    """Return the wait for a node's server. `before`: the servers in the last sample, keyed by the
-    inode of the connection."""
-    signs = []
+    """Return the wait for a node's server.
+
+    `before`: the servers in the last sample, keyed by the inode of the connection. `runs_anyway`:
+    whether the process may run although no server replies.
+    """
+    signs: list[Sign] = []
     for socket in sockets:
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
             if only_runs(sign):
-                # If the process has not run, it got no reply: perhaps the server just repeats a
-                # request that fails. So only a doubtful sign can move then.
-                signs.append(replace(sign, name=f"{sign.name} alone", sure=False))
-                sign = replace(sign, switches=sample.switches)
-            signs.append(sign)
+                signs += reply_signs(sign, socket.peer, sample.switches, sure=not runs_anyway)
+            else:
+                signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
         # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.

@@ -795,64 +795,6 @@ def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
         assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, second * S)
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_each_reply_proves_what_its_server_did_before(first: int) -> None:
-    """The server of an NBD disk wakes once a second, and answers every 3 s. Each answer wakes
-    QEMU."""
-    now = follow(
-        [
-            replace(
-                IDLE,
-                at=second * S,
-                switches=100 + (second + first) // 3,
-                **served(replace(SERVER, switches=1_000 + second)),
-            )
-            for second in range(60)
-        ]
-    )
-    assert now.progress_at is not None
-    assert now.last.at - now.progress_at < 7 * S
-
-
-@pytest.mark.parametrize(
-    ("seconds", "special", "expected"),
-    [
-        (range(0), {}, 9),
-        # The server could not be sampled when QEMU ran.
-        (range(9, 10), {"sockets": (UNIX,)}, 10),
-        (range(9, 10), {"sockets": None}, 10),
-        # At that time, the server was already in a call for the next request.
-        (range(9, 10), served(replace(SERVER, threads=(WRITING,), switches=1_008)), 10),
-        # The server's files were closed between two samples, so the count began again.
-        (range(1, 5), served(replace(SERVER, switches=5_000)), 9),
-    ],
-)
-def test_the_first_reply_is_progress(
-    seconds: range, special: dict[str, Any], expected: int
-) -> None:
-    """The server sleeps for 9 s, and then writes a page. QEMU has slept since the stop."""
-    found = [replace(IDLE, at=0, nodes=(NBD,), sockets=(UNIX,))]
-    for second in range(1, 20):
-        woken = second >= 9
-        shown = served(replace(SERVER, switches=1_000 + 8 * woken))
-        if second in seconds:
-            shown |= special
-        found.append(replace(IDLE, at=second * S, switches=100 + 2 * woken, **shown))
-    assert follow(found).progress_at == expected * S
-
-
-def test_work_of_a_server_without_a_reply_is_no_progress() -> None:
-    """QEMU runs once, to handle a reply. After that, the server repeats a request that fails.
-    Later, the server is not sampled for a while."""
-    found = []
-    for second in range(60):
-        shown = served(replace(SERVER, switches=1_000 + 5 * second))
-        if 20 <= second < 30:
-            shown = {"nodes": (NBD,), "sockets": (UNIX,)}
-        found.append(replace(IDLE, at=second * S, switches=100 + (second >= 5), **shown))
-    assert follow(found).progress_at == 5 * S
-
-
 def test_writes_of_a_server_on_a_unix_socket_are_progress() -> None:
     """The socket has no counter, and the server is sampled rarely."""
 
