@@ -36,8 +36,8 @@ PRIVATE_PROGRAMS: Final = {
     "qemu-guest": "qkilld.launcher.main:main",
     "undo-adopt": "qkilld.ctl.undo_adopt:main",
 }
-"""Programs in PREFIX/lib/qkilld, which shells, our units and package removal run. Name →
-module:function."""
+"""The programs in PREFIX/lib/qkilld: name → module:function. They are run by shells, our units and
+package removal."""
 
 DEBIAN: Final = {
     "dbus-next": "python3-dbus-next",
@@ -301,7 +301,7 @@ def _remove_links(root: str, units: set[str]) -> None:
 
 
 def missing() -> list[str]:
-    """Return the Debian packages that this interpreter lacks, with versions that are needed."""
+    """Return the Debian packages that this interpreter lacks, with the required versions."""
     wanted = [each.partition(";")[0] for each in PROJECT["dependencies"]]
     # One of the two D-Bus libraries is enough.
     buses = [each for each in wanted if each.startswith("dbus-")]

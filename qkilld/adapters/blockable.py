@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 PATIENCE_S = 0.02
 """How long a caller waits for a read, which usually takes 10 to 30 µs."""
 SHORT_PATIENCE_S = 0.001
-"""Used instead of PATIENCE_S for SHORT_FOR_S seconds after a timeout. Otherwise, somebody who
-blocks and unblocks processes all the time could block the event loop for much of the time."""
+"""After a timeout, this is used instead of PATIENCE_S for SHORT_FOR_S seconds. Otherwise, somebody
+who blocks and unblocks processes all the time could block the event loop for much of the time."""
 SHORT_FOR_S = 1.0
 MAX_WAIT_S = 0.5
-"""How long to wait for a read that is delayed, but not blocked by the process: the thread may be
-waiting for the interpreter."""
+"""How long to wait for a read that the process does not block. The read may be delayed because its
+thread waits for the interpreter."""
 MAX_THREADS = 64
 MAX_OF_ROOT = 16
 MAX_SHARED = 24

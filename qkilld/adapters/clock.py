@@ -13,7 +13,7 @@ from qkilld.model.constants import USEC_PER_SEC
 
 
 class UserTimer:
-    """A timer that queues its callback as work of one user (engine.steps) when it expires.
+    """A timer that, when it expires, queues its callback as work of one user (engine.steps).
     Implements engine.ports.Timer."""
 
     __slots__ = ("_callback", "_user", "handle")

@@ -4,7 +4,7 @@ qkilld is needed when disks stall, and journald may then stop reading. journald'
 services share, fills up, and writes to it block. So events go through a bounded queue to a separate
 thread. If the queue is full, events are dropped and counted. The native protocol
 (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here, because `systemd.journal.send`
-holds Python's lock while it waits for room in the socket, which stops every thread of the process.
+waits for room in the socket while it holds Python's lock, and so stops all threads of the process.
 """
 
 from __future__ import annotations

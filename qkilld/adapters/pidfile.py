@@ -33,8 +33,8 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""By how many seconds a process may seem to be younger than its pidfile. The start of a process is
-known with a precision of 10 ms. The rest is for the coarse times of file systems."""
+"""A process may seem to be younger than its pidfile by up to this many seconds. The start of a
+process is known to 10 ms. The rest is for the coarse times of file systems."""
 MAX_PID: Final = 2**32 - 1
 """The greatest pid that a call on the bus can contain. The kernel's own limit is far lower."""
 

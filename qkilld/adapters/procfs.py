@@ -67,7 +67,7 @@ class Stat(NamedTuple):
     start_time: int
     """Clock ticks since boot."""
     exit_status: int
-    """As wait(2) returns it; 0 if the process has not exited, or if the kernel does not show it
+    """In the form of wait(2); 0 if the process has not exited, or if the kernel does not show it
     because we lack the ptrace right."""
 
     @property
@@ -101,8 +101,8 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether these credentials permit `wanted` on a file: S_IRUSR (read) or S_IXUSR
-        (execute). Ignores ACLs."""
+        """Return whether these credentials give a permission on a file. `wanted` is S_IRUSR (read)
+        or S_IXUSR (execute). Ignores ACLs."""
         if self.uid == 0:
             return True
         if self.uid == status.st_uid:
@@ -528,7 +528,7 @@ def _readlink(path: str) -> str | None:
 
 
 def _tasks(own: Path) -> list[Path]:
-    """Return the threads of a process, none if it is gone. Raises OSError."""
+    """Return the threads of a process; [] if it is gone. Raises OSError."""
     try:
         return list((own / "task").iterdir())
     except (FileNotFoundError, ProcessLookupError):

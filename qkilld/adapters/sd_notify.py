@@ -1,8 +1,8 @@
 """The protocol of sd_notify(3).
 
 The protocol is implemented here, as the man page allows. Importing systemd-python's notify() takes
-10 ms, and notify() holds Python's lock while it waits for room in the socket, which stops all other
-threads.
+10 ms. notify() also waits for room in the socket while it holds Python's lock, and so stops all
+other threads.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class ServiceManager:
         self._put(state, None, always=True)
 
     def ping(self) -> None:
-        """Tell systemd's watchdog that this program works. Does nothing while an earlier such
+        """Tell systemd's watchdog that this program still works. Does nothing while an earlier such
         message waits to be sent."""
         if not self._pinging:
             self._pinging = True
