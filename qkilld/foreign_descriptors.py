@@ -37,7 +37,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""The maximum number of threads that close sockets. The same number may close files."""
+"""The maximum number of threads that close sockets, and of threads that close files."""
 MAX_PENDING: Final = 1024
 """How many files may wait to be closed."""
 STUCK_S: Final = 0.1
@@ -161,7 +161,8 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     """Receive up to `size` bytes, and all descriptors that came with them.
 
     Raises OSError, such as BlockingIOError if there is nothing to receive, and ConnectionResetError
-    if descriptors came that cannot be accepted now. Those of a `trusted` end are always accepted.
+    if descriptors came that cannot be accepted now. Descriptors from a `trusted` end are always
+    accepted.
     """
     if _files.full and not trusted:
         # Peek without room for descriptors. This shows whether descriptors have come, and leaves

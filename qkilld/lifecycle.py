@@ -260,8 +260,9 @@ class RunningDaemon:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Raises BusError if we cannot own our name, or if there is neither a bus nor a listener, but
-        never while a job runs. If the journal already has the error, returns FAILURE instead.
+        Raises BusError if we cannot own our name, or if there is neither a bus nor a listener.
+        Never raises it while a job runs. If the journal already has the error, returns FAILURE
+        instead.
         """
         feeding = asyncio.get_running_loop().create_task(self._feed_watchdog())
         self._registry.on_busy = self._busy
@@ -386,8 +387,8 @@ class RunningDaemon:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
         # Close the Varlink connections before leaving the bus, because leaving takes time. If a
-        # connection closes soon after a cancellation, the client concludes that the job was
-        # cancelled because the daemon stops, and not by a caller.
+        # connection closes soon after a job was cancelled, the client concludes that the job was
+        # cancelled by the stop of the daemon, not by a caller.
         self._varlink.close()
         await self._leave(bus)
         # systemd must start a new daemon for the remaining jobs. In a restart, it always does so;

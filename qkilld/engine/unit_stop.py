@@ -54,7 +54,8 @@ class UnitStops:
         task.add_done_callback(self._tasks.discard)
 
     def reason(self, pid: int) -> str:
-        """Return a reason for a stop: the unit with the ExecStop= process `pid`; "" if unknown."""
+        """Return "ExecStop of UNIT" for the unit whose ExecStop= process is `pid`; "" if
+        unknown."""
         process = self._describe(pid)
         return f"ExecStop of {process.unit.name}" if process and process.unit.name else ""
 

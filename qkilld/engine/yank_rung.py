@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank`, including a sample between them. If the
-monitor is still being opened, there is another timeout of this length for that. When one expires,
-SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank` together, including the sample between
+them. Opening the monitor, if necessary, has its own timeout of this length. When either timeout
+expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -99,8 +99,9 @@ class YankRung:
         return True
 
     def withdraw(self) -> None:
-        """End the attempt, because progress or a caller delays SIGKILL. But continue if `yank` was
-        sent, or after a useless sample: otherwise, such samples could lead to endless attempts."""
+        """End the attempt, because progress or a caller delays SIGKILL. Do nothing while `yank`
+        waits for its reply. Also do nothing after a sample that shows nothing, because such samples
+        could make attempts start again without end."""
         evidence = self._job.assessment
         is_blind = evidence is not None and tells_nothing(evidence.last)
         if not self._unanswered and not is_blind:

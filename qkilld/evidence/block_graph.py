@@ -197,7 +197,7 @@ def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
 
 def _shares_memory(option: QemuOption) -> bool:
     """Return whether the option creates memory that other processes may use. memory-backend-file
-    and memory-backend-ram do so only with share=on, the other memory backends by default."""
+    and memory-backend-ram do so only with share=on; the other memory backends do so by default."""
     kind = option.flat.get("qom-type", "") if option.name == "object" else ""
     default = "off" if kind in ("memory-backend-file", "memory-backend-ram") else "on"
     return kind.startswith("memory-backend-") and option.flat.get("share", default) not in _OFF
@@ -469,8 +469,8 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add the connections of options that are not disks. Of these connections, only those of
-    vhost-user can be for storage."""
+    """Add the connections of options that do not define disks. Among these, only a vhost-user
+    connection can be for storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

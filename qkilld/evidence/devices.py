@@ -114,7 +114,7 @@ def counts_requests(block: Block) -> bool | None:
 
 def _backing_sizes(path: str) -> range:
     """Return the possible sizes of the backing file. The result is a range, because the loop device
-    has only whole sectors of the file, and may end at a limit before the end of the file."""
+    has only whole sectors of the file, and may be limited to a part of the file."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)
@@ -126,8 +126,8 @@ def _backing_sizes(path: str) -> range:
 
 
 def read_counters(stats: tuple[str, ...], *, layered: bool = False) -> Counters:
-    """Sum up the counters in the files `stats` (Block.stats). Raises OSError (FileNotFoundError and
-    ENODEV if the device was unplugged) and ValueError.
+    """Sum up the counters in the files `stats` (Block.stats). Raises ValueError or OSError;
+    FileNotFoundError or ENODEV means that the device was unplugged.
 
     `layered`: also read Counters.only_reads. This costs 10 to 100 µs if requests are in flight.
     """

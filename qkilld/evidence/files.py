@@ -36,7 +36,7 @@ from qkilld.model.named_tuple import NamedTuple
 
 PROC: Final = Path("/proc")
 MAX_DESCRIPTORS: Final = 4096
-"""A process with more descriptors is not examined."""
+"""A process with more descriptors than this is not examined."""
 MORE_MOUNTS: Final = 256 << 10
 """The mountinfo of a process counts as unreadable if it is more than this many bytes longer than
 ours. The kernel takes 70 ms to write this many bytes, about 1,800 mounts (measured). Any user can
@@ -88,7 +88,8 @@ class Image(NamedTuple):
 
 
 def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
-    """List the descriptors; None if the process is gone or hidden. Costs 4 µs for each."""
+    """List the descriptors; None if the process is gone or hidden. Costs 4 µs for each
+    descriptor."""
     try:
         directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

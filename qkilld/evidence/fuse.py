@@ -42,8 +42,8 @@ thread."""
 BACKGROUND_SEARCH_S: Final = 1.0
 """How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 19
-"""After a search, pause for this many times its processor time, so that the two searches
-(search_pair) together use at most a tenth of a processor."""
+"""The pause after a search, as a multiple of the search's processor time. With this pause, the two
+searches (search_pair) together use at most a tenth of a processor."""
 RETRY_S: Final = 5.0
 """If no process was found that may serve a connection, the next search begins after this time."""
 AGE_S: Final = 30.0

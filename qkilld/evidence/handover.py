@@ -35,9 +35,9 @@ class Handover:
             self._next = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> bool:
-        """Make the loop run `call`: at once if it is urgent or if no call follows soon (`more` is
-        false); otherwise, together with a later call or after MAX_DELAY_S. Return False if the loop
-        is closed. Thread-safe."""
+        """Make the loop run `call`. If the call is urgent, or no other call follows soon (`more` is
+        false), the loop runs it at once; otherwise, together with a later call or after
+        MAX_DELAY_S. Return False if the loop is closed. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         try:
             if urgent or not more:

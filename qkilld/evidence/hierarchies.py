@@ -31,7 +31,7 @@ _MAX_PROCESSES: Final = 64
 _MAX_BYTES: Final = 8 * (_MAX_PROCESSES + 1)
 """How many bytes of cgroup.procs to read: enough for more than _MAX_PROCESSES ids of up to seven
 digits. Longer files are not read to the end, because a group may have thousands of guests, and the
-file is read for each."""
+file is read for each of them."""
 _MACHINE: Final = re.compile(r"/machine\.slice/(?:[^/]+\.slice/)*machine-[^/]+\.scope(?:/|$)")
 """The scope of a machine of systemd-machined. All processes in it count as the guest's: libvirt
 also puts QEMU's helpers there."""

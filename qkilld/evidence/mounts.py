@@ -18,7 +18,7 @@ from qkilld.model.sample import Mount
 from qkilld.model.text import printable
 
 MAX_BYTES: Final = 4 << 20
-"""A longer mountstats file counts as unreadable. This is enough for about 500 NFS mounts."""
+"""A mountstats file that is longer than this (about 500 NFS mounts) counts as unreadable."""
 KINDS: Final = frozenset({"nfs", "nfs4"})
 """The types of file systems that have counters."""
 

@@ -24,7 +24,7 @@ SEARCH_S: Final = 0.05
 BACKGROUND_SEARCH_S: Final = 1.0
 """How long a search between samples may take. No sample waits for it."""
 PAUSE_FACTOR: Final = 9
-"""After a search, pause for this many times its processor time."""
+"""The pause after a search, as a multiple of the search's processor time."""
 RETRY_S: Final = 5.0
 """If no process of a socket was found, the search begins again after this time."""
 MAX_PLACES: Final = 16_384

@@ -148,8 +148,8 @@ class PeerReader:
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
         """Return the storage of those files of the server that have the names of the guest's
         images. If no file matches, the server may have changed the names: return the storage of all
-        its files. But if the server has connections, return (): the images may be behind one, and
-        the files may be a log or cache."""
+        its files. But if the server has connections, return (): the images may be behind a
+        connection, and the files may be a log or cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if file_name(path) in names}:
             images = named
@@ -203,7 +203,7 @@ def file_name(path: str) -> str:
 
 
 def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
-    """Return the storage of the files if all have the same; () otherwise."""
+    """Return the storage of the files if they all have the same storage; () if not."""
     distinct = set(places)
     if len(distinct) != 1:
         return ()

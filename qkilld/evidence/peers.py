@@ -43,8 +43,8 @@ MAX_PLACES: Final = 1024
 connections of the guest, it counts once for each, because the sample has a copy for each."""
 MAX_CHILDREN: Final = 4
 """Of the processes that a server has started, only this many of the oldest and this many of the
-newest are sampled. A long flush is older than the short scripts that others start meanwhile, but
-the oldest may be helpers that never end."""
+newest are sampled. A process that does a long flush is older than short scripts that were started
+later, but the oldest processes may be helpers that never end."""
 KEPT_FILES: Final = 64
 """How many descriptors may stay open between reads for all servers of one guest."""
 HOPS: Final = 4
@@ -259,7 +259,7 @@ class ServerReader:
             others = []
             for pid in behind.get(peer.pid, ()):
                 other, links = build(self._sampled[pid]), self._links[peer.pid]
-                # A server that several of these processes use serves none of them alone.
+                # If several of these processes use a server, it serves none of them alone.
                 serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
                 others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)

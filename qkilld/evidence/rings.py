@@ -15,13 +15,13 @@ completions, not requests in flight. Only samples with detail read the tail (sam
 this takes the process's memory lock.
 
 Needs the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. The
-descriptors and mappings are read again when the number of descriptors changes, and otherwise every
-REFRESH_S, or every IDLE_REFRESH_S if the process has not run since the last reading. Reading
-them costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
-the mappings. The mappings are read only if a file is open with O_DIRECT and some process on the
-host has an AIO context. Reading the mappings takes the process's memory lock, and may block as long
-as the process's storage hangs. So a separate thread reads the mappings, and after
-MAPPINGS_TIMEOUT_S the result is unknown.
+descriptors and mappings are read again when the number of descriptors changes, and at the latest
+after REFRESH_S (IDLE_REFRESH_S if the process has not run since the last reading). Reading them
+costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for the
+mappings. The mappings are read only if a file is open with O_DIRECT and some process on the host
+has an AIO context. Reading the mappings takes the process's memory lock, and may block as long as
+the process's storage hangs. So a separate thread reads the mappings, and after MAPPINGS_TIMEOUT_S
+the result is unknown.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ IDLE_REFRESH_S: Final = 30.0
 change what its descriptors refer to."""
 MAPPINGS_TIMEOUT_S: Final = 0.05
 MAX_DESCRIPTORS: Final = 1024
-"""A process with more descriptors is not examined."""
+"""A process with more descriptors than this is not examined."""
 MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
-"""A longer /proc/PID/maps is not examined. This is enough for about 40,000 mappings."""
+"""If /proc/PID/maps is longer than this (about 40,000 mappings), it is not examined."""
 _MAX_IN_FLIGHT: Final = 1 << 17
-"""A larger number of requests in flight counts as unknown, because it is computed from tails that
-the process can overwrite. The maximum is twice IORING_MAX_CQ_ENTRIES, because completions may
-overflow."""
+"""If the number of requests in flight seems to be greater than this, it counts as unknown, because
+it is computed from tails that the process can overwrite. The maximum is twice
+IORING_MAX_CQ_ENTRIES, because completions may overflow."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""
@@ -208,7 +208,7 @@ class RingReader:
 def requests_in_flight(text: bytes) -> RingRequests | None:
     """Return the requests in flight on one ring, from its fdinfo; None if not shown.
 
-    Older kernels never show the ring, and newer kernels do not while another thread holds the
+    Older kernels never show them. Newer kernels do not show them while another thread holds the
     ring's lock.
     """
     sq_tail = number_after(text, b"\nSqTail:\t")

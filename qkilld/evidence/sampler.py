@@ -96,7 +96,8 @@ class Reader:
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
         self._known_graph: BlockGraph | None = None
-        """The block graph when the sockets were last listed; None if none was known then."""
+        """The block graph that was known when the sockets were last listed; None if there was
+        none."""
         self._fd_directory = f"{PROC}/{pid}/fd"
 
     def read(self, *, detail: bool = False) -> Sample:
@@ -321,8 +322,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Do this even if a sample was already requested: it may be complete, but waiting to be
-        # handed over with one that blocks.
+        # Do this even if a sample was already requested: that sample may be complete, but wait to
+        # be handed over together with a sample that blocks.
         self._handover.expect()
 
     @property

@@ -33,8 +33,9 @@ ms."""
 
 
 _SHARE: Final = 4
-"""The pidfds of servers may use 1/_SHARE of this program's descriptors. If none of these is free, a
-guest takes one from the user whose guests have most, if its own user's guests have fewer."""
+"""At most 1/_SHARE of this program's descriptors are pidfds of servers. When this many are in use,
+a guest takes one from the user whose guests have the most pidfds, unless its own user has about as
+many."""
 
 
 class GuestServerExits:
@@ -140,8 +141,9 @@ class GuestServerExits:
         self._of_user.setdefault(self._user, {})[self] = None
 
     def _make_room(self) -> bool:
-        """Return whether another server may be watched. If necessary, stop watching a server of a
-        user who has more. Servers of root's guests are never given up."""
+        """Return whether another server may be watched. If there is no room, stop watching one
+        server of the user whose guests have the most watched servers, unless our guest's user has
+        about as many. Servers of root's guests are never given up."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE
         if self._servers.total() < limit:
             return True

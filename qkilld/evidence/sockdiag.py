@@ -9,7 +9,7 @@ socket needs its id; one scan of the table finds the ids of all wanted sockets.
 
 Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
 table, which has many slots, and 20 µs for one TCP socket whose id is known. The kernel finds one
-unix socket among 40,000 in 1 ms, among 200,000 in 40 ms. Sources: sock_diag(7), netlink(7),
+unix socket in 1 ms among 40,000, and in 40 ms among 200,000. Sources: sock_diag(7), netlink(7),
 linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h.
 """
 
@@ -174,7 +174,7 @@ class SocketTable:
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
-        """The time (s) spent on single sockets. After SINGLE_S, no others are read."""
+        """The time (s) spent on single sockets. After SINGLE_S, no more of them are read."""
         self._expected: set[int] = set()
         self._tcp_infos: dict[int, bytes] = {}
         self._searched_inodes: set[int] = set()
@@ -370,7 +370,7 @@ def closed_first(id: bytes) -> bool | None:
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
         for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
-            if buffer[start + 4 : start + 40] == id[1:37]:  # If not, it is a listening socket.
+            if buffer[start + 4 : start + 40] == id[1:37]:  # A listening socket differs.
                 return buffer[start + 1] in _CLOSED_FIRST or None
     except FileNotFoundError:
         return False
@@ -502,7 +502,7 @@ def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
 def _request(
     request: bytes, flags: int, seconds: float | None = None, *, lock_s: float = -1
 ) -> Iterator[_Place]:
-    """Yield the kernel's replies. The limit is `seconds`; if that is None, MAX_SOCKETS
+    """Yield the kernel's replies, for at most `seconds`; if that is None, at most MAX_SOCKETS
     replies. `lock_s`: how long to wait for other threads.
 
     Raises _TooMany above the limit, OSError (ENOENT if there is no such socket, or if the kernel

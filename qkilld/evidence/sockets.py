@@ -33,7 +33,7 @@ __all__ = ["SocketReader", "SocketTable"]
 
 PROC: Final = Path("/proc")
 MAX_BYTES: Final = 4 << 20
-"""A longer file in /proc/PID/net counts as unreadable. This is enough for about 28,000 sockets."""
+"""A file in /proc/PID/net that is longer than this (about 28,000 sockets) counts as unreadable."""
 
 # The names in /proc/net/protocols. Since Linux 5.15, unix stream sockets have a name of their own.
 _UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
@@ -155,9 +155,10 @@ class SocketReader:
         TCP socket is a client if no socket listened on its local port when it was first seen. This
         costs 5 µs for each unix socket and 20 µs for each TCP socket, besides reading the table.
 
-        If all sockets are unix sockets that listen or are known not to be storage, the same result
-        is returned until refresh(), or until a descriptor changes. `has_run`: the process may have
-        run since the last call. If it has not, its descriptors are not checked.
+        If all sockets are unix sockets, and each listens or is known not to be storage, the same
+        result is returned until refresh() or until a descriptor changes. `has_run`: the process may
+        have run since the last call. If it has not, it has the same descriptors, and they are not
+        checked.
         """
         if self._settled is not None and not (has_run and self._changed()):
             return self._settled
@@ -195,7 +196,7 @@ class SocketReader:
     def _settles(
         self, sockets: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
     ) -> bool:
-        """Return whether no socket of the process is or could become a connection to storage.
+        """Return False if a socket of the process is, or could become, a connection to storage.
         Raises Unreadable."""
         if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
             return False
@@ -415,7 +416,7 @@ class SocketReader:
         if ends is None:
             return unnamed
         uses = [use for use in (ends.ports.get(port), ends.descriptors.get(number)) if use]
-        # Prefer storage: the same port may be that of storage on one host, and of something else on
+        # Prefer storage: the same port may belong to storage on one host, and to something else on
         # another host.
         return max(uses, key=lambda use: use.role == "storage", default=unnamed)
 

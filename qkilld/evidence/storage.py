@@ -4,9 +4,9 @@
 
 An image may lie on a partition, a logical volume, a loop device, or a file system in a file on
 another file system. All layers are returned, with their depth, because each layer shows something
-different. An upper layer has fewer users: a logical volume may be used by one guest, and the disk
-below it by all. A lower layer may be active while the counters of an upper layer do not change: a
-loop device does not count a flush, but its disk does.
+different. An upper layer has fewer users than a lower one: a logical volume may be used by one
+guest, and the disk below it by all. A lower layer may be active while the counters of an upper
+layer do not change: a loop device does not count a flush, but its disk does.
 
 Costs were measured on two cores of a 2020s Xeon; see each method.
 """
@@ -33,7 +33,7 @@ from qkilld.model.text import printable
 PROC: Final = Path("/proc")
 SYS: Final = Path("/sys")
 MAX_DEVICES: Final = 256
-"""If there are more devices under a process's images, its storage counts as unknown."""
+"""If more devices than this are under a process's images, its storage counts as unknown."""
 MAX_DEPTH: Final = 16
 _NONE: Final[Set[int]] = frozenset()
 _STANDARD_ERROR: Final = 2

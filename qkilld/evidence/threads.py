@@ -31,10 +31,10 @@ from qkilld.model.sample import Thread
 from qkilld.model.text import printable
 
 MAX_THREADS: Final = 512
-"""A process with more threads is not examined."""
+"""A process with more threads than this is not examined."""
 _IDLE_WORKERS: Final = ("io_wq_worker", "io_wqe_worker", "vhost_task_fn")
-"""Functions in which idle kernel workers of the process sleep: that of io_uring (in Linux
-6.1, io_wqe_worker), and that of vhost."""
+"""The functions in which idle kernel workers of the process sleep: io_wq_worker for io_uring
+(io_wqe_worker in Linux 6.1), and vhost_task_fn for vhost."""
 _RING_WORK: Final = Call(
     "", waits=False, reads=False, submits=True, of_files=False, descriptor=None
 )
@@ -221,8 +221,8 @@ class ThreadReader:
             and not schedstat.startswith(b"0 0 0")
         ):
             return
-        # schedstat was read before the other files, so if the thread runs between these reads, the
-        # next read will find another schedstat.
+        # schedstat was read before the other files. So if the thread runs between these reads, the
+        # next read will find other values in schedstat.
         entry.last_schedstat = schedstat
         status = read_once(f"task/{entry.tid}/status", self._directory)
         switches = number_after(status, b"\nvoluntary_ctxt_switches:\t")
@@ -284,7 +284,7 @@ class ThreadReader:
             entry.may_have_run = True
             return -1, []
         # The last two words are the stack pointer and the program counter. A kernel worker has
-        # neither, and the call shown for it is that of its creator.
+        # neither, and the kernel shows the call of its creator instead.
         if words[-2:] == [b"0x0", b"0x0"]:
             return -1, []
         try:

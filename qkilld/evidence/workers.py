@@ -23,7 +23,8 @@ RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 56
 """See FairShares. Dead storage often blocks many guests of one user."""
 MAX_WORKERS: Final = MAX_BLOCKED + 1
-"""One more than may be blocked, so that one worker can run `instead` (see submit)."""
+"""The maximum number of workers: one more than may be blocked, so that one worker can run `instead`
+(see submit)."""
 
 Call = Callable[[], None]
 

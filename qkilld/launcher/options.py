@@ -107,8 +107,8 @@ def _agent_port(path: str) -> list[str]:
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
     """Return whether to add a port for the agent. Add one if the machine can have one and the file
-    has none, but not to a guest that is restored from a saved state (loadvm), because its devices
-    must be those with which it was saved."""
+    has none. Do not add one to a guest that is restored from a saved state (loadvm): it needs the
+    devices with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]
@@ -132,7 +132,7 @@ _ARCHITECTURES: Final = {
     "armv7l": "arm",
     "ppc64le": "ppc64",
 }
-"""The architectures for which QEMU's name differs from that of uname(2)."""
+"""The architectures to which QEMU gives another name than uname(2)."""
 
 
 def _escaped(value: str) -> str:

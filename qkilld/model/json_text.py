@@ -9,8 +9,8 @@ from typing import Any, Final, NoReturn
 MAX_DEPTH: Final = 64
 """The maximum depth of nested arrays and objects. QEMU allows 1024; block graphs need about 20."""
 
-# A string without an end matches up to the end of the text. Otherwise, a long text with many quotes
-# would be searched again from each of them.
+# A string without an end matches up to the end of the text, so that a long text with many quotes is
+# not searched again from each quote.
 _BRACKET: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 

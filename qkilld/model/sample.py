@@ -84,9 +84,9 @@ class Device:
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above the device. A deeper device is shared with more users. But its
-    counters may change while those of the device above it do not, for example if a loop device
-    waits for a flush."""
+    """The number of layers above the device. The deeper a device is, the more users share it. But
+    its counters may change while the counters of the device above it do not, for example if a loop
+    device waits for a flush."""
     own: bool = False
     """Whether the process has opened the device itself, not a file on it. If so, other users are
     unlikely."""

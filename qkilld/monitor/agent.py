@@ -40,8 +40,8 @@ class AgentClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
         """Take over a connected socket, and synchronize with the agent.
 
-        If this fails, closes the socket and raises MonitorError, or MonitorTimeout if no reply
-        comes in time.
+        If this fails, closes the socket and raises MonitorError (MonitorTimeout if no reply comes
+        in time).
         """
         client = await cls._over(connection)
         try:
@@ -76,9 +76,9 @@ class AgentClient(Channel):
     async def send(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> None:
-        """Run a command. A late, lost or invalid reply is not an error, because the agent may
-        still execute the command. Raises CommandRefused if the agent refuses; another MonitorError
-        if the command was not sent."""
+        """Run a command. A late, lost or invalid reply is not an error, because the agent may still
+        execute the command. Raises CommandRefused if the agent refuses, and another MonitorError if
+        the command was not sent."""
         self._is_sent = False
         try:
             await self.execute(command, arguments, timeout_s=timeout_s)

@@ -1,8 +1,8 @@
 """Parse the monitor's replies about disks. Pure. Replies are hostile: each may be false or
 malformed.
 
-The known replies are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
-MonitorProtocolError if a reply is malformed.
+They may come from QEMU 7.2 to 11.1. All functions except read_export_ids raise MonitorProtocolError
+if a reply is malformed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 
 MAX_DISKS: Final = 64
-"""If a guest has more disks, none is flushed."""
+"""If a guest has more disks than this, none is flushed."""
 MAX_TITLE: Final = 128
 MAX_NODE_NAME: Final = 31
-"""QEMU does not accept longer names of nodes."""
+"""The longest name of a node that QEMU accepts."""
 MAX_CONNECTIONS: Final = 64
 """At most this many connections of a disk are recorded, because they are saved with the job."""
 NETWORK_DRIVERS: Final = frozenset(

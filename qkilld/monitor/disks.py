@@ -171,8 +171,8 @@ async def flush(
     `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
     results up to then are returned, and the other disks count as not tried.
 
-    Raises MonitorError if no server can be started; MonitorTimeout if a command times out before
-    any disk has a result.
+    Raises MonitorError if no server can be started, and MonitorTimeout if a command times out
+    before any disk has a result.
     """
     server = server or ExportServer()
     if server.may_be_our_server is None:

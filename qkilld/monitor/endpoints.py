@@ -47,7 +47,7 @@ class Role(StrEnum):
 @dataclass(frozen=True, slots=True)
 class UnixListener:
     inode: int
-    """The socket's inode, as in /proc/PID/fd; not that of its file."""
+    """The socket's inode, as in /proc/PID/fd; not the inode of the socket's file."""
     paths: tuple[str, ...]
     """The path that the socket is bound to. There are several paths only if a hostile path contains
     line breaks. An abstract name begins with "@"."""

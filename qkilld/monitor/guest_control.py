@@ -384,7 +384,7 @@ class GuestControl:
                 with contextlib.suppress(CommandRefused, MonitorProtocolError):
                     self._vcpus = await self._find_vcpus()
             totals = await self.block_totals()
-            # Take the time when the counters are read: on a busy host, the other replies may take
+            # Read the clock together with the counters: on a busy host, the other replies may take
             # seconds.
             at, vcpus = time.monotonic_ns() // 1000, self._vcpus
             ran, waited = vcpus.times() if vcpus is not None else (None, None)
@@ -421,8 +421,8 @@ class GuestControl:
         """Ask the agent to shut the guest down.
 
         Raises CommandRefused if the agent refuses, for example because the guest's file systems are
-        frozen; MonitorError if no agent answers. After success, no reply comes, and the agent may
-        close its port.
+        frozen, and MonitorError if no agent answers. After success, no reply comes, and the agent
+        may close its port.
         """
         async with self._agent() as agent:
             await self.begin_watch()

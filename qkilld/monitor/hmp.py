@@ -56,8 +56,8 @@ class HmpClient(Channel):
     ) -> Self:
         """Take over a connected socket, and wait for the prompt. `is_starved`: see Channel.
 
-        If this fails, closes the socket and raises MonitorError, or MonitorBusy if no prompt comes
-        in time.
+        If this fails, closes the socket and raises MonitorError (MonitorBusy if no prompt comes in
+        time).
         """
         client = await cls._over(connection)
         client.is_starved = is_starved

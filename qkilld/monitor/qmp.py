@@ -74,8 +74,8 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connected socket, and negotiate. `is_starved`: see Channel.
 
-        If this fails, closes the socket and raises MonitorError, or MonitorBusy if no greeting
-        comes in time.
+        If this fails, closes the socket and raises MonitorError (MonitorBusy if no greeting comes
+        in time).
         """
         client = await cls._over(connection, on_event)
         client.is_starved = is_starved
@@ -131,8 +131,8 @@ class QmpClient(Channel):
 
     async def send(self, command: str, *, timeout_s: float) -> None:
         """Run a command. A late or lost reply is not an error, because QEMU may still execute the
-        command. Raises CommandRefused if QEMU refuses; another MonitorError if the command was not
-        sent."""
+        command. Raises CommandRefused if QEMU refuses, and another MonitorError if the command was
+        not sent."""
         sent = asyncio.Event()
         try:
             await self.execute(command, timeout_s=timeout_s, on_sent=sent.set)

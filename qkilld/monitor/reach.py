@@ -61,8 +61,8 @@ REACH_TIMEOUT_S: Final = 1.0
 START_S: Final = 5.0
 """If QEMU has run for less than this time, it might not listen on its monitor yet."""
 MAX_TABLE: Final = 64 << 20
-"""A longer /proc/PID/net/unix counts as unreadable. The limit is enough for about 600,000 sockets;
-any user can create many."""
+"""A /proc/PID/net/unix that is longer than this (about 600,000 sockets) counts as unreadable. Any
+user can create many sockets."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""
@@ -76,8 +76,8 @@ async def read_process(
     """Read the options that a QEMU was started with, and the sockets that it listens on, for
     find_endpoints.
 
-    Raises MonitorUnreachable if they are unreadable; MonitorTimeout if reading takes too long, or
-    if earlier reads still block.
+    Raises MonitorUnreachable if they are unreadable, and MonitorTimeout if reading takes too long
+    or earlier reads still block.
     """
     work = _run(identity, lambda: read_process_blocking(identity, proc))
     try:
@@ -126,7 +126,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
     """Return the process's monitor at the end of a connection that another program has made.
 
-    Raises MonitorUnreachable if the connection ends elsewhere; MonitorTimeout if its end is not
+    Raises MonitorUnreachable if the connection ends elsewhere, and MonitorTimeout if its end is not
     found in time.
     """
     identity = process.guest.identity
@@ -328,7 +328,7 @@ def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None
     """Yield each place where the path may begin: a root directory and, for a relative path, a
     directory below it.
 
-    The root is that of the process, or that of the program that passed the socket.
+    The root is the root directory of the process, or of the program that passed the socket.
     """
     own = proc / str(pid)
     if path.startswith("/"):

@@ -39,8 +39,7 @@ ACCEPT_S: Final = 1.0
 """How long to wait until QEMU accepts a connection, which usually takes a millisecond. Before that,
 the other end has no inode, so nothing proves to which process it belongs."""
 MAX_TABLE: Final = 64 << 20
-"""A longer /proc/PID/net/tcp counts as unreadable. The limit is enough for about 400,000
-sockets."""
+"""A /proc/PID/net/tcp that is longer than this (about 400,000 sockets) counts as unreadable."""
 MAX_DESCRIPTORS: Final = 65_536
 
 _SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")

@@ -508,6 +508,6 @@ def _process(stop: GuestStop) -> dict[str, Any]:
 
 
 def _guess(stop: GuestStop) -> str:
-    """Guess the result of a stop whose process is gone, if the daemon reports none."""
+    """Guess the result of a stop whose process is gone, when the daemon reports no result."""
     phase = stop.state["phase"] if stop.state is not None else ""
     return "killed" if phase in ("kill", "reap") else "exited"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class LocalCaller:
-    """The user of this process, without further authorization, because polkit cannot be asked.
+    """The user of this process as a caller. polkit cannot be asked, so it authorizes nothing.
 
     Implements engine.ports.Caller.
     """

@@ -1,8 +1,8 @@
 """Leave guests to their keepers: the units that shut them down at host shutdown.
 
 The helper waits up to 2 minutes for a keeper's queued stop job to begin. While systemd stops the
-keeper, the helper waits until the keeper's timeout has passed, and after that as long as the guest
-writes, but about 20 minutes at most. Then the helper stops the guest itself.
+keeper, the helper waits until the keeper's timeout has passed, and then for as long as the guest
+writes. It waits about 20 minutes at most. Then the helper stops the guest itself.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _FAILURES = {
     6: "qkilld-stop is not allowed to stop the guest",
     7: "there is no such unit",
 }
-"""Reasons by exit code. Code 1 has none, because it stands for any other failure."""
+"""Reasons by exit code. Code 1 has no reason, because it stands for any other failure."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
