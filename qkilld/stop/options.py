@@ -38,7 +38,7 @@ class Options:
         self.powerdown = powerdown
         """Whether to ask the guest first; None: as Powerdown= in qkilld.conf."""
         self.spans = spans or {}
-        """Time spans (µs), by the name of the field of Policy."""
+        """Time spans (µs), keyed by the field names of Policy."""
         self.reason = reason
         self.socket = socket
         """The daemon's socket; None for the installed one."""

@@ -38,8 +38,8 @@ class GuestPlan:
     rungs: tuple[PlannedRung, ...]
     gives_up_usec: int | None
     leaves_usec: int | None
-    """When qkilld-stop would exit so that systemd does not kill it, in µs after the start; None for
-    never."""
+    """The time (µs after the start) at which qkilld-stop would exit, so that systemd does not kill
+    it; None for never."""
     ways: tuple[str, ...]
     """How the guest can be asked to shut down, and why that may fail."""
     warnings: tuple[str, ...]

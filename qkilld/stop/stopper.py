@@ -25,7 +25,7 @@ class StopListener(Protocol):
         """The stop was refused with an error of org.qkilld1."""
 
     def lost(self, stop: GuestStop, why: str) -> None:
-        """Another stopper must continue; `stop.state` is the last known state."""
+        """Another stopper must take over the stop; `stop.state` is the last known state."""
 
     def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
         """The unit's limits (UnitLimits of org.qkilld1.varlink) for these stops are known. The

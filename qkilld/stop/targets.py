@@ -110,7 +110,7 @@ class Targets:
                 raise
             if len(ours) == len(others):
                 say(f"{error}. Therefore, every QEMU of the unit is stopped")
-            else:  # The guest with this pidfile may be one of those that are meant to stay.
+            else:  # The guest with this pidfile may be meant to keep running.
                 say(f"{error}. Only the main process of the unit is stopped")
                 self._failures.append(error.exit_code)
             return ours
@@ -202,7 +202,7 @@ class Targets:
 
         Processes are not ours in two cases. If the main process is a QEMU and the unit has
         KillMode=process or none, all other processes outlive the unit. If an option names a
-        process, the others are left to a later line of ExecStop=, if there is one.
+        process, and ExecStop= has a later line for the others, they are left to that line.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
         `named_is_gone`: the guest that an option names has been stopped. `fails`: this line of

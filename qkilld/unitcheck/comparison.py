@@ -112,8 +112,8 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    # If one drop-in replaces adopt's ExecStop= lines, other drop-ins add their lines to that
-    # drop-in's, not to adopt's.
+    # If one drop-in replaces adopt's ExecStop= lines, the lines that other drop-ins add follow the
+    # lines of that drop-in, not adopt's lines.
     replaces = any("ExecStop=" in each.keys and not each.adds_stop for each in overrides)
     adding = next((each for each in overrides if each.adds_stop and not replaces), None)
     if adding is not None:

@@ -79,7 +79,7 @@ class Surroundings:
     is_running: bool = False
     """Whether the unit's processes could be read. If not, `guests` says nothing."""
     are_all_seen: bool = True
-    """Whether no process of the unit is hidden, or has an unknown executable."""
+    """Whether every process of the unit is visible and has a known executable."""
     other_unit: str = ""
     """The unit in which the guest runs, if this unit only starts the guest."""
     can_ask: bool | None = None

@@ -367,9 +367,10 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
     The helper takes the place of the first line that is left out. If no line is left out, the
     helper runs after the last line that stops the guest, waits or sleeps. Lines after the helper
-    may need the guest to be gone, for example to copy its image. Lines before the helper are
-    repeated with the prefix `-`, so systemd would also run a line that it now skips after a
-    failure. If such a line may need the guest to be gone, the helper runs before it if possible.
+    may need the guest to be gone, for example to copy its image. Lines before the helper get the
+    prefix `-`, so systemd no longer skips a line after an earlier one fails. If a line that is
+    skipped now may need the guest to be gone, the helper runs before that line, unless it would
+    then run before a line that affects the guest.
     """
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):

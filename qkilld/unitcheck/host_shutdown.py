@@ -20,8 +20,8 @@ class StoppedBy(StrEnum):
     GUESTS_SERVICE = "guests-service"
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
-    """qkilld-guests.service and systemd's SIGTERM at the same time, because the guest's unit is a
-    service that has no ExecStop= and is not ordered before qkilld-guests.service."""
+    """systemd sends SIGTERM while qkilld-guests.service stops the guest, because the guest's unit
+    is a service that has no ExecStop= and is not ordered before qkilld-guests.service."""
     UNCOVERED = "uncovered"
     """Only systemd, because Executables= does not match the guest."""
 

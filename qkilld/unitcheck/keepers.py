@@ -71,7 +71,7 @@ PROGRAMS: Final = {
 """The project of each program that a keeper runs. A keeper with an unknown name is recognised by
 its program."""
 _MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
-"""The project of each program that shuts down only the guests of its own unit."""
+"""Programs that shut down only the guests of their own unit; each with its project."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
@@ -96,7 +96,7 @@ _PROGRAMS_BY_NAMESPACE: Final = {
     "moby": frozenset({"dockerd", "docker.dockerd"}),
     "k8s.io": frozenset({"kubelet", "containerd"}),
 }
-"""The programs that stop containers, by the containers' namespace in containerd."""
+"""For each namespace in containerd: the programs that stop its containers."""
 _MONITORS: Final = frozenset(["conmon", "conmonrs"])
 """The supervisors of podman's and CRI-O's containers."""
 NO_KEEPERS: Final = frozenset(
@@ -209,8 +209,7 @@ def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
 
 
 def is_keeper(other: UnitFacts) -> bool:
-    """Return whether a unit in the Before= of a guest's unit may, when stopped, shut the guest
-    down."""
+    """Return whether stopping this unit may shut down a guest whose unit has it in Before=."""
     if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
         return False
     return bool(project_of(other)) or bool(other.exec_stop)

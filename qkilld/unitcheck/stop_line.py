@@ -263,8 +263,8 @@ def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
 def _is_negated(node: Node) -> bool:
     """Return whether a command is expected to fail while the guest exists.
 
-    It is if it tests that something, usually the guest, does not exist, or if it has a `!` before
-    it, but not if both are true.
+    It is if it tests that something, usually the guest, does not exist. A `!` before the command
+    reverses the result.
     """
     negated = isinstance(node, Pipeline) and node.negated
     return negated != bool(_TESTS_ABSENCE.search(_text_of(node)))

@@ -126,8 +126,8 @@ class JobStream:
         changes: bool,
         first: FirstReply | None = None,
     ) -> None:
-        """`changes`: send changes too, not only the end. `first`: a first reply, which is sent at
-        `open`, or earlier if a job ends."""
+        """`changes`: send changes too, not only the end. `first`: a first reply, which is sent when
+        `open` is called, or earlier if a job ends."""
         self._streams = streams
         self._call = call
         self._changes = changes

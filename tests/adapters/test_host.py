@@ -25,8 +25,8 @@ QEMU = Identity(17, 99, 0, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
 
 @pytest.fixture
 def never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BinaryIO]:
-    """Yield a file that writes the command line of process 17 in tmp_path. Reads of the command
-    line block until this file is closed."""
+    """Make a FIFO in tmp_path the command line of process 17; yield its end for writing. Reads of
+    the command line block until this end is closed."""
     monkeypatch.setattr(names_module, "TIMEOUT_S", 0.05)
     (tmp_path / "17").mkdir()
     os.mkfifo(tmp_path / "17/cmdline")

@@ -39,7 +39,7 @@ def test_a_journal_that_blocks_holds_nothing_up(monkeypatch: pytest.MonkeyPatch)
     queued.write(event("0"))
     entered.wait()
     for number in range(1, 10):
-        queued.write(event(str(number)))  # returns at once, or this test never ends
+        queued.write(event(str(number)))  # If this blocked, the test would never end.
     release.set()
     queued.close()
     # One event was being written and three waited. The others were dropped and counted.
@@ -64,7 +64,7 @@ def test_a_journal_that_fails_is_survived() -> None:
 
 
 class JournaldStandIn:
-    """A socket like journald's, read on command."""
+    """A socket like journald's, which is read only by calls of `read`."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "socket"
@@ -154,7 +154,7 @@ def test_another_journald_in_the_place_of_one(tmp_path: Path) -> None:
 
 
 def test_a_journald_that_does_not_read_holds_nothing_up(journald: JournaldStandIn) -> None:
-    """It delays neither the loop nor another thread. Afterwards, each entry is written or
+    """journald delays neither the loop nor another thread. Afterwards, each entry is written or
     counted."""
     asyncio.run(_write_unread(journald))
 

@@ -1,4 +1,4 @@
-"""Locked memory: files are read at once, and what was never used takes no memory."""
+"""Locked memory: files are read at once, and unused pages take no memory."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def test_only_used_memory_is_locked(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _PROGRAM, str(file)]
     result = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60)
     locked, resident, read, locked_of_file = map(int, result.stdout.split())
-    assert locked * 1024 > 64 * _MB  # What is used later stays in memory, too.
+    assert locked * 1024 > 64 * _MB  # Pages that are used later will be locked, too.
     assert resident * 1024 < 48 * _MB
     assert read * 1024 == locked_of_file * 1024 == 4 * _MB

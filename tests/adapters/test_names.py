@@ -159,7 +159,7 @@ def test_many_guests_hide_no_others_and_do_not_block_the_loop(
             assert names[0] == ("guest1000", "", False, False)
             assert UNKNOWN not in names
             assert len(reader._names) == count
-        # All names but one are known, so the work is that of the loop's thread.
+        # Almost all names are known already, so the loop's thread does the work.
         asking = asyncio.create_task(reader.names(everyone[:-1]))
         steps = []
         while not asking.done():
@@ -189,7 +189,7 @@ def test_many_guests_hide_none_from_a_second_call(
 
 
 def test_a_search_keeps_the_name_that_a_call_waits_for(lines: CommandLines) -> None:
-    """A search lists only the processes that it has found, and another may have been started."""
+    """A search lists only the processes that it has found. The call may be about a newer one."""
 
     async def ask() -> None:
         reader = NameReader(lines)
@@ -252,7 +252,7 @@ def test_a_thread_that_cannot_be_started_takes_no_place(
         starts(thread)
 
     async def ask() -> None:
-        # If each failure took a place, no thread could be started any more.
+        # If each failure kept its place, no thread could be started any more.
         reader = NameReader(lines)
         assert await reader.names([identity(1000)]) == [("guest1000", "", False, False)]
         assert not failures

@@ -152,7 +152,7 @@ def test_a_pidfile_behind_a_symbolic_link(tmp_path: Path, child: subprocess.Pope
 def test_a_process_that_proc_hides_is_not_gone(
     tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """hidepid= and ProtectProc= make /proc/PID of other users missing."""
+    """hidepid= and ProtectProc= hide /proc/PID of other users' processes."""
     (tmp_path / "pid").write_text(str(child.pid))
     (tmp_path / "pid").chmod(0o644)
     monkeypatch.setattr(procfs, "PROC", tmp_path)

@@ -1,4 +1,4 @@
-"""Jobs in files: round trips, and setting aside incomplete files and those of others."""
+"""Jobs are saved to files and loaded. Incomplete files and those of others are set aside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that a target blocks are limited, and separately for each user."""
+"""The number of threads that targets can block is limited for each user separately."""
 
 from __future__ import annotations
 

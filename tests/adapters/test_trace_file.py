@@ -1,4 +1,4 @@
-"""Traces on disk: their content, and that no disk delays anybody."""
+"""Traces on disk: their content, and that a slow disk delays nobody."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def errors() -> list[str]:
 
 @pytest.fixture
 def open_traces(tmp_path: Path, errors: list[str]) -> Iterator[Open]:
-    """A function that opens traces in tmp_path, closed in the end."""
+    """A function that opens traces in tmp_path. They are closed after the test."""
     opened: list[TraceDirectory] = []
 
     def make(**options: int) -> TraceDirectory:

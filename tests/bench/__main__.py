@@ -123,7 +123,7 @@ def main() -> int:
 
 
 def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
-    """Return the figures, and whether a measurement failed. A missing program is no failure."""
+    """Return the figures, and whether a measurement failed, not counting missing programs."""
     parts: list[tuple[str, Callable[[], list[Figure]]]] = [
         (
             "Beside libvirt",

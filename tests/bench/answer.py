@@ -125,7 +125,7 @@ class _StopTimes:
 
 
 def _ended(client: Client, stop: _StopTimes) -> int:
-    """Return when the job ended according to qkilld (CLOCK_MONOTONIC, µs)."""
+    """Return the time at which the job ended according to qkilld (CLOCK_MONOTONIC, µs)."""
     started = client.properties(stop.job, JOB_INTERFACE)["StartedUSec"]
     assert isinstance(started, int)
     return started + stop.elapsed_usec

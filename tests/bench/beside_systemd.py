@@ -27,12 +27,12 @@ AT_ONCE: Final = 60
 MANY: Final = 200
 WARM, COLD, AT_ONCE_RATIO = 3, 10, 2.5
 LINEAR: Final = 1.25
-"""If MANY units are stopped, each may cost at most this many times as much as if AT_ONCE are
-stopped."""
+"""The limit for the cost of one of MANY stops, divided by the cost of one of AT_ONCE stops."""
 
 
 def measure(rounds: int) -> list[Figure]:
-    """Stop units in a container. Raises needs.Missing without one, AssertionError on failure."""
+    """Stop units in a container. Raises needs.Missing if none can be booted, AssertionError if a
+    stop fails."""
     progress.show("units: boots a throwaway system")
     with container.boot() as system:
         container.install(system, f"PYTHON={DEBIAN_PYTHON}")

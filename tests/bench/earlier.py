@@ -16,8 +16,8 @@ from tests.lab.process import TOP
 from tests.lab.scratch import scratch
 
 COMMIT: Final = "b662140"
-"""The last commit before each wait got its own sign of progress. Since then, each sample reads
-more."""
+"""The last commit in which the waits did not have separate signs of progress. Since then, each
+sample reads more."""
 OURS: Final = "qkilld"
 """The name of this tree in dictionaries that contain both."""
 

@@ -57,7 +57,7 @@ def _beside_one_press(small: int, debian: int) -> Figure:
 @contextlib.contextmanager
 def _small() -> Iterator[Guest]:
     with boot_guest(job="power", append="lab.power=off", qmp=True) as guest:
-        time.sleep(2.5)  # Wait until its disks have been idle for IDLE_DISKS.
+        time.sleep(2.5)  # Wait until the guest's disks have been idle for IDLE_DISKS.
         yield guest
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ProcessorUsage:
-    """What all threads of a process have used since their starts."""
+    """The processor usage of all threads of a process since each thread was started."""
 
     switches: int
     """Context switches, voluntary and involuntary."""

@@ -110,7 +110,7 @@ def _kilobytes(pid: int, file: str, name: str) -> float:
 def _strace(pid: int) -> Iterator[Log]:
     """Log every system call of a process's threads from now on, one per line.
 
-    Raises needs.Missing without strace, AssertionError if strace may not trace the process.
+    Raises needs.Missing if strace is missing, AssertionError if strace may not trace the process.
     """
     strace = needs.program("strace", "strace")
     with scratch("s") as directory, (directory / "stderr").open("wb") as stderr:

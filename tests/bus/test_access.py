@@ -34,8 +34,8 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture
 def own_daemon(start_daemon: StartDaemon) -> Daemon:
-    """A daemon that covers only the fake guests of this test run, because its tests stop all
-    guests."""
+    """A daemon that covers only the fake guests of this test run, because the tests that use
+    this daemon stop all guests."""
     return start_daemon(config=f"[Target]\nExecutables={own_qemus()}\n[Policy]\nStallSec=0\n")
 
 

@@ -57,7 +57,7 @@ def actions(receipt: dict[str, Any]) -> list[str]:
 
 
 def at(receipt: dict[str, Any], action: str) -> float:
-    """Return when this action was last taken, in seconds after the start."""
+    """Return the time at which this action was last taken, in seconds after the start."""
     return float(max(usec for _, what, usec in receipt["rungs"] if what == action) / S)
 
 

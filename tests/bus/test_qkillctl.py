@@ -543,7 +543,7 @@ def test_plain_lines_are_one_for_each_change(
     running.wait_for("SIGTERM sent")
     (waiting,) = (name for name in _names(client) if name[0] == ":" and name not in others)
     _send_forged_change(daemon.bus, waiting, "/org/qkilld1/job/1")
-    ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # joins and kills at once
+    ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # Joins the job, and kills at once.
     assert running.wait() == 3
     lines = running.out.lines()
     assert not any("forged" in line for line in lines)

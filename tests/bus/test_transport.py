@@ -117,9 +117,9 @@ def test_a_bus_that_is_full() -> None:
 
 @pytest.mark.parametrize("read", [True, False])
 def test_a_descriptor_that_lingers(private_bus: Bus, read: bool) -> None:
-    """Any user of the bus may send such a descriptor to a connection that accepts descriptors. It
-    must not block the receiver, whether the descriptor is dropped or the connection is closed
-    before the descriptor is read."""
+    """Any user of the bus may send such a descriptor to a connection that accepts descriptors. The
+    receiver must not block when it drops the descriptor, nor when it closes the connection before
+    it has read the descriptor."""
     driver = DBusAddress("/org/freedesktop/DBus", DBUS, DBUS)
 
     def send(name: str) -> None:

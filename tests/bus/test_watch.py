@@ -186,7 +186,7 @@ def test_without_a_bus_it_says_so(private_bus: Bus, start_ctl: StartCtl) -> None
 
 
 def test_a_hundred_jobs(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
-    """The jobs exceed the rows of the screen, and the calls that one connection may have open."""
+    """There are too many jobs for the screen, and for the open calls of one connection."""
     for number in range(100):
         start(client, fake_qemu, f"guest{number}")
     with watching(daemon.bus) as running:

@@ -153,7 +153,7 @@ class RunDisk:
         return wanted - self.layout.kept(self.image, self.disk.format) if wanted else 0
 
     def bitmap_left(self) -> bool:
-        """Return whether the content of the bitmap is lost, because the bitmap was not stored."""
+        """Return whether the bitmap was not stored, so that its content is lost."""
         if not self.disk.bitmap:
             return False
         argv = [str(needs.program("qemu-img", "qemu-utils")), "info", "--output=json"]

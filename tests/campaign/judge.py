@@ -70,7 +70,7 @@ class Judgement:
     right_ticks: int
     """The number of right verdicts. `ticks` is the number of all verdicts that were checked."""
     counter_kill: float
-    """When a policy that only reads wchar would have sent SIGKILL (s)."""
+    """The time (s) at which a policy that only reads wchar would have sent SIGKILL."""
 
     @property
     def right(self) -> bool:
@@ -113,7 +113,7 @@ def truth_of(spec: Spec, outcome: Outcome) -> Truth:
 
 
 def kill_time(outcome: Outcome) -> float | None:
-    """Return when SIGKILL was sent."""
+    """Return the time (s) at which SIGKILL was sent; None if it was not sent."""
     for _, number, at in outcome.receipt.get("rungs", ()):
         if number == "SIGKILL":
             return float(at) / USEC_PER_SEC
@@ -121,7 +121,7 @@ def kill_time(outcome: Outcome) -> float | None:
 
 
 def _early(found: Truth, span: Span) -> float:
-    """Return how long (s) before the policy's limit SIGKILL may come."""
+    """Return by how many seconds SIGKILL may precede the policy's limit."""
     before = [other for other in found.spans if other.until == span.since]
     if not any(other.state in (State.SLOW, State.GAPS) for other in before):
         return _BEFORE
@@ -131,7 +131,7 @@ def _early(found: Truth, span: Span) -> float:
 
 
 def rightly_killed(found: Truth, at: float) -> Span | None:
-    """Return the span that justifies a SIGKILL at that time, if there is one."""
+    """Return the span that justifies a SIGKILL at that time; None if no span does."""
     for span in found.spans:
         if span.state in BOUNDED and span.since <= at < span.until + LATE_S:
             stood = found.looked(found.stands_since(span), at)
@@ -177,7 +177,7 @@ def _starved(spec: Spec) -> float:
 
 
 def _last_moved(trace: Trace | None, since: float, until: float) -> float:
-    """Return when QEMU last wrote or read between these times; `since` if it did neither."""
+    """Return the time of QEMU's last write or read between these times; `since` if none."""
     moved, before = since, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
@@ -265,8 +265,8 @@ def verdicts(trace: Trace | None) -> Iterator[tuple[float, Verdict]]:
 
 
 def _counter_kill(trace: Trace | None) -> float:
-    """Return when the policy `wchar` of tests.safety would have sent SIGKILL. Assume that its
-    counter does not change after the end of the trace."""
+    """Return the time (s) at which the policy `wchar` of tests.safety would have sent SIGKILL.
+    Assume that its counter does not change after the end of the trace."""
     moved, before = 0.0, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0

@@ -17,7 +17,7 @@ def keep(one: RunResult) -> RunResult:
     """Keep a wrong run and its trace under the name of the run. Otherwise, the trace would be
     removed with the run.
 
-    If the run was right, remove an earlier wrong one of this name.
+    If the run was right, remove what an earlier wrong run of this name left.
     """
     spec, trace = KEPT / f"{one.spec.name}.json", KEPT / f"{one.spec.name}.trace.jsonl"
     if one.clean:

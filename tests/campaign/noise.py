@@ -95,7 +95,7 @@ def vnc(around: Surroundings) -> Start:
 
 
 def threads(around: Surroundings) -> Start:
-    """So many threads that reading them is expensive."""
+    """QEMU has so many threads that reading them is expensive."""
     for number in range(150):
         around.arguments += ["-object", f"iothread,id=io{number}"]
     return _nothing

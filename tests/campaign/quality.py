@@ -63,7 +63,8 @@ POLICIES: Final[Mapping[str, Callable[[RunResult], float]]] = {
 
 
 def quality(results: Sequence[RunResult], kills: Callable[[RunResult], float]) -> Quality:
-    """Judge a policy. `kills` returns when it sends SIGKILL to a process that is still there."""
+    """Judge a policy. `kills` returns the time (s) at which the policy sends SIGKILL to a process
+    that is still there."""
     found = Quality()
     for one in results:
         if one.outcome is None or one.judgement is None or one.judgement.too_late:

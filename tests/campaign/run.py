@@ -196,7 +196,7 @@ def _started(trace: Path) -> float:
 
 
 def _patience(spec: Spec) -> float:
-    """Return after how many seconds from the request a running job counts as endless."""
+    """Return how many seconds after the request a running job counts as endless."""
     planned = truth(spec, [(change.at, change) for change in spec.changes])
     last = planned.spans[-1]
     return (

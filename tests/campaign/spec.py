@@ -41,10 +41,10 @@ class Disk:
     shared: bool = False
     """For qemu-storage-daemon: the server has another client, which is busy."""
     syntax: str = "json"
-    """json (-drive file=json:…), blockdev, or options (-drive with keys). With two other values,
-    the disk is added to the running QEMU, so it is not on the command line: added, and mirror (the
-    target of a copy of the first disk). The copy begins at the stop, and the first disk is then a
-    blockdev."""
+    """json (-drive file=json:…), blockdev, or options (-drive with keys). Two further values,
+    added and mirror, add the disk to the running QEMU, so it is not on the command line. With
+    mirror, the disk is the target of a copy of the first disk. The copy begins at the stop, and the
+    first disk is then a blockdev."""
     records: int = 60
     """The number of records in each of the two passes."""
     fill: int = 0

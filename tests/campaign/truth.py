@@ -45,7 +45,7 @@ SETTLES_S: Final = 16.0
 """Within this time after GIVES_UP_S, QEMU closes the connection, and may therefore write to another
 disk."""
 BOUNDED: Final = frozenset({State.STOPPED, State.BLOCKED, State.STILL})
-"""States without movement. In these, it is wrong to wait forever."""
+"""States without movement, in which it is wrong to wait forever."""
 
 
 @dataclass(frozen=True)

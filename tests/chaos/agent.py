@@ -4,8 +4,8 @@
 
 The agent reads guests as JSON from its input, one on each line, until an empty line. It prints
 {"ready": true}, waits for a line, and then requests each stop at its time. Each further line of
-output is an event as JSON, see Event. When every job has a result, or PATIENCE seconds after
-SECONDS, the agent ends the remaining guests and exits.
+output is an event as JSON, see Event. When every job has a result, or SECONDS and PATIENCE are
+over, the agent ends the remaining guests and exits.
 """
 
 from __future__ import annotations

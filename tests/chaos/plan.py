@@ -171,7 +171,7 @@ def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 
 def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = False) -> Plan:
     """Return a plan in which the daemon is killed `count` times, and nothing else fails.
 
-    At the start, `jobs` guests are stopped that ignore SIGTERM. Their SIGKILL is due in the second
+    At the start, `jobs` guests that ignore SIGTERM are stopped. Their SIGKILL is due in the second
     half of the run, so all these jobs run at least that long. Half as many other guests, and the
     QEMUs, are stopped at random times.
     """

@@ -64,7 +64,7 @@ class CorpusGuest:
         return Log(self.directory / "serial")
 
     def make_disks(self) -> None:
-        """Make empty disks. Remove those of an earlier run."""
+        """Make empty disks. Remove the files of an earlier run."""
         for disk in self.disks:
             disk.unlink(missing_ok=True)
             make_disk(disk, "4G")

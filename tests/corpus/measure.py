@@ -59,7 +59,7 @@ class Row:
     is_written: bool = False
     """Whether adopt wrote a drop-in or started a guard."""
     kept: dict[tuple[str, bool], KeptRecords] = field(default_factory=dict)
-    """The records kept, by occasion and whether the unit was adopted."""
+    """The records kept, for each pair: the occasion, and whether the unit was adopted."""
 
     def is_measured(self, occasion: str) -> bool:
         return (occasion, False) in self.kept and (occasion, True) in self.kept

@@ -63,7 +63,7 @@ def run(release: Release, *arguments: str) -> bool:
         *("-q", f"--numprocesses={_WORKERS}", "--dist=loadgroup", "-p", "no:cacheprovider"),
         *arguments,
     ]
-    # Do not pass on where pip finds packages on this machine.
+    # Leave out PIP_FIND_LINKS, which names directories of this machine.
     environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
     with log.open("wb") as written:
         code = subprocess.run(

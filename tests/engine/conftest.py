@@ -262,13 +262,13 @@ class FakeMonitors:
         self.open_monitors = 0
         self.reads_disks = True
         self.opens = False
-        """The monitor opens although the guest cannot be observed."""
+        """Whether the monitor opens even if the guest cannot be observed."""
         self.opens_after_s = 0.0
         self.disks: Callable[[int], BlockState | str] = lambda now: "its disks cannot be seen"
         self.flushes: Callable[[], tuple[FlushResult, ...] | str | None] = lambda: ()
         """The result of a flush; None for no reply."""
         self.answers_flush = True
-        """Whether a flush while the processors run is answered."""
+        """Whether a flush is answered while the processors run."""
         self.files_answer = True
         """Whether QEMU answers a reading of the disks that asks the file systems."""
         self.done: list[str] = []

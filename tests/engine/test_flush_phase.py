@@ -183,7 +183,7 @@ def writing(bytes: int) -> dict[str, Any]:
 
 
 def slow_world() -> World:
-    """A world whose first flush, while the processors run, is never answered."""
+    """A world in which the first flush, made while the processors run, is never answered."""
     world = flushing_world()
     world.monitors.answers_flush = False
     return world

@@ -222,7 +222,7 @@ def test_a_process_that_is_exiting_is_given_up_as_after_a_sigkill(
 
 
 def before_sigterm(world: World, flags: Flag, **request: Any) -> tuple[Job, FakeProcess]:
-    """Return a job after its flush, which cannot send SIGTERM before the identity is readable."""
+    """Return a job that has flushed, but cannot send SIGTERM until the identity is readable."""
     guest = make_guest()
     process = FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
     job = world.stop(process, flags, **request)

@@ -292,7 +292,7 @@ def test_streams_of_many_jobs(world: World) -> None:
             await methods.find("TerminateAll")(call, {})
             await until_sent(1)
 
-        # One step notes that the call waits for each job, which takes 1 µs each.
+        # A single step registers the call with every job, which takes 1 µs for each.
         assert await longest_share(begin()) < 1 / 4
         assert len(json.loads(sent[0])["parameters"]["states"]) == count
         for job in jobs:

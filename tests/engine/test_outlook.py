@@ -45,7 +45,7 @@ def test_as_long_as_it_moves_sigkill_waits_for_a_standstill(world: World) -> Non
         assert outlook(job).rung is NextRung.KILL
     policy = job.policy
     assert outlook(job) == Outlook(NextRung.KILL, policy.stall)
-    # Without FORCE, the job gives up instead of sending SIGKILL, but ReapSec= later.
+    # Without FORCE, the job gives up, ReapSec= after the time at which it would send SIGKILL.
     lax = world.stop(another(), NO_FLAGS)
     world.clock.advance(30)
     assert outlook(lax) == Outlook(NextRung.GIVE_UP, policy.stall + policy.reap)

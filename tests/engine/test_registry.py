@@ -159,7 +159,7 @@ def test_a_user_has_a_limit_and_root_has_none(
 def test_a_survivor_counts_for_its_user_until_its_guest_is_gone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pidfd and the file of the survivor are kept until then, too."""
+    """The pidfd and the file of the survivor are kept until the guest is gone, too."""
     monkeypatch.setattr(registry_module, "MAX_JOBS_PER_UID", 2)
     guests = [FakeProcess(make_guest(pid=pid)) for pid in range(2)]
     for process in guests:

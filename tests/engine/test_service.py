@@ -123,7 +123,7 @@ def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
 def test_a_process_that_executes_a_program_on_a_busy_host_is_identified_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is opened once. Otherwise, another process that reuses the pid could be stopped."""
+    """It is opened only once, so that another process that reuses the pid is not stopped."""
     monkeypatch.setattr(access, "_FIRST_PAUSE_S", 0.001)
     process = FakeProcess(unknown=2)
     service, host = make_service(world, process)

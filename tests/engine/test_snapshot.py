@@ -35,8 +35,8 @@ BLIND: Shows = lambda now: Sample(now, "S")  # noqa: E731
 
 
 def flushes_for(seconds: float) -> Shows:
-    """Return samples of a process that waits for storage, and writes for this long after the
-    start."""
+    """Return samples of a process that waits for storage, and that writes during the first
+    `seconds`."""
     end = START + int(seconds * S)
     return lambda now: replace(WAITING, io=Io(0, 0, 0, 0, 0, min(now, end), 0))
 
@@ -92,8 +92,8 @@ def test_a_crash_at_any_time_ends_as_none_at_all(flags: Flag, cut: float, shows:
     assert process.sent.count(SIGKILL) == (kill is not None)
     assert (kill_after is None) == (kill is None)
     if unsure:
-        # SIGKILL never comes earlier, apart from a shift of the sample times by up to 1 s. It comes
-        # later by at most `cut` and StorageStallSec=, because progress may have gone unseen.
+        # A crash never makes SIGKILL earlier, apart from a shift of the sample times by up to 1 s.
+        # It delays SIGKILL by at most `cut` and StorageStallSec=, because progress may be unseen.
         assert (kill or 0) - S < (kill_after or 0)
         assert end - S < end_after <= end + int(cut * S) + 60 * S
     else:

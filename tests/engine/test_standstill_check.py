@@ -21,7 +21,7 @@ from .test_powerdown import STOPPED, UP, asked_world
 def test_waiting_for_a_sample_takes_a_third_of_the_time_for_asking(
     ask_s: int, asked_s: int
 ) -> None:
-    """Even with little time, the check waits for one sample until its timeout."""
+    """Even with little time, the check waits for one sample until that sample times out."""
     world, process = asked_world(UP), FakeProcess()
     world.sampler.shows = lambda now: None
     world.stop(process, Flag.POWERDOWN, ask_at_most=ask_s * S)

@@ -1,4 +1,4 @@
-"""The records of a job, and that a replay of them has the same result."""
+"""The records of a job. A replay of them has the same result as the job."""
 
 from __future__ import annotations
 

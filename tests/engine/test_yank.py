@@ -204,7 +204,7 @@ def test_storage_that_moved_before_a_late_reply_is_not_cut_off(
 
 
 def test_useless_samples_do_not_start_an_attempt_again() -> None:
-    """The monitor is silent, and on a busy host, each first sample after a pause is useless."""
+    """The monitor is silent, and on a busy host, the first sample after each pause is useless."""
     world, process = stuck_world()
     begun(world, process)
     world.monitors.answers = False
@@ -309,7 +309,7 @@ def test_the_next_daemon_waits_for_its_monitor(
 
 
 def test_a_monitor_that_is_opened_during_the_attempt_is_used() -> None:
-    """The flush before SIGTERM did not wait for it."""
+    """The flush before SIGTERM did not wait for the monitor."""
     world, process = stuck_world()
     world.monitors.opens_after_s = 64
     world.stop(process, FORCE)
@@ -351,7 +351,7 @@ def test_the_next_daemon_cuts_off_nothing_that_moved_while_its_monitor_was_opene
     after.sampler.shows = lambda now: replace(moving, io=Io(0, 0, 0, 0, 0, now, 0))
     after.clock.advance(10)
     assert (after.monitors.yanked, process.sent) == ([], [])
-    # It can still be cut off later.
+    # The dead storage can still be cut off later.
     after.sampler.shows = lambda now: STUCK
     after.clock.advance(62)
     assert (after.monitors.yanked, process.sent) == ([["dead"]], [])

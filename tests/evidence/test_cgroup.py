@@ -178,7 +178,7 @@ def test_the_mount_of_a_container_shows_its_part(tree: Tree) -> None:
 
 
 def test_both(tree: Tree) -> None:
-    """systemd's hybrid mode: v2 has no controllers, but it can freeze too."""
+    """systemd's hybrid mode: v2 has no controllers, but it can also freeze processes."""
     put_v1(tree)
     directory = put_v2(
         tree, mounts=V1 + V2, membership="3:memory:/vm\n2:blkio:/vm\n1:freezer:/vm\n"
@@ -354,7 +354,7 @@ def read_group() -> Iterator[Callable[[int], Cgroup | None]]:
 ReadGroup = Callable[[int], Cgroup]
 
 
-# The host may have one of them or both.
+# The host may have the freezer of v1, that of v2, or both.
 @pytest.mark.parametrize("controller", [name for name in ("freezer", "") if real_group(name)])
 def test_a_freezer(qemu: Make, read_group: ReadGroup, controller: str) -> None:
     needs.root("a control group")

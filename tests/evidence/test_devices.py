@@ -135,7 +135,7 @@ def test_the_layers_of_each_device(tmp_path: Path) -> None:
 
 
 def test_the_paths_of_a_multipath_nvme(tmp_path: Path) -> None:
-    """Older kernels count only on the paths, which have no device number."""
+    """Older kernels count I/O only on the paths, and the paths have no device numbers."""
     sys = lay(
         tmp_path,
         disk("virtual/nvme-subsystem/nvme-subsys0/nvme0n1", "259:0")
@@ -255,7 +255,7 @@ def reading(device: Path) -> Iterator[None]:
 
 
 def seen(stats: tuple[str, ...]) -> list[bool]:
-    """Return `only_reads` of 20 readings with requests in flight; of fewer after a minute."""
+    """Return `only_reads` of up to 20 readings with requests in flight, taken within a minute."""
     found: list[bool] = []
     end = time.monotonic() + 60
     while len(found) < 20 and time.monotonic() < end:

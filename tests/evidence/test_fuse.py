@@ -159,7 +159,7 @@ def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
 
 @pytest.mark.parametrize("named", [False], indirect=True)
 def test_a_server_that_encrypts_names(lab_dir: Path, named: bool) -> None:
-    """Any user can run a process that has /dev/fuse and a file with the name of the image open."""
+    """Any user can run a process that opens /dev/fuse and a file with the name of the image."""
     with (
         mounted(lab_dir, IMAGE) as store,
         mounted(lab_dir / f"files of {IMAGE}", IMAGE) as other,
@@ -299,7 +299,7 @@ def test_the_only_process_with_the_device_open(
 def test_a_mount_that_is_newer_than_the_search(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server of the new mount need not be the process that was the only one before. The kernel
+    """The server of the new mount may be another process than the only earlier server. The kernel
     may reuse the number of an earlier mount."""
     finder = finder_in(tmp_path, 7)
     assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), True)}
