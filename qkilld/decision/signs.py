@@ -7,7 +7,7 @@ compares their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final
@@ -138,10 +138,8 @@ def works(peer: Peer | None) -> bool:
     work on."""
     if peer is None or peer.shared is not False:
         return False
-    # Unread data of a process without disks proves nothing: the process may be a client that never
-    # reads from the server's monitor.
     behind = any(
-        other.certain and ((other.unread and (other.devices or other.behind)) or works(other))
+        other.certain and ((other.unread and _may_store(other)) or works(other))
         for other in peer.behind
     )
     return behind or any(map(waits_for_storage, peer.threads or ()))
@@ -358,11 +356,14 @@ def _own_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     # If one of the server's calls is stuck, the server's reads and writes may be its own work,
     # such as a backup job.
-    is_stuck = _is_stuck(working, before)
+    is_stuck = _may_be_stuck(working, before)
     signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
+    if _may_wait_behind(peer, before):
+        # The same is true if a server behind this one is stuck.
+        signs = [replace(sign, sure=False) for sign in signs]
     return signs
 
 
@@ -381,7 +382,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
         return [replace(sign, sure=False) for sign in (*signs, *_copied_signs(peer))]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
-    is_stuck = _is_stuck(own_threads, before)
+    is_stuck = _may_be_stuck(own_threads, before)
     # If a call on the image's storage is stuck, assume that it is for this guest, and ignore other
     # work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
@@ -394,10 +395,42 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     return [*served, *answers, *known, *others]
 
 
-def _is_stuck(threads: Iterable[Thread], before: Peer | None) -> bool:
-    """Return whether one of a server's threads has not run since the sample `before`."""
-    earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
+def _may_be_stuck(threads: Collection[Thread], before: Peer | None) -> bool:
+    """Return whether one of a server's threads may not have run since `before`, the server in the
+    last sample. If that sample lacks the server, any of the threads may not have run."""
+    if before is None:
+        return bool(threads)
+    earlier = {(thread.tid, thread.switches) for thread in before.threads or ()}
     return any((thread.tid, thread.switches) in earlier for thread in threads)
+
+
+def _may_wait_behind(peer: Peer, before: Peer | None) -> bool:
+    """Return whether a server behind this one may not have worked on its requests since `before`,
+    this server in the last sample."""
+    earlier = {other.pid: other for other in (before and before.behind) or () if other.certain}
+    if peer.behind_unknown and earlier.keys() - {other.pid for other in peer.behind}:
+        return True
+    return any(other.certain and _may_hang(other, earlier.get(other.pid)) for other in peer.behind)
+
+
+def _may_hang(peer: Peer, before: Peer | None) -> bool:
+    """Return whether the server may not have worked on its requests since `before`, the server in
+    the last sample."""
+    if peer.unread and _may_store(peer):
+        now = (peer.unread, peer.switches)
+        if before is None or now == (before.unread, before.switches):
+            return True
+    if peer.shared is not False:
+        # Its calls may be for other clients.
+        return False
+    working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
+    return _may_be_stuck(working, before) or _may_wait_behind(peer, before)
+
+
+def _may_store(peer: Peer) -> bool:
+    """Return whether unread data of the process shows a request. A process without disks may be a
+    client that never reads from the server's monitor."""
+    return bool(peer.devices or peer.behind)
 
 
 def _served_signs(peer: Peer) -> list[Sign]:
