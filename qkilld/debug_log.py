@@ -46,7 +46,7 @@ def about(pid: int) -> None:
 
 
 def note_once(doing: str, why: Exception | str) -> None:
-    """Log an ignored failure once for each process, `doing` and kind of error.
+    """Log an ignored failure once for each combination of process, `doing` and kind of error.
 
     Use this for reads that are repeated every second. It takes almost no time if the log is off.
     """

@@ -160,8 +160,8 @@ def _load(name: str) -> Interface:
 
 
 def _members_of(text: str) -> dict[tuple[str, str], _Arguments]:
-    """Map the name and kind of each member to the attributes of its arguments. For a property, map
-    them to the attributes of the property."""
+    """Map the name and kind of each member to the attributes of its arguments. A property is mapped
+    to its own attributes."""
     members: dict[tuple[str, str], _Arguments] = {}
     last: _Arguments = []
 

@@ -111,7 +111,7 @@ def job_path(job: ObservedJob) -> str:
 
 
 def properties(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return every property of the interface; `private` as in `changing`."""
+    """Return every property of the interface. For `private`, see `changing`."""
     identity, label = job.guest.identity, job.guest.label
     return {
         "Id": job.number,
@@ -127,8 +127,8 @@ def properties(job: ObservedJob, *, private: bool) -> dict[str, Any]:
 
 
 def changing(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return the properties that change. Without `private`, those in PRIVATE are unknown or
-    empty, except Receipt: it contains what Wait returns to any caller."""
+    """Return the properties that change. Unless `private` is set, Receipt contains only what Wait
+    returns to any caller, and the other properties in PRIVATE are unknown or empty."""
     evidence = job.assessment if private else None
     progress_at = job.assessment.progress_at if job.assessment else None
     next_rung = outlook(job)
@@ -167,8 +167,8 @@ def _number_or_unknown(number: int | None) -> int:
 
 
 def _settle_soon(future: asyncio.Future[None], uid: int) -> None:
-    """Settle the future in one of the steps of engine.steps. Each user can have a thousand calls of
-    Wait for one job, and preparing all replies at once would block the loop."""
+    """Settle the future soon, in a step of the loop (engine.steps). Each user can have a thousand
+    calls of Wait for one job, and preparing all replies at once would block the loop."""
     steps = job_steps()
 
     def settle() -> bool:

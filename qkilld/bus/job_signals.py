@@ -36,8 +36,8 @@ class Announcer:
         """For each job: the timer of the pause after its last announcement."""
         self._announced_count = 0
         self._manager_pending: asyncio.Handle | None = None
-        """The timer of the next announcement of the manager's properties, or of the pause after the
-        last one."""
+        """The timer of the next announcement of the manager's properties, or the timer of the pause
+        after the last announcement."""
 
     def adopt(self, job: ObservedJob) -> None:
         """Announce the changes of a running job. Its start was announced before this object

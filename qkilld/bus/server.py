@@ -55,7 +55,7 @@ class BusCaller:
 
     @property
     def disconnected(self) -> bool:
-        """If the call was cancelled: whether its caller had left the bus."""
+        """Whether the caller of a cancelled call had left the bus."""
         return not self._server.draining
 
     async def uid(self) -> int:
@@ -511,7 +511,8 @@ class Server:
     ) -> None:
         while call.wants_reply:
             # Wait for room, because replies of many megabytes must not pile up. Do this before the
-            # turn begins, because other callers, including those on Varlink, wait for its end.
+            # turn begins, because other callers, including those on Varlink, wait for the end of
+            # the turn.
             await self._connection.wait_for_room()
             async with self._turns.long_replies.turn(uid) as pace:
                 if self._connection.has_room:

@@ -18,7 +18,7 @@ NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
 """systemd answers in milliseconds; if it does not answer within this time, it is unreachable."""
 KINDS: Final = {".service": "Service", ".scope": "Scope"}
-"""The kinds of units in which guests can run: the name suffix, and the D-Bus interface."""
+"""The kinds of units in which guests can run. Maps the name suffix to the D-Bus interface."""
 
 _PATH: Final = "/org/freedesktop/systemd1"
 _MANAGER: Final = "org.freedesktop.systemd1.Manager"
@@ -253,14 +253,15 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
 
 def _denied_calls(allowed: bool, names: list[str]) -> tuple[str, ...]:
     """Parse SystemCallFilter, which lists either the allowed calls or the denied ones. A call
-    listed with an errno, such as pidfd_open:EPERM, is denied even in the list of allowed calls."""
+    listed with an errno, such as pidfd_open:EPERM, is denied even if it is in a list of allowed
+    calls."""
     denied = {name.partition(":")[0] for name in names if not allowed or ":" in name}
     return tuple(call for call in HELPER_CALLS if call in denied or (allowed and call not in names))
 
 
 def _commands(lines: Any) -> tuple[Command, ...]:
-    """Parse a(sasasttttuii): path, argv, flags of the prefixes, four times of the last run, its
-    process, and its result."""
+    """Parse a(sasasttttuii): path, argv, flags of the prefixes, four timestamps of the last run,
+    its process, and its result."""
     return tuple(
         Command(
             path,

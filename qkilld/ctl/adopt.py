@@ -43,7 +43,7 @@ async def adopt(
     all_units: bool = False,
     now: bool = False,
 ) -> int:
-    """Adopt each unit, or with `undo`, remove its drop-in. Return the worst exit code.
+    """Adopt each unit. With `undo`, remove its drop-in instead. Return the worst exit code.
 
     `all_units`: with `undo`, select every adopted unit. `now`: do not wait for running stops before
     `daemon-reload`.

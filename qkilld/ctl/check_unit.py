@@ -51,7 +51,7 @@ _WIDTH: Final = 96
 class UnitReport:
     facts: UnitFacts
     name: str
-    """The unit's primary name; for a template, the template's."""
+    """The unit's primary name; for a template, the name of the template."""
     surroundings: Surroundings
     findings: tuple[Finding, ...]
     overrides: tuple[Override, ...]
@@ -137,7 +137,7 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
 
 
 async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
-    """Raises Failed if the unit is masked or cannot be read, and NoSuchUnit and InvalidArgs."""
+    """Raises NoSuchUnit and InvalidArgs, and Failed if the unit is masked or cannot be read."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
     surroundings = await gather(

@@ -45,9 +45,9 @@ class JobCells(NamedTuple):
     short_doing: str
     short_next: str
     style: str
-    """The rich style of `doing`."""
+    """The style of `doing`, in the syntax of the rich library."""
     urgent: bool
-    """Whether the job has FORCE, and its next step is due now or will follow at the shown time
+    """Whether the job has FORCE, and `next` says that the next step is due now, or that it follows
     unless there is progress."""
 
 

@@ -67,8 +67,8 @@ def fuse_servers(connection: int, name: str) -> tuple[FuseServers, bool]:
 
     Before Linux 6.16, the kernel does not show for which connection /dev/fuse is open, so any
     process that has it open may be the server. If some of these processes are called `name`, as
-    servers usually are, only they are returned. `name` is from the file system's type, such as
-    sshfs from fuse.sshfs.
+    servers usually are, only they are returned. `name` is taken from the file system's type, such
+    as sshfs from fuse.sshfs.
     """
     certain, possible = set(), set()
     is_complete = os.geteuid() == 0

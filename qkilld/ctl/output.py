@@ -132,8 +132,8 @@ class Output:
 
 
 def _least_widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Return the smallest widths at which no cell wraps. In the last column, cells may wrap between
-    words."""
+    """Return the smallest width of each column at which no cell wraps; in the last column, the
+    width at which cells wrap only between words."""
     *fixed, last = zip(*rows, strict=True)
     words = [word for cell in last for word in cell.split()]
     return [min(max(map(width, cells), default=0), MAX_PADDING) for cells in (*fixed, words)]

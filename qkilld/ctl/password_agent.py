@@ -65,7 +65,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    # Continue the agent: if it read from the terminal in the background, the kernel has stopped it.
+    # Wake the agent: if it read from the terminal in the background, the kernel has stopped it.
     with ignore("waking pkttyagent", ProcessLookupError):
         process.send_signal(signal.SIGCONT)
     try:

@@ -26,8 +26,8 @@ class StopsRunning(QkilldError):
 
 async def wait_for_stops(systemd: Systemd, advice: str) -> None:
     """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
-    timeout extensions of running stops. Raises StopsRunning after TIMEOUT_S, and BusError and
-    Failed."""
+    timeout extensions of running stops. Raises BusError and Failed, and StopsRunning after
+    TIMEOUT_S."""
     deadline = time.monotonic() + TIMEOUT_S
     while units := await stopping_units(systemd):
         if time.monotonic() > deadline:

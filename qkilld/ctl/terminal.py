@@ -91,7 +91,7 @@ class FullScreen:
         self._leave()
 
     def _stop(self) -> None:
-        """Handle Ctrl-Z: restore the terminal, stop, and redraw when continued."""
+        """Handle Ctrl-Z: restore the terminal, stop, and redraw after SIGCONT."""
         with self.suspended():
             os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -135,9 +135,9 @@ async def terminate(
 async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
-    """Start a job over Varlink, and pass it a connection to the guest's monitor. Return the job's
-    path. Return None if the caller must use D-Bus: with NOWAIT or FIXED, after a failure, or if
-    the daemon can connect to the monitor itself."""
+    """Start a job over Varlink, and pass the daemon a connection to the guest's monitor. Return the
+    job's path. Return None if the caller must use D-Bus: with NOWAIT or FIXED, after a failure, or
+    if the daemon can connect to the monitor itself."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:
@@ -192,9 +192,9 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. The stream is None if D-Bus must be used: if the
-    Varlink socket is unknown, if the call failed, if polkit may have to ask (the daemon is the
-    system's, and the user is not root), or if no job is to be followed (NOWAIT, or no --wait)."""
+    """Stop and follow all guests with one call. The stream is None if D-Bus must be used, because
+    the Varlink socket is unknown, the call failed, no job is to be followed (NOWAIT, or no --wait),
+    or polkit may have to ask (only on the system bus, and not for root)."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []

@@ -2,8 +2,8 @@
 
 Unlike `qkillctl adopt --undo --all`, this program works in a chroot, and does not stop guards of
 scopes. The caller must reload systemd. Edited drop-ins are kept, and their paths are printed. Once
-qkilld-stop is gone, systemd stops the units of kept drop-ins with SIGTERM. Users must remove the
-drop-ins of their user managers themselves.
+qkilld-stop is gone, systemd uses SIGTERM to stop units whose drop-ins were kept. Users must remove
+the drop-ins of their user managers themselves.
 
 While qkilld-stop stops a guest in a system unit, nothing is removed: qkilld-stop would lose its
 extended timeout, and the modules that it has not yet imported. If the stop takes longer than 30 s,

@@ -138,7 +138,7 @@ async def gather(
 
 
 def _missing_helpers(facts: UnitFacts) -> Iterator[str]:
-    """Yield Surroundings.missing; nothing for a unit with its own root directory."""
+    """Yield the programs in Surroundings.missing; none for a unit with its own root directory."""
     for command in () if facts.root else filter(is_helper, facts.exec_stop):
         program = helper_program(command)
         with ignore(f"looking for {program}", OSError):
@@ -326,7 +326,7 @@ def has_own_settings(facts: UnitFacts) -> bool:
 
 
 def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
-    """Yield the unit's drop-ins that override settings in ours."""
+    """Yield the unit's drop-ins that override settings of our drop-in."""
     for path in read_later(facts.drop_ins):
         if not Path(path).is_file():
             continue

@@ -1,5 +1,5 @@
-"""The Varlink calls of qkillctl, for two tasks that our D-Bus interface cannot do: to pass a
-connection to a monitor, and to follow many jobs with one call."""
+"""The Varlink calls of qkillctl, for two tasks that our D-Bus interface cannot do: passing the
+daemon a connection to a guest's monitor, and following many jobs with one call."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ async def watch(bus: BusAddress, output: Output, *, json: bool, interactive: boo
 
 
 class LineListener:
-    """Prints a line for each change, for a pipe. Implements JobListener."""
+    """Prints a line for each change, for output to a pipe. Implements JobListener."""
 
     def __init__(self, output: Output, *, json: bool) -> None:
         self._output = output

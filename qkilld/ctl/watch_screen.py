@@ -190,7 +190,7 @@ def _foot(state: WatchState, columns: int) -> list[Text]:
     from rich.text import Text
 
     if state.prompt:
-        # Keep the end, where the user types.
+        # If the prompt is too long, keep its last lines, because the user types there.
         prompt_lines = textwrap.wrap(state.prompt, columns - 1)[-MOST_FOOT:]
         return [
             _plain("", columns),

@@ -37,7 +37,7 @@ def is_own(wait: Wait, sample: Sample, previous: Sample) -> bool:
     if wait.kind is WaitKind.CALL:
         return True
     devices, earlier = sample.devices or (), previous.devices or ()
-    # If a client may write, assume that all writes are the client's, except those of a flush.
+    # If a client may write, assume that it caused all writes, except those of a flush.
     writes = any(map(_sends_data, _clients(sample)))
     if wait.threads:
         return _calls_write(wait.threads, devices, earlier, writes=writes)

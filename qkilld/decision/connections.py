@@ -19,8 +19,8 @@ BREAKS: Final = 3
 """After this many connections of a node have broken without a reply, movement on the next
 connection may come from repeated requests alone."""
 LASTS: Final = 6 * USEC_PER_SEC
-"""If a connection has lasted this long (µs), and twice as long as any that broke without a reply,
-movement on it counts as progress."""
+"""If a connection has lasted this long (µs), and twice as long as any connection that broke without
+a reply, movement on it counts as progress."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ can hang like this. So if an image may lie on such a file system, disks that lie
 flushed first. The names of these disks come from query-blockstats, which asks no file system.
 
 The command line and the open files of the process show which disks lie on a file system without a
-block device, but both may be wrong, so they decide only which disks are flushed, and in which
-order. Only QEMU's replies decide which disks count as flushed.
+block device. Both may be wrong, so they decide only which disks are flushed, and in which order.
+Only QEMU's replies decide which disks count as flushed.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unsee
 @dataclass(frozen=True, slots=True)
 class FlushPlan:
     stop: bool
-    """Stop the processors if they run, then flush over NBD, which reports errors. False to flush
-    without `stop`."""
+    """Whether to stop the processors if they run, and then flush over NBD, which reports errors. If
+    False, disks are flushed without `stop`."""
     running: bool
     """The processors run now. If no signal follows a flush with stopped processors, they must be
     started again."""
@@ -74,8 +74,8 @@ def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
     """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
-    `first`, or if no request is stuck: every queue with requests in flight has completed a request
-    since `first`, and `evidence` has no wait for a request."""
+    `first`. It also does if no request is stuck: every queue with requests in flight has completed
+    a request since `first`, and `evidence` has no wait for a request."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):

@@ -1,10 +1,10 @@
 """Assess a process after a time without samples. Pure.
 
 A daemon that resumes a job continues from this assessment. The assessment errs in favour of the
-guest's data: if the process made progress before the gap, it is assumed to have made progress until
-now; if it waited for something, it is assumed to be still waiting. The next `assess` compares
-counters with those from before the gap, but counts the gap as time without samples, so the gap does
-not bring SIGKILL forward.
+guest's data. If the process made progress before the gap, it is assumed to have made progress until
+now. If the process waited for something, it is assumed to be still waiting. The next `assess`
+compares counters with those from before the gap, but counts the gap as time without samples, so the
+gap does not bring SIGKILL forward.
 """
 
 from __future__ import annotations

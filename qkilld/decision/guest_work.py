@@ -161,8 +161,8 @@ def share_growth(now: Rates, baseline: Rates) -> float:
     and is 1 if the guest wanted little in the baseline: its share is then too uncertain.
 
     The number of requests per second of processor time may grow by the same factor, because QEMU's
-    threads that handle the requests wait less, too. With 7 times the share, a guest that wrote as
-    fast as it could made 6 times as many requests (measured).
+    threads that handle the requests wait less, too. A guest that wrote as fast as it could made 6
+    times as many requests after its share had grown by a factor of 7 (measured).
     """
     if not (now.ran and now.vcpus and baseline.ran and baseline.vcpus):
         return 1.0
@@ -176,7 +176,7 @@ def _requests_of_load(now: Rates, baseline: Rates) -> float:
     present processor time."""
     requests = (baseline.requests or 0.0) * share_growth(now, baseline)
     more_time = max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
-    # Add LEAST_REQUESTS, because the baseline may have missed a request of a load that makes few.
+    # Add LEAST_REQUESTS: if a load makes few requests, the baseline may have missed one of them.
     return (requests + LEAST_REQUESTS) * more_time
 
 

@@ -5,11 +5,12 @@ Pure: the time is an argument, and no state is kept. Times are CLOCK_MONOTONIC i
 A job that is held sends no signals and does not give up. Extend delays SIGKILL. With FIXED, only
 time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 
-- No SIGKILL without FORCE, and none within the grace after SIGTERM.
-- No SIGKILL within `stall` after the last progress, or after the end of the last wait. If
+- No SIGKILL is sent without FORCE, or within the grace after SIGTERM.
+- No SIGKILL is sent within `stall` after the last progress, or after the end of the last wait. If
   unreadable evidence may hide a wait, this delays SIGKILL in the same way, but not forever.
-- While the process waits for something that does not move, no SIGKILL within `storage_stall` after
-  the last progress, or after SIGTERM. If evidence is missing, the process counts as waiting.
+- While the process waits for something that does not move, no SIGKILL is sent within
+  `storage_stall` after the last progress, or after SIGTERM. If evidence is missing, the process
+  counts as waiting.
 - Doubtful movement delays SIGKILL, but not forever (DOUBT).
 - Only time with samples is counted, because a gap without samples does not prove that nothing
   moved.
@@ -51,8 +52,8 @@ PER_JOB: Final = 2_000
 """The interval between samples of a process is at least this time (µs) multiplied by the number of
 jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
-"""After the last progress, doubtful movement, which other processes may have caused, delays SIGKILL
-for at most `storage_stall` times this number. The limit is needed because a server may work for
+"""Doubtful movement, which other processes may have caused, delays SIGKILL for at most this many
+times `storage_stall` after the last progress. The limit is needed because a server may work for
 others and be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""

@@ -426,8 +426,8 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
     SIGTERM should follow within PowerdownSec= + BASELINE after the start, even if measuring took
-    longer than BASELINE. So the wait ends when only CLOSING is left of that time, unless the guest
-    has booted, or PowerdownSec= would be cut by more than CUT allows.
+    longer than BASELINE. So the wait ends CLOSING before the end of that time, unless the guest has
+    booted, or PowerdownSec= would be cut by more than CUT allows.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -529,15 +529,16 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether the guest has done more work than in the baseline for at least LASTING in
-    total after it was asked."""
+    """Return whether, since it was asked, the guest has done more work than in the baseline for at
+    least LASTING in total."""
     pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
     """Return whether a load has ended: the guest was busy in the baseline, but its demand in the
-    last LASTING µs was less than half of the baseline's. The end of a boot does not count.
+    last LASTING µs was less than half of its demand in the baseline. The end of a boot does not
+    count.
 
     If the guest still makes as many requests as before, its load has not ended: perhaps the demand
     has fallen just because the host's disks have become faster.
@@ -563,9 +564,9 @@ def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestOb
 
 
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the guest has done no work for QUIET, except disk requests for at most BURST.
-    If these took longer, the result is False, because the guest may have waited for its disks. The
-    result is also False if the work is unknown."""
+    """Return whether the guest has done no work for QUIET, apart from disk requests that took at
+    most BURST. If they took longer, the result is False, because the guest may have waited for its
+    disks. The result is also False if the work is unknown."""
     busy = 0
     for before, after in reversed(tuple(pairwise(recent))):
         requests = difference(before.requests, after.requests)

@@ -48,7 +48,7 @@ def risks_of_death(
     status: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
     """Return the risks if QEMU was ended by a signal that qkilld did not send, or exited with an
-    error. The signal may come from the kernel for lack of memory, from another program, or from a
+    error. The signal may come from the kernel (out of memory), from another program, or from a
     crash. After most errors, QEMU exits without closing its disks. So the same data may be lost as
     with SIGKILL.
 
@@ -82,11 +82,11 @@ def risks_of_exit(
     """Return the risks after QEMU has exited without SIGKILL.
 
     When QEMU exits, it has normally written its data. But QEMU also exits with 0 if its storage has
-    reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Only a
-    lost server is visible from outside, and only if the server is on this host. A missing
-    connection is a risk only if the server is gone, too: QEMU may just have closed the node.
-    Until `reconnect-delay` has passed, QEMU does not exit with unwritten data. So an earlier exit
-    proves that no data was lost, even if no sample has seen the server return.
+    reported an error, or if it has stopped waiting for a lost server (`reconnect-delay`). Of these
+    causes, only a lost server is visible from outside, and only if it is on this host. A missing
+    connection is a risk only if the server is gone, too: QEMU may just have closed the node. Until
+    `reconnect-delay` has passed, QEMU does not exit with unwritten data. So an earlier exit proves
+    that no data was lost, even if no sample has seen the server return.
 
     `flushed`: the monitor has reported all disks as flushed. `started`, `ended`: when the process
     started and ended (CLOCK_MONOTONIC, µs).

@@ -99,9 +99,9 @@ class Sign:
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
     switches: int | None = None
-    """Sample.switches, for a sign that moves only if the process has run, as it does at each reply;
-    None for other signs. Until the process runs, the sign is compared with the same earlier value,
-    even if samples lack the sign in between."""
+    """The value of Sample.switches for a sign that moves only if the process has run (each reply
+    makes it run); None for other signs. Until the process runs, the sign is compared with the same
+    earlier value, even if samples lack the sign in between."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
@@ -450,7 +450,7 @@ def _served_signs(peer: Peer) -> list[Sign]:
 
 def _copied_signs(peer: Peer) -> list[Sign]:
     """Return a sign for all bytes that the server's calls read and wrote. Unlike _served_signs, it
-    includes bytes in pages of the cache that were already dirty."""
+    includes bytes in cached pages that were already dirty."""
     if peer.io is None:
         return []
     text = f"{_server_title(peer)} copies bytes"
@@ -460,9 +460,9 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. If a thread's file is unknown, as
-    for a worker of an io_uring, the thread may wait for any of the server's disks. If the server
-    has several disks, their signs are then sure only with `awake`: a thread that has run was woken
-    by its disk.
+    for a worker of an io_uring, the thread may wait for any of the server's disks. The signs of
+    several disks are then sure only with `awake`, because a thread that has run was woken by its
+    disk.
 
     `awake`: whether all of these threads have run since the last sample.
     """

@@ -26,9 +26,9 @@ class Limits:
     long as systemd lets it."""
 
     stay: int = INFINITY
-    """How long after its start the helper must exit, because systemd would kill it soon after."""
+    """The helper must exit within this time after its start, or systemd would soon kill it."""
     ask: int = INFINITY
-    """How long after its start the helper stops asking the guest, to leave time for SIGTERM."""
+    """The helper stops asking the guest this long after its start, to leave time for SIGTERM."""
     force: bool = False
     """Whether systemd would finally send SIGKILL to the guest's process in this stop."""
     extendable: bool = False

@@ -214,8 +214,8 @@ def _is_still(before: Assessment, sample: Sample) -> bool:
     """Return whether the result stays the same, because nothing has moved in the last two samples
     and no open wait has signs.
 
-    This check only saves time: for most idle guests it returns True, and listing their waits again
-    would cost three times as much.
+    This check only saves time: it returns True for most idle guests, and listing their waits again
+    would take three times as long as this check.
     """
     last = before.last
     return (

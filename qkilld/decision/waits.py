@@ -238,7 +238,7 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for the writes and reads of the process while calls wait for these devices.
 
     If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    but while the guest runs, the process's reads and writes may go to other disks. If the devices
+    but the process's reads and writes may go to other disks while the guest runs. If the devices
     count requests and have none in flight, the signs are doubtful, because a layer above the
     devices may hold a request back.
     """

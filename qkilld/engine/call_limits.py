@@ -28,7 +28,7 @@ MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait, including up to MAX_READS of the kind READ."""
 TOGETHER: Final = 32
-"""The limits of one user, multiplied by this, apply to all users other than root, taken together.
+"""The limits of one user, multiplied by this number, apply to all users other than root together.
 One user can count as thousands, because of subordinate uids that /etc/subuid does not list. A Wait
 takes 3 kB (measured), so all Waits together take at most 100 MB."""
 RESERVE: Final = 4

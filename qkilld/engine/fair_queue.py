@@ -47,7 +47,7 @@ class _ConnectionQueues(Generic[Item]):
 
 class FairQueue(Generic[Item]):
     def __init__(self, unlimited: frozenset[int] = frozenset({0})) -> None:
-        """`unlimited`: uids without a limit of waiting calls."""
+        """`unlimited`: uids without a limit on waiting calls."""
         self._unlimited = unlimited
         self._groups: OrderedDict[int, _ConnectionQueues[Item]] = OrderedDict()
         """The queues of users with waiting calls. The first user has the next turn."""

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FIRST_SUBORDINATE = 65536
-"""Uids from here on can be users of a directory service, or subordinate uids (subuid(5)). One user
-can have more subordinate uids than there are places."""
+"""Uids from this one on may belong to users of a directory service, or be subordinate uids
+(subuid(5)). One user can have more subordinate uids than there are places."""
 
 _ranges: list[tuple[int, int, int]] = []
 """Sorted by the first uid."""

@@ -2,9 +2,9 @@
 
 decision.flush_plan decides which disks to flush and what the flush proves. If the guest's
 processors are stopped, a flush also proves that QEMU holds no data back. The intention to stop them
-is saved first: if the job ends without a signal, or the daemon crashes, they are started again. The
-API calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor
-stays open until the job ends, because QEMU answers no new connection after SIGTERM.
+is saved first: if the job ends without a signal, or the daemon crashes, they are started again. In
+the API, this phase is called `quit`, because QEMU is told to quit if the guest has powered off. The
+monitor stays open until the job ends, because QEMU answers no new connection after SIGTERM.
 """
 
 from __future__ import annotations
@@ -495,7 +495,7 @@ class FlushPhase:
             monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
-        """If the guest has powered off, tell QEMU to quit. If QEMU does not, SIGTERM follows."""
+        """If the guest has powered off, tell QEMU to quit. If it does not exit, SIGTERM follows."""
         monitor = self._link.monitor
         if not self._powered_off or monitor is None or self._job.control.held:
             self._finish()

@@ -106,8 +106,8 @@ class GuestAsker:
         self._link.open(self._guarded(self._opened), was_asked=was_asked, agent_was_open=was_open)
 
     def note_continued(self) -> None:
-        """Start to measure the guest's activity now, because its process has just been continued.
-        Call this before `start`."""
+        """Start to measure the guest's activity now, because its process has just got SIGCONT. Call
+        this before `start`."""
         self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
 
     def set_span(self, span: int) -> None:

@@ -315,17 +315,17 @@ class Job:
 
     def join(self, request: Request) -> None:
         """Let another request change the job. It can add FORCE, lengthen time spans, shorten the
-        time for asking the guest, and allow signals in a job that would only ask. It cannot do the
-        opposite of any of these. If the job has a higher rank than the owner of the process, the
-        owner's request can only add FORCE.
+        time for asking the guest, and allow signals in a job that would only ask the guest. It
+        cannot do the opposite of any of these. If the job has a higher rank than the owner of the
+        process, the owner's request can only add FORCE.
 
         A request of higher rank takes the job over and replaces the former request. The guest gets
         all the help (Request.help) that either request allows. If the owner had requested the job,
         the new request also sets the spans and FIXED, the owner's hold ends, and the owner's
         extensions are cut to `owner_limit`.
 
-        If the job and the request both only ask the guest, no signal follows. Only if both have
-        NOWAIT does the job end right after asking.
+        If the job and the request both only ask the guest, no signal follows. The job ends right
+        after asking only if both have NOWAIT.
 
         A request with FORCE and NOWAIT sends SIGKILL now. It raises UnknownIdentity if the
         process's executable is unreadable, and Failed if the job is held or extended. If it was the

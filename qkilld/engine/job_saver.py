@@ -90,8 +90,8 @@ class JobSaver:
         return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
 
     def write_first(self, job: Job, callback: Callable[[], None]) -> None:
-        """Write the changes of this job before those of others, because its SIGKILL waits for that.
-        Call back when they are written, or after TIMEOUT_S."""
+        """Write this job's changes first, because its SIGKILL waits until they are written. Call
+        back when they are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:

@@ -55,7 +55,7 @@ class MonitorLink:
 
     @property
     def is_human(self) -> bool:
-        """Whether the open monitor is a human one, which cannot report the state of disks."""
+        """Whether the open monitor is HMP, which cannot report the state of disks."""
         return (monitor := self.monitor) is not None and not monitor.reads_disks
 
     @property
@@ -67,7 +67,7 @@ class MonitorLink:
 
     @property
     def is_kept(self) -> bool:
-        """Whether there is a connection of an earlier daemon that is not used yet."""
+        """Whether there is an unused connection of an earlier daemon."""
         return self._kept_monitor is not None
 
     @property

@@ -73,7 +73,7 @@ class ServerExits(Protocol):
 
     @property
     def unwatched(self) -> frozenset[int]:
-        """Return the added processes whose end is not noticed, because watching them failed."""
+        """Return the added processes whose end will go unnoticed, because watching them failed."""
 
     def add(self, pid: int, seen_at: int) -> None:
         """Watch a process that ran at `seen_at` (CLOCK_MONOTONIC, µs). May be called again."""

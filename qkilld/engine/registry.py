@@ -49,8 +49,8 @@ MAX_JOBS_PER_UID: Final = 2048
 Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
 """The maximum number of jobs of all users other than root, taken together. At 80 kB each
-(units/qkilld.service), these jobs take 490 MB, and their descriptors 350 MB. With all calls that
-users may have open, this is two thirds of MemoryMax=."""
+(units/qkilld.service), these jobs take 490 MB, and their descriptors 350 MB. Together with all
+calls that users may have open, they take two thirds of MemoryMax=."""
 
 
 class Registry:
@@ -170,10 +170,10 @@ class Registry:
     ) -> Job:
         """Continue a job of an earlier daemon. Its number, rungs, flags, policy and times are kept.
 
-        `process` must be the process in the snapshot, or None if that has exited. If it is None, a
-        running job ends as exited or killed. The registry owns `process` from now on and,
-        unless this raises an exception, `monitor`. With `among_many`, a job that would begin with a
-        sample does nothing until `follow_resumed`.
+        `process` must be the process in the snapshot, or None if that process has exited. With
+        None, a running job ends as exited or killed. The registry owns `process` from now on. It
+        also owns `monitor`, unless this raises an exception. With `among_many`, a job that would
+        begin with a sample does nothing until `follow_resumed`.
 
         Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
         In this case, `process` is closed.

@@ -39,7 +39,7 @@ class JobSampler:
         self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
     ) -> None:
         """Request a sample, unless a request is pending. With `detail`, the sample is expensive
-        (evidence.sampler). With `urgent`, it is taken before those of other jobs.
+        (evidence.sampler). With `urgent`, it is taken before the samples of other jobs.
 
         After TIMEOUT, `callback` gets an empty sample. If the real sample comes later, `callback`
         gets it, too.

@@ -182,7 +182,8 @@ class Service:
 
         polkit is asked once, and only if there are guests of other users. Guests that cannot be
         stopped are reported in the journal, and so are processes that may be guests. Raises
-        AccessDenied if there are guests but the caller may stop none, and InvalidArgs and Busy.
+        InvalidArgs and Busy, and AccessDenied if there are guests but the caller may stop none of
+        them.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
@@ -225,8 +226,8 @@ class Service:
         options: Mapping[str, Option],
         caller: Caller,
     ) -> list[Job | QkilldError]:
-        """Start a job for each of these processes, given by its id and, if known, its start time.
-        Return a job or an error for each. Raises InvalidArgs."""
+        """Start a job for each of these processes. Each is given by its pid and, if known, its
+        start time. Return a job or an error for each. Raises InvalidArgs."""
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         _check_for_many(given)

@@ -164,8 +164,8 @@ class SignalPhase:
                     # `advance` is called again when the sample arrives or times out.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
-                    # If SIGKILL waits for this sample, the sample must not wait for those of
-                    # thousands of other jobs.
+                    # If SIGKILL waits for this sample, take it before the samples of thousands of
+                    # other jobs.
                     urgent = decision.deadline <= now
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return

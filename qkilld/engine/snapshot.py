@@ -107,10 +107,10 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot from properties that a caller can read (StartedUSec, Verdict,
         LastProgressUSec, Held). Assume that SIGTERM was sent at the start, and SIGKILL at `kill_at`
-        if given. But if `guest_asked` is given, assume that no signal was sent, and that the guest
-        was asked at the start unless the value is NOT_ASKED.
+        if given. But if `guest_asked` is given, assume that no signal was sent. Unless the value is
+        NOT_ASKED, also assume that the guest was asked at the start.
 
-        `policy` is that of the job, including the time spans of the request. If `progress_at` is
+        `policy` is the job's policy, including the time spans of the request. If `progress_at` is
         None, assume that progress continues until the job is resumed.
         """
         phase = Phase.TERMINATE

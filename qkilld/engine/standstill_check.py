@@ -1,5 +1,5 @@
-"""Before a guest is asked, check whether its process can run at all, and continue the process if
-that is allowed.
+"""Before a guest is asked, check whether its process can run at all. If SIGSTOP has stopped the
+process, send SIGCONT, provided that the caller allows it.
 
 While SIGSTOP, a debugger or the freezer stops QEMU, its monitor does not answer. SIGTERM would take
 effect as soon as QEMU runs again. The data in the caches of the guest's operating system would then
@@ -34,8 +34,8 @@ MAX_SAMPLES: Final = 5
 first samples may be late."""
 
 StandstillCallback = Callable[[str, bool], None]
-"""Its arguments: the reason why the guest cannot be asked, or ""; and whether its process was
-continued."""
+"""Its arguments: the reason why the guest cannot be asked, or ""; and whether its process got
+SIGCONT."""
 
 
 class StandstillCheck:

@@ -65,8 +65,8 @@ def take_over(control: Control, limit: int) -> Control:
 
 
 def replace_request(before: Request, request: Request) -> Request:
-    """Return `request` with two additions from the former request: its allowed orders (`help`)
-    and, if `request` names no `qmp_socket`, its `qmp_socket`."""
+    """Return a copy of `request` that also allows the orders (`help`) of the former request,
+    `before`. If `request` names no `qmp_socket`, the copy has the one of `before`."""
     return replace(
         request,
         help=tuple(dict.fromkeys((*before.help, *request.help))),

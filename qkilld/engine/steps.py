@@ -1,5 +1,5 @@
-"""Do long work, such as that for thousands of jobs, in steps, so that the loop can do other work
-between them.
+"""Divide long work, such as work for thousands of jobs, into steps, so that the loop can do other
+work between the steps.
 
 A user can make thousands of jobs end or change at the same time. The signals of other jobs must
 still be on time.
@@ -36,7 +36,7 @@ class Steps:
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Count this time as used by the present step, because its work has started a task that
+        """Count this time as used by the present step, because the step has started a task that
         takes this long."""
         self._end -= seconds
 
