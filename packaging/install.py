@@ -81,7 +81,7 @@ class Places:
     polkitdir: str
     """The directory of polkit's actions."""
     bashdir: str
-    """The directory of bash's completions; zshdir and fishdir are those of zsh and fish."""
+    """The directory of the completions for bash; zshdir is for zsh, and fishdir for fish."""
     zshdir: str
     fishdir: str
 
@@ -214,7 +214,8 @@ def uninstall(root: str, places: Places) -> bool:
     InstallError, OSError."""
     manifest = _read_manifest(root, places)
     if manifest:
-        # Run the module, not the installed program, which looks for it at the path without DESTDIR.
+        # Run the module directly: the installed program would look for it at the path without
+        # DESTDIR.
         undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
         environment = {"PYTHONPATH": root + places.package}
         if subprocess.run(undo, cwd="/", env=environment, check=False).returncode == 4:

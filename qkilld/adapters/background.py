@@ -21,8 +21,8 @@ FLUSH_TIMEOUT_S: Final = 2.0
 class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
-    Items are written to disks, the journal and systemd, which may hang. Guests must still be
-    stopped, so no method raises, and only `close` blocks.
+    Items are written to disks, the journal and systemd, and each of them may hang. Guests must
+    still be stopped, so no method raises, and only `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:

@@ -1,7 +1,7 @@
 """Store jobs so that they survive the daemon: states in files, processes in the descriptor store.
 
-The service manager keeps a pidfd of each job's process, which identifies the process. If the pidfd
-is missing, the process is found by its id and start time. In both cases, no other process can get a
+For each job, the service manager keeps a pidfd, which identifies the job's process. If the pidfd is
+missing, the process is found by its id and start time. In both cases, no other process can get a
 signal.
 """
 

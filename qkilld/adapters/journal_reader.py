@@ -45,7 +45,7 @@ class Receipt:
 def read_receipts(since: int | None, directory: Path | None = None) -> list[Receipt]:
     """Return the receipts of jobs that ended after `since` (µs since the epoch), oldest first.
 
-    `directory` holds the journal; None for this system's. Raises OSError.
+    `directory` holds the journal. None means the journal of this system. Raises OSError.
     """
     from systemd import journal
 

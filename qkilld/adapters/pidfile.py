@@ -127,7 +127,7 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace. `pid` is the id in the pidfile, which may be
+    """Return the process's id in our PID namespace. `pid` is the id in the pidfile. It may be
     from another PID namespace.
 
     QEMU holds a lock on its pidfile while it runs, so the holder of the lock wrote the file.

@@ -176,9 +176,9 @@ def _exits() -> _Exits:
 def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     """Open a process and read its identity; the caller closes it.
 
-    Raises NoSuchProcess (also for a thread's id and for a zombie), NotQemu if the kernel does not
-    show the executable, UnknownIdentity if the process blocks the reading, Failed for other errors,
-    such as EMFILE.
+    Raises NoSuchProcess if there is no such process, or it is a thread or a zombie; NotQemu if the
+    kernel does not show the executable; UnknownIdentity if the process blocks the reading; Failed
+    for other errors, such as EMFILE.
     """
     process = open_unidentified(Guest(Identity.unread(pid), Label()), proc)
     try:

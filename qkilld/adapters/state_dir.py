@@ -130,8 +130,8 @@ class StateDirectory:
         self._writer.put(callback)
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
-        """Write the saved state of a job before those of others. Call `callback` in the writing
-        thread when the state has been written, or could not be written."""
+        """Write the saved state of a job before the states of other jobs. Call `callback` in the
+        writing thread when the state has been written, or could not be written."""
         self._first.append((number, callback))
         self._writer.put(_do_nothing)  # Wakes the thread, which reads _first at each item.
 

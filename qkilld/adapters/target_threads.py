@@ -68,7 +68,7 @@ class TargetThreads:
 
     @contextlib.contextmanager
     def _place(self, target: Hashable, uid: int) -> Iterator[None]:
-        """Reserve a place for one thread, which the caller starts within the context. Raises
+        """Reserve a place for one thread. The caller starts the thread within the context. Raises
         AllThreadsBlocked."""
         with self._lock:
             if not self._has_room(target, uid):
