@@ -1,5 +1,5 @@
 """Connect to a monitor on TCP or an abstract socket, and pass the connection to the daemon, which
-cannot reach the monitor.
+cannot reach the monitor itself.
 
 The helper runs in the network namespace of its unit, which is usually that of the guest. If the
 guest is in another namespace, only a helper that runs as root can enter that namespace.

@@ -90,7 +90,7 @@ class LaterLines(Enum):
 
 
 def later_lines(facts: UnitFacts, options: Options) -> LaterLines:
-    """`options`: those of the line that runs now."""
+    """`options`: the options of the line that runs now."""
     if not options.names_one:
         return LaterLines.NONE
     after = tuple(each for name, each in facts.other_commands if name == "ExecStopPost=")
@@ -155,8 +155,8 @@ async def limiting_units(
 async def guest_of_own_unit(
     connection: Connection | str, guests: Iterable[OutsideGuest]
 ) -> OutsideGuest | None:
-    """Return the guest that the ExecStart= of our own unit starts; None if none of `guests` is that
-    guest, or if systemd cannot be asked."""
+    """Return the guest that the ExecStart= of our own unit starts; None if it is not among `guests`
+    or if systemd cannot be asked."""
     from qkilld.unitcheck.context import is_guest_of
 
     facts = await _facts(connection)

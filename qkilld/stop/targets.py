@@ -59,8 +59,8 @@ class Targets:
 
     @property
     def reason(self) -> str:
-        """The reason to record: that of the command line; by default, the unit whose ExecStop= runs
-        this program, if any."""
+        """The reason to record. If the command line gives no reason, it names the unit whose
+        ExecStop= runs this program, or this program itself."""
         if self._options.reason is not None:
             return self._options.reason
         if not self.finder.stops_unit:

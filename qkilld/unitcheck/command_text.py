@@ -51,8 +51,8 @@ def split_commands(value: str) -> list[str]:
 
 
 def matching_texts(values: Sequence[str], commands: Sequence[Command]) -> tuple[str, ...]:
-    """Return the text of each command. `values`: those of all ExecStop= lines, in order. Empty if
-    the commands in the files differ from systemd's, for example because systemd has not reloaded
+    """Return the text of each command. `values`: the values of all ExecStop= lines, in order. Empty
+    if the files and systemd have different commands, for example because systemd has not reloaded
     the files, or has ignored a line."""
     try:
         texts = [text for value in values for text in split_commands(value)]

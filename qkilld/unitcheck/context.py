@@ -338,8 +338,8 @@ def helper_limit(command: Command, policy: Policy) -> str:
 
 
 def helper_hurry(command: Command, policy: Policy) -> str:
-    """Return the option with which this line of qkilld-stop does not ask the guest to shut down, or
-    gives it less time than the configuration does; "" for none."""
+    """Return the option that keeps this line of qkilld-stop from asking the guest to shut down, or
+    that gives the guest less time than the configuration does; "" for none."""
     if "--no-powerdown" in helper_options(command):
         return "--no-powerdown"
     spans = (span for span in JOB_SPANS if span.field == "powerdown")

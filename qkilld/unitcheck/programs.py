@@ -201,7 +201,7 @@ def _container(
 
 
 def _podman(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    # Unlike docker's, podman's `rm -f` stops a container before removing it. Quadlet uses this.
+    # Unlike `docker rm -f`, `podman rm -f` stops a container before removing it. Quadlet uses this.
     return _container(words, text, forced_removal=_UNKNOWN)
 
 

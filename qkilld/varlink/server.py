@@ -1,7 +1,7 @@
 """Serve org.qkilld1 over Varlink.
 
-A call waits for its user's turn (engine.turns), which calls over Varlink and over the bus share.
-Then it is checked against the interface description. A QkilldError is sent as the Varlink error of
+A call waits for its user's turn (engine.turns). Calls over the bus wait for the same turns. Then
+the call is checked against the interface description. A QkilldError is sent as the Varlink error of
 the same name, but AccessDenied as PermissionDenied. BusError and all other exceptions are reported
 as an internal error, with details only in the journal.
 """

@@ -23,7 +23,7 @@ from qkilld.model.errors import Busy
 MAX_AT_ONCE: Final = 16
 """How many queries may run at a time. Each waits for one reply of systemd. The system bus allows a
 connection 128 pending replies: requests to polkit may take 64 of them (polkit.MAX_IN_ALL), and
-requests for the uids of callers 32 (server.MAX_ASKING)."""
+requests for the uids of callers may take 32 (server.MAX_ASKING)."""
 MAX_SHARED: Final = 8
 OF_ROOT: Final = 4
 """See FairShares."""

@@ -11,7 +11,7 @@ from qkilld.adapters.loop_signals import call_at
 
 
 def test_the_loop_wakes_up_and_calls() -> None:
-    """This works even if the kernel gives the signal to another thread than the loop's."""
+    """This works even if the kernel gives the signal to a thread that does not run the loop."""
 
     async def serve() -> None:
         called = asyncio.Event()

@@ -81,8 +81,8 @@ class _AnswerTimes:
     pinged: list[float] = field(default_factory=list)
     """ms for a round trip on the same connection, measured once before each guest."""
     kept_waiting: list[float] = field(default_factory=list)
-    """ms between the request and the answer in which qkilld was ready to run but had no processor,
-    because of other work on this machine."""
+    """The time (ms) that qkilld waited for a processor between the request and the answer, because
+    of other work on this machine."""
 
 
 def _stop_many(guests: int, others: int, where: str) -> _AnswerTimes:

@@ -65,7 +65,7 @@ def test_eperm_at_sigkill(start_daemon: Start, lab_dir: Path) -> None:
                 assert output.readline() == "changed\n"
                 result, receipt = client.wait(job)
             assert result == "failed"
-            # The daemon checks the user before it sends a signal, so the error is not the kernel's.
+            # The daemon checks the user before it sends a signal, so the kernel reports no error.
             assert receipt["error"] == (
                 f"Process {process.pid} belongs to uid {OTHER_UID} by now, not 0: it gets no signal"
             )

@@ -132,8 +132,8 @@ def disk_dir() -> Iterator[Path]:
 def test_progress_over_nbd_is_told_in_bytes(
     client: Client, linux_guest: Make, disk_dir: Path, tcp: bool
 ) -> None:
-    """For a unix socket, QEMU has no counter, so the server's writes count as the guest's. For TCP,
-    the bytes that the server has acknowledged count."""
+    """For a unix socket, QEMU has no counter, so the server's writes count as writes of the guest.
+    For TCP, the bytes that the server has acknowledged count."""
     image = disk_dir / "disk"
     create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", str(image), "11G")
     run([needs.program("qemu-img", "qemu-utils"), *create], check=True)

@@ -302,8 +302,8 @@ def test_without_the_files_of_the_system(lab_dir: Path) -> None:
 
 
 def test_no_tls_is_loaded(daemon: Daemon) -> None:
-    """asyncio imports ssl if possible. This would take 18 ms at every start, and 4 MB, which are
-    locked while jobs run."""
+    """asyncio imports ssl if possible. This would take 18 ms at every start, and 4 MB of
+    memory, which is locked while jobs run."""
     assert not re.search(r"/libssl\b", Path(f"/proc/{daemon.pid}/maps").read_text())
 
 

@@ -64,7 +64,7 @@ class Judgement:
     late: float
     """The greatest delay of a sample, s."""
     detection: float | None
-    """For a correct SIGKILL: how late it was (s) after the policy's limit, which counts from the
+    """For a correct SIGKILL: how long (s) it came after the policy's limit, which counts from the
     last progress."""
     ticks: int
     right_ticks: int

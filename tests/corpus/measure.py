@@ -86,8 +86,8 @@ def newer_debian(*, make: bool) -> Path | None:
 def _host(
     structures: Sequence[Structure], directory: Path, newer: Path | None = None
 ) -> Iterator[Host]:
-    """Boot a host with the units. `newer`: the root file system to boot instead of this
-    machine's."""
+    """Boot a host with the units. `newer`: the root file system to boot; by default, the one of
+    this machine."""
     with contextlib.ExitStack() as stack:
         if newer is None:
             system = stack.enter_context(lab_container.boot())
@@ -210,7 +210,7 @@ def measure(
 ) -> list[Row]:
     """Measure each occasion twice, each time on a new host: without and with adopting the units.
 
-    `newer`: a root file system with a newer QEMU, to boot instead of this machine's.
+    `newer`: a root file system with a newer QEMU to boot; by default, the one of this machine.
     """
     rows = {structure: Row(structure) for structure in structures}
     for occasion in occasions:

@@ -21,8 +21,9 @@ DIRECTORY: Final = CACHE / "distros"
 _BASE: Final = "systemd-sysv,dbus,udev,procps,iproute2,ca-certificates"
 _NO_SERVICES: Final = "usr/sbin/policy-rc.d"
 _FAST_UNPACKING: Final = "etc/dpkg/dpkg.cfg.d/unsafe-io"
-"""This file keeps dpkg from waiting until each file is on the disk, which would take most of the
-time on a busy machine. It is safe, because an interrupted tree is made again."""
+"""This file keeps dpkg from waiting until each file is on the disk. On a busy machine, the waiting
+would take most of the time. Unpacking is safe without it, because an interrupted tree is made
+again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,8 @@ def test_of_storage_it_is_the_longer_span(world: World) -> None:
 
 
 def test_a_clock_that_runs_is_told_as_one(world: World) -> None:
-    """Progress does not delay the deadlines of FIXED, MaxSec= and an extension, nor the one after
-    SIGKILL."""
+    """Progress does not delay the deadlines of FIXED, MaxSec= and an extension, nor the deadline
+    after SIGKILL."""
     world.sampler.shows = writes
     fixed = world.stop(another(), Flag.FORCE | Flag.FIXED)
     assert outlook(fixed) == Outlook(NextRung.KILL)
