@@ -75,9 +75,9 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> NoReturn:
         await connection.own(BUS_NAME)
         await connection.flush()
         # Keep the connection open until this process ends: if this function returned, asyncio or
-        # Python would close the connection earlier. If a call comes after the connection was closed
-        # and before systemd notices the end, systemd adds the bus's request for a start to the
-        # start that is just failing, and the bus gets no answer.
+        # Python would close the connection earlier. If a call came after that, but before systemd
+        # noticed the end of this process, the bus would ask systemd for a start again. systemd
+        # would merge this request with the start that is failing, and the bus would get no answer.
         _end()
 
 

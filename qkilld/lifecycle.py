@@ -73,7 +73,7 @@ answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 UNLOCK_AFTER_S: Final = 10.0
-"""How long memory stays locked after the last job, because another job may follow."""
+"""How long memory stays locked after the last job. Another job may follow soon."""
 
 
 class EndReason(Enum):
@@ -391,8 +391,8 @@ class RunningDaemon:
         # cancelled by the stop of the daemon, not by a caller.
         self._varlink.close()
         await self._leave(bus)
-        # systemd must start a new daemon for the remaining jobs. In a restart, it always does so;
-        # otherwise, only if this process exits with a failure.
+        # systemd must start a new daemon for the remaining jobs. In a restart, it always does so.
+        # In all other cases, it does so only if this process exits with a failure.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 

@@ -64,8 +64,8 @@ def run(options: DaemonOptions) -> int:
                 varlink=options.varlink,
                 exit_idle_s=options.exit_idle,
             )
-            # lifecycle handles SIGINT. With SIG_DFL, asyncio installs no handler of its own.
-            # Replacing such a handler, as lifecycle would, imports the module inspect.
+            # lifecycle handles SIGINT. With SIG_DFL, asyncio installs no handler of its own, which
+            # lifecycle would have to replace: that would import the module inspect.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             return asyncio.run(end)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Apply a unit's settings to stops requested by its ExecStop= process."""
+"""Apply a unit's settings to the jobs that its ExecStop= process requests."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class UnitStops:
         """Make the jobs obey the settings of the unit whose ExecStop= process is `pid`. `uid`: the
         user of this process.
 
-        With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner of the guest's process. When the jobs are saved, return the
-        limits that apply to all of them. In these limits, `force` says whether systemd would send
-        SIGKILL to all guests. It does not say whether the jobs have FORCE.
+        With `force`, a job gets FORCE on two conditions: systemd would also send SIGKILL to its
+        guest, and the caller is root or owns the guest's process. After the jobs were saved, return
+        the limits that apply to all of them. In these limits, `force` says whether systemd would
+        send SIGKILL to all guests. It does not say whether the jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:

@@ -15,7 +15,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._waiting: dict[Callback, bool] = {}
-        """For each callback, whether the job's requester waits for it."""
+        """For each callback, whether it belongs to the job's requester."""
         self._requesters = 0
 
     def add(self, callback: Callback, *, requester: bool) -> None:

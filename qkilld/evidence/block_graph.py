@@ -328,7 +328,7 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
     """Return whether QEMU only reads from the node at `key` of a disk option. This is so if the
-    node or one above it is read-only or a backing file."""
+    node, or a node above it, is read-only or is a backing file."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]

@@ -109,7 +109,7 @@ class CgroupReader:
     def read(self) -> Cgroup | None:
         """Read the groups; None if they are unknown.
 
-        Cgroup.own applies to all figures: if only one of the memory group and the I/O group is the
+        Cgroup.own applies to all figures. So if only the memory group or only the I/O group is the
         guest's own, the figures of the other group are None.
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):

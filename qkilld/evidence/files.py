@@ -3,7 +3,7 @@
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
 The link of a descriptor shows the file's path, fdinfo shows its mode and mount, and mountinfo shows
-the file system. Accessing the file itself could block if its server is dead, so only files on tmpfs
+the file system. Accessing the file itself could block if its server is dead. So only files on tmpfs
 and devtmpfs, which are in memory, are accessed: stat(2) shows which of them are block devices, and
 their content shows which are images.
 

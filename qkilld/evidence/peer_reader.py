@@ -68,9 +68,9 @@ class PeerReader:
         """Sample the server; None if it is gone.
 
         `ours`: the export that the guest requested over each of its connections, keyed by the inode
-        of the server's end. `ours` is None for the server of a FUSE file system, to which the guest
-        has no connection. Peer.shared is then unknown, because nothing shows who else uses the file
-        system. `names`: the names of the guest's images in the file system.
+        of the server's end. `ours` is None for the server of a FUSE file system, because the guest
+        has no connection to it. Peer.shared is then unknown, because nothing shows who else uses
+        the file system. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
         self._read_process(values)

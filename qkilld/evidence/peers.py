@@ -46,7 +46,7 @@ MAX_CHILDREN: Final = 4
 newest are sampled. A process that does a long flush is older than short scripts that were started
 later, but the oldest processes may be helpers that never end."""
 KEPT_FILES: Final = 64
-"""How many descriptors may stay open between reads for all servers of one guest."""
+"""How many descriptors all servers of one guest together may keep open between reads."""
 HOPS: Final = 4
 """How many levels of servers behind a server are sampled. Some servers only forward requests."""
 

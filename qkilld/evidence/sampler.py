@@ -257,7 +257,7 @@ class EvidenceSampler:
         self._budget = FileBudget()
 
     def count_jobs(self, running: Callable[[], int]) -> None:
-        """Reserve descriptors for as many jobs as `running` returns."""
+        """Reserve descriptors for jobs. `running` returns the number of jobs."""
         self._budget.jobs = running
 
     def watch(self, process: Process) -> TargetWatch:

@@ -395,7 +395,7 @@ def _address(buffer: bytes, start: int) -> bytes:
 
 
 def _mirrored(id: bytes) -> bytes:
-    """Return the ports and addresses of a TcpSocket.id as the other end has them."""
+    """Return the ports and addresses of a TcpSocket.id in the order of the other end."""
     here = _address(id[:1] + bytes(3) + id[1:], 0)
     return here[2:4] + here[:2] + here[20:36] + here[4:20]
 

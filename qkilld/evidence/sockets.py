@@ -72,8 +72,8 @@ reading the kernel's table is cheaper than checking the link of each descriptor.
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
 """Connections with these descriptors are normally standard streams. They count as storage only if
-the command line says so: a QEMU that was started without standard streams may get these numbers for
-its disks."""
+the command line says so. This may happen: the disks of a QEMU that was started without standard
+streams may get these numbers."""
 
 
 class SocketReader:

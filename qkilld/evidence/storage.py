@@ -188,9 +188,9 @@ class StorageReader:
         }
 
     def _may_write(self, number: int) -> bool:
-        """Return whether the file is open for writing and is not a log. An inherited
-        standard stream is a log if the command line is known and has no image of its name. Other
-        files are never logs, because the command line may name them by a symbolic link."""
+        """Return whether the file is open for writing and is not a log. An inherited standard
+        stream is a log if the command line is known and no image in it has the stream's file name.
+        Other files are never logs, because the command line may name them by a symbolic link."""
         image = self._images[number]
         if number > _STANDARD_ERROR or self.names is None or not image.inherited:
             return image.writable

@@ -86,8 +86,8 @@ class Label:
     unit: Unit | None = None
     """None if unknown."""
     qmp: bool = False
-    """Whether the command line has a QMP monitor that is not libvirt's. False if the command line
-    was not read in time."""
+    """Whether the command line has a QMP monitor that does not belong to libvirt. False if the
+    command line was not read in time."""
     remote: bool = False
     """Whether the command line names storage on a network. True if the command line was not read in
     time."""

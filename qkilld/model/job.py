@@ -28,8 +28,8 @@ class Request:
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
-    """If the guest is asked first: the time after the start of the job (µs) at which asking must
-    end."""
+    """If the guest is asked first: the longest time (µs) from the start of the job until qkilld
+    stops asking."""
 
     @property
     def asks_alone(self) -> bool:

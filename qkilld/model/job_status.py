@@ -29,7 +29,7 @@ _ASKED: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "it could not be asked to shut down",
     GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
 }
-"""Phrases for the result of asking. Results without a phrase are not mentioned."""
+"""Phrases for the result of asking the guest. Results without a phrase are not mentioned."""
 _BEFORE_SIGNALS: Final[dict[str, str]] = {
     GuestAsked.NOT_ASKED: "is about to be asked",
     GuestAsked.SHUT_DOWN: "has shut down",
@@ -38,7 +38,7 @@ _BEFORE_SIGNALS: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "cannot be asked",
     GuestAsked.NOT_RUNNING: "cannot be asked",
 }
-"""Phrases for the time before the first signal, keyed by the result of asking so far."""
+"""Phrases for the time before the first signal, keyed by the present result of asking the guest."""
 _ASKED_BY: Final = {
     "agent": "its agent was asked to shut it down",
     "button": "its power button was pressed",
@@ -148,7 +148,8 @@ class JobStatus:
             return "shuts down"
         if self.verdict == Verdict.FLUSHING and self.guest_asked == GuestAsked.NOT_ASKED:
             return "waits for a backup or migration"
-        # A job that is held stays in the phase powerdown even after asking has ended.
+        # A job that is held stays in the phase powerdown even after qkilld has stopped asking the
+        # guest.
         return _BEFORE_SIGNALS.get(self.guest_asked, "was asked to shut down")
 
     @property

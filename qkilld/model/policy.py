@@ -132,7 +132,7 @@ class Config:
 
     def policy_for(self, name: str | None) -> Policy:
         """Return the policy for the guest with this name ("" for a guest without a name). If the
-        name is unknown (None), each span is the longest one of all sections.
+        name is unknown (None), each span is the longest that any section has.
         """
         if name is None:
             every = (self.policy, *self.guests.values())

@@ -202,9 +202,9 @@ class Socket:
     """The server at the other end; None if it is not on this host, was not found, or was not
     searched for."""
     accepted: bool = False
-    """Whether the connection was accepted. For a unix socket, this means that the process itself
-    still listens on the socket's path; for TCP, that a process listened on the local port. False
-    for a socketpair(2)."""
+    """Whether the connection was accepted. For a unix socket: whether the process itself still
+    listens on the socket's path. For TCP: whether a process listened on the local port. False for a
+    socketpair(2)."""
     tcp_id: str = ""
     """For a TCP connection that is known to be for storage: both addresses in the form of
     sock_diag(7), in hexadecimal digits. "" for other connections."""

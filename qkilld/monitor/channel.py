@@ -1,8 +1,8 @@
 """One connection to a monitor or an agent. The other end is hostile.
 
 A channel is closed by close(), by the other end, or because the other end sent invalid data. It
-stays closed. Pending and later calls raise the MonitorError with the reason. Whatever the other end
-does, no other exception is raised.
+stays closed. Pending and later calls raise a MonitorError that says why it was closed. Whatever the
+other end does, no other exception is raised.
 """
 
 from __future__ import annotations

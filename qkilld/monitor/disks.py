@@ -2,8 +2,8 @@
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
 exits with 0 (measured, 7.2). But a flush through a read-only NBD export reports the failure. The
-processors are stopped first, because running ones could write after the flush, and because QEMU's
-export code has failed an assertion while they ran (QEMU issue 945).
+processors are stopped first, because running processors could write after the flush, and because
+QEMU's export code has failed an assertion while they ran (QEMU issue 945).
 
 The export must be readable only by qkilld. So QEMU's NBD server gets a listening socket whose name
 the kernel has chosen, and accepts a fixed number of connections. qkilld makes all of them, and adds

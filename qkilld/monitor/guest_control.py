@@ -1,7 +1,7 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
 A command that waits for a stuck disk blocks all later commands, so each command has a deadline.
-With a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
+With a Debian guest on QEMU 7.2, opening takes 5 ms, and observing takes 5 to 10 ms (measured).
 """
 
 from __future__ import annotations

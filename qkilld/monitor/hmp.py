@@ -100,7 +100,7 @@ class HmpClient(Channel):
             raise MonitorProtocolError(TOO_LONG)
         if not self._buffer.endswith(_PROMPT):
             return
-        if self._answer.done():  # No line is waiting for its output.
+        if self._answer.done():  # No call waits for this output.
             self._buffer.clear()
             return
         printed = _ESCAPES.sub(b"", bytes(self._buffer))

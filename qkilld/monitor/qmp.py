@@ -114,7 +114,7 @@ class QmpClient(Channel):
 
         `pass_fd`: a descriptor to pass to QEMU, for getfd. `on_sent` is called when the command has
         been sent. From then on, QEMU may execute it even if no reply comes. Raises CommandUnsent,
-        MonitorTimeout, CommandRefused, MonitorError.
+        MonitorTimeout, CommandRefused or another MonitorError.
         """
         until = self._loop.time() + timeout_s
         try:
