@@ -222,9 +222,10 @@ def kill_due(facts: JobFacts) -> int:
         due = max(due, doubted + policy.storage_stall)
     else:
         # Unreadable samples, and a process that is starved again and again, must not restart
-        # `stall` without limit. At `latest_end`, SIGKILL would be due even if a wait were still
-        # open.
-        latest_end = since + policy.storage_stall * DOUBT
+        # `stall` without limit. But a wait that was seen to end always starts it, even after the
+        # time at which SIGKILL would be due if the wait were still open, because something else,
+        # such as a hold, may have delayed SIGKILL until then.
+        latest_end = max(since, evidence.idle_from) + policy.storage_stall * DOUBT
         due = max(due, min(max(since, evidence.outstanding_from), latest_end) + policy.stall)
     return min(due, latest)
 

@@ -108,6 +108,11 @@ class Assessment:
     """The value of `unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
     """The written amounts."""
+    idle_at: int | None = None
+    """When `outstanding` was first False since it was last True; None for never. While
+    `outstanding` is None, the value stays."""
+    idle_unsampled: int = 0
+    """The value of `unsampled` at `idle_at`."""
 
     @property
     def may_be_outstanding(self) -> bool:
@@ -145,6 +150,14 @@ class Assessment:
             return 0
         return self.outstanding_at + self.unsampled - self.outstanding_unsampled
 
+    @property
+    def idle_from(self) -> int:
+        """`idle_at` plus the time without samples since then; the time of the last sample for
+        never."""
+        if self.idle_at is None:
+            return self.last.at
+        return self.idle_at + self.unsampled - self.idle_unsampled
+
 
 def is_news(before: Assessment, now: Assessment) -> bool:
     """Return whether a value that callers see, or that affects a deadline, has changed."""
@@ -179,6 +192,11 @@ def assess(
     if outstanding is not False and not _is_passing_blindness(before, waits):
         outstanding_at, outstanding_unsampled = sample.at, unsampled
     doubt_at = sample.at if doubts else before.doubt_at
+    idle_at, idle_unsampled = before.idle_at, before.idle_unsampled
+    if outstanding:
+        idle_at = None
+    elif idle_at is None and outstanding is False:
+        idle_at, idle_unsampled = sample.at, unsampled
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
     amounts = count_amounts(before.amounts, before.first, sample)
     return Assessment(
@@ -200,6 +218,8 @@ def assess(
         doubt_at=doubt_at,
         doubt_unsampled=unsampled if doubts else before.doubt_unsampled,
         amounts=amounts,
+        idle_at=idle_at,
+        idle_unsampled=idle_unsampled,
     )
 
 
@@ -261,6 +281,8 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
         doubt_at=before.doubt_at,
         doubt_unsampled=before.doubt_unsampled,
         amounts=amounts,
+        idle_at=before.idle_at,
+        idle_unsampled=before.idle_unsampled,
     )
 
 
@@ -312,6 +334,8 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
         doubt_at=before.doubt_at,
         doubt_unsampled=before.doubt_unsampled,
         amounts=before.amounts,
+        idle_at=before.idle_at,
+        idle_unsampled=before.idle_unsampled,
     )
 
 

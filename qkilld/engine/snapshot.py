@@ -22,12 +22,13 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 10
+VERSION: Final = 11
 """Earlier versions can be read, too. Version 1 lacks `control`. Version 2 lacks `error_name`,
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
-and `cut_off`. Any version may lack `forced`.
+and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Any version may
+lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"

@@ -12,12 +12,28 @@ from qkilld.model.constants import INFINITY, Flag, Result
 from qkilld.model.errors import Failed
 from qkilld.model.event import MessageId
 from qkilld.model.policy import Config, Policy
-from qkilld.model.sample import Io, Sample
+from qkilld.model.sample import Io, Sample, Thread
 
 from .conftest import IDLE, FakeProcess, S, World
 
 FORCE, FIXED = Flag.FORCE, Flag.FIXED
 ADMIN = Steerer(1001, Rank.AUTHORIZED)
+WAITS_FOR_PIPE = replace(
+    IDLE,
+    threads=(
+        Thread(
+            7,
+            "qemu",
+            "S",
+            2,
+            io_call=False,
+            wchan="pipe_write",
+            call="write",
+            descriptor=2,
+            target="pipe",
+        ),
+    ),
+)
 
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
@@ -199,3 +215,25 @@ def test_another_request_does_not_revoke_a_hold_or_extension(world: World, held:
     assert process.sent == [SIGTERM]
     world.clock.advance(60)
     assert (process.sent == [SIGTERM]) is held
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_wait_that_ends_late_starts_the_time_again(world: World, holds: bool) -> None:
+    """QEMU writes to a full pipe. The wait ends right before the hold or the extension ends."""
+    world.sampler.shows = lambda now: WAITS_FOR_PIPE
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(5)
+    if holds:
+        job.hold(ADMIN)
+    else:
+        job.extend(398 * S, ADMIN)
+    world.clock.advance(396)
+    world.sampler.shows = lambda now: IDLE
+    world.clock.advance(3)
+    if holds:
+        job.release(ADMIN)
+    world.clock.advance(5)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(5)
+    assert process.sent == [SIGTERM, SIGKILL]

@@ -23,7 +23,7 @@ from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
-from qkilld.model.sample import Cgroup, Sample
+from qkilld.model.sample import Cgroup, Sample, Thread
 from tests.engine.conftest import IDLE
 
 S = 1_000_000
@@ -349,14 +349,29 @@ def test_samples_without_a_thread_bring_sigkill_no_nearer(
     assert expected is None
 
 
-def kill_second(shows: Callable[[int], Sample]) -> int:
+DEFAULT = Policy()
+
+
+def kill_second(
+    shows: Callable[[int], Sample],
+    controls: Callable[[int], Control] = lambda second: Control(),
+    policy: Policy = DEFAULT,
+) -> int:
     """Return the second of SIGKILL, or 999. `shows`: the sample of each second; its time is set."""
     evidence, promised = None, 0
     for second in range(1, 999):
         now = T0 + second * S
         evidence = assess(evidence, replace(shows(second), at=now))
-        facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0, assessment=evidence)
-        decision = decide(replace(facts, promised=promised), now)
+        facts = JobFacts(
+            flags=FORCE,
+            policy=policy,
+            started=T0,
+            term_at=T0,
+            assessment=evidence,
+            control=controls(second),
+            promised=promised,
+        )
+        decision = decide(facts, now)
         promised = max(promised, decision.promised)
         if decision.action is Action.KILL:
             return second
@@ -374,8 +389,8 @@ WAITING = Sample(0, "S", threads=())
         (IDLE, replace(IDLE, sockets=None), 1, 60),
         # Several unreadable samples in a row may hide a wait, so StallSec= starts again, but not
         # without limit.
-        (IDLE, Sample(0, "?"), 2, 310),
-        (IDLE, replace(IDLE, sockets=None), 2, 310),
+        (IDLE, Sample(0, "?"), 2, 314),
+        (IDLE, replace(IDLE, sockets=None), 2, 312),
     ],
 )
 def test_unreadable_samples_do_not_start_the_time_again(
@@ -383,6 +398,91 @@ def test_unreadable_samples_do_not_start_the_time_again(
 ) -> None:
     """On a busy host, some samples cannot be read: the first `length` of every eight."""
     assert kill_second(lambda second: bad if second % 8 < length else good) == expected
+
+
+ON_PIPE = replace(
+    IDLE,
+    threads=(
+        Thread(
+            7,
+            "qemu",
+            "S",
+            2,
+            io_call=False,
+            wchan="pipe_write",
+            call="write",
+            descriptor=2,
+            target="pipe",
+        ),
+    ),
+)
+STARVED = replace(IDLE, running=1)
+
+
+def held_until(end: int) -> Callable[[int], Control]:
+    return lambda second: Control(held=second < end)
+
+
+@pytest.mark.parametrize(
+    ("ends", "controls", "policy", "expected"),
+    [
+        (100, held_until(102), Policy(), 109),
+        (400, held_until(402), Policy(), 409),
+        (400, held_until(600), Policy(), 600),
+        (400, lambda second: Control(not_before=T0 + 401 * S), Policy(), 409),
+        (
+            119,
+            lambda second: Control(),
+            Policy(grace=120 * S, storage_stall=10 * S, stall=30 * S),
+            148,
+        ),
+    ],
+)
+def test_the_end_of_a_late_wait_starts_the_time_again(
+    ends: int, controls: Callable[[int], Control], policy: Policy, expected: int
+) -> None:
+    """Something delays SIGKILL until after the time at which the wait alone would have allowed
+    it."""
+
+    def shows(second: int) -> Sample:
+        return ON_PIPE if second < ends else IDLE
+
+    assert kill_second(shows, controls, policy) == expected
+
+
+def test_the_end_of_a_wait_that_was_last_seen_long_ago() -> None:
+    """A starved guest moves in a doubtful way, then cannot be read, and then is idle."""
+
+    def shows(second: int) -> Sample:
+        if second <= 298:
+            return replace(STARVED, cpu=second)
+        return Sample(0, "?") if second <= 345 else replace(IDLE, cpu=300)
+
+    assert kill_second(shows) == 355
+
+
+def test_unreadable_samples_after_a_late_wait_delay_sigkill_for_a_limited_time() -> None:
+    """The limit begins when the wait has ended."""
+
+    def shows(second: int) -> Sample:
+        if second < 400:
+            return ON_PIPE
+        return Sample(0, "?") if second % 8 in (1, 2) else IDLE
+
+    assert kill_second(shows, held_until(402)) == 710
+
+
+def test_time_without_samples_after_a_late_wait_is_not_counted() -> None:
+    """The wait ends at 400 s, and from 402 s to 800 s no sample can be taken."""
+
+    def shows(second: int) -> Sample:
+        if second < 400:
+            return ON_PIPE
+        if 402 <= second <= 802:
+            return Sample(0, "?", missed=second <= 800)
+        return IDLE
+
+    assert kill_second(shows, held_until(803)) == 812
 
 
 def test_time_without_a_thread_is_not_counted_afterwards() -> None:
