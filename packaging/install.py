@@ -1,10 +1,10 @@
 """`make install` and `make uninstall`: put every file where systemd, D-Bus, polkit and the message
 catalogue look for it, and remove exactly these files again.
 
-The Python package goes, byte-compiled, to a directory of its own, so that nothing else on the
-machine imports it by accident; the programs are short scripts that import it from there. Files in
+The Python package is byte-compiled and put into a directory of its own, so that nothing else on the
+machine imports it by accident. The programs are short scripts that import it from there. Files in
 units/, dbus/ and packaging/ that match the patterns below are installed. They are written for
-PREFIX=/usr; paths of our programs and documentation in them are replaced by the installed ones.
+PREFIX=/usr. Paths of our programs and documentation in them are replaced by the installed paths.
 
 Needs no network and no module outside of the standard library, and runs under the interpreter that
 the programs will use.
@@ -95,8 +95,8 @@ class Places:
 
     @property
     def manifest(self) -> str:
-        """The path of the manifest: one installed path on each line, and each directory that was
-        created, with a slash at its end."""
+        """The path of the manifest. Each line of the manifest is an installed file, or a directory
+        that was created, with a slash at its end."""
         return f"{self.private}/installed-files"
 
 

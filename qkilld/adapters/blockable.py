@@ -165,8 +165,8 @@ class BlockableReads:
             del outcome  # Break the cycle of the exception and its traceback.
 
     def _run(self, batch: _Batch) -> int:
-        """Run a batch; return the number of its outcomes. If it is less than the number of
-        directories, the next read is blocked, or the system allows no more threads."""
+        """Run a batch; return the number of its outcomes. This number is less than that of the
+        directories if a read is blocked, or if the system allows no more threads."""
         with self._lock:
             reader = self._idle.pop() if self._idle else _ReadingThread()
             reader.batch = batch

@@ -190,8 +190,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 
 
 def open_unidentified(guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Open the process that has the guest's id now. This may be another process; the caller must
-    check that before it sends a signal. Raises NoSuchProcess, Failed."""
+    """Open the process that has the guest's id now. This may be another process, so the caller
+    must check its identity before it sends a signal. Raises NoSuchProcess, Failed."""
     return PidfdProcess(_open_pidfd(guest.identity.pid), guest, proc)
 
 
