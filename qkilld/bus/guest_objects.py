@@ -52,7 +52,7 @@ def guest_properties(watched: WatchedGuest) -> dict[str, Any]:
 class Watchers:
     """The connections that called GetManagedObjects and were on the bus when last checked.
 
-    The bus limits the number of our match rules, so no rule is used to learn that a connection has
+    The bus limits the number of our match rules, so we spend none on learning that a connection has
     left. Each scan for guests first calls `has_any`, which asks the bus.
     """
 

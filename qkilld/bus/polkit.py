@@ -20,7 +20,8 @@ from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.errors import BusError, Busy, QkilldError
 
 TIMEOUT_S: Final = 5.0
-"""Long enough for a busy host: polkit answers in milliseconds if it asks nobody for a password."""
+"""Long enough even for a busy host. If polkit asks nobody for a password, it usually answers in
+milliseconds."""
 INTERACTIVE_TIMEOUT_S: Final = 120.0
 """Time for a person to find and type a password."""
 MAX_PER_UID: Final = 8

@@ -29,8 +29,8 @@ RETRY_S: Final = 0.01
 
 
 async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.socket:
-    """Connect and authenticate; after an OSError, try the next address. Blocks only while
-    it ends a bridge that failed.
+    """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
+    process that has failed.
 
     `descriptors`: messages can carry descriptors in both directions. Any user of the bus can then
     send some; ForeignSocket closes them. Raises OSError, EOFError, ValueError,

@@ -135,7 +135,8 @@ class _Adopter:
             after = await self._check(report.name)
             _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd did not reload, rejected the drop-in, or parsed it differently than predicted.
+            # Either systemd did not reload, or it rejected the drop-in or parsed it differently
+            # than predicted.
             await self._restore(drop_in, old)
             raise
         return after

@@ -136,8 +136,8 @@ async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
     """Start a job over Varlink, and pass the daemon a connection to the guest's monitor. Return the
-    job's path. Return None if the caller must use D-Bus: with NOWAIT or FIXED, after a failure, or
-    if the daemon can connect to the monitor itself."""
+    job's path. Return None if the caller must use D-Bus, because NOWAIT or FIXED is set, passing
+    the monitor failed, or the daemon can connect to the monitor itself."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:

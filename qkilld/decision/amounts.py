@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class ServerCount:
-    """How many bytes a server had written when it was last read."""
+    """How many bytes a server had written when its counters were last read."""
 
     pid: int
     written: int

@@ -189,14 +189,15 @@ def _last(flags: Flag) -> Action:
 
 
 def _deadline(facts: JobFacts, due: int) -> int:
-    """Return when SIGKILL is sent, or the job gives up. `due`: when the ladder allows SIGKILL."""
+    """Return the time at which SIGKILL is sent or the job gives up. `due`: when the ladder allows
+    SIGKILL."""
     due = max(due, facts.control.not_before)
     deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
     return max(deadline, facts.control.held_until) if facts.control.held else deadline
 
 
 def kill_due(facts: JobFacts) -> int:
-    """Return when the evidence so far allows SIGKILL, if nothing changes.
+    """Return the time at which the evidence so far allows SIGKILL, if nothing changes.
 
     Time without samples is not counted. Only a shorter `max` or `grace` can make the result earlier
     than `promised`.
@@ -231,7 +232,8 @@ def kill_due(facts: JobFacts) -> int:
 
 
 def _last_action_at(facts: JobFacts) -> int:
-    """Return when the process last got SIGTERM or SIGCONT, or its storage was cut off."""
+    """Return the last time at which the process got SIGTERM or SIGCONT, or its storage was cut
+    off."""
     return max(facts.term_at or 0, facts.continued_at or 0, facts.yank_at or 0)
 
 
@@ -284,7 +286,7 @@ def _should_continue(facts: JobFacts) -> bool:
 
 def should_yank(facts: JobFacts, now: int) -> bool:
     """Return whether to cut off storage before sending SIGKILL. This requires that I/O may be
-    outstanding, that `max` is not over, and that QEMU may have storage that can be cut off."""
+    outstanding, that `max` has not passed, and that QEMU may have storage that can be cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

@@ -88,8 +88,8 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # Drop the marks of missing signs first, but only if there is no room: a sign may reappear,
-        # for example if a server was not read this time.
+        # If there is no room for all marks, drop those of missing signs first. Otherwise, keep
+        # them: a sign may reappear, for example if a server was not read this time.
         missing_last = sorted(kept_marks, key=lambda mark: mark.name not in sign_names)
         kept_marks = tuple(missing_last[:MAX_MARKS])
     return OpenWait(

@@ -505,8 +505,8 @@ def _is_unsettled(
 
 
 def _measure_until(attempt: Attempt) -> int:
-    """Return when measuring ends if the guest does nothing. Measuring takes BASELINE if the disks
-    are idle or have completed a request; otherwise, it takes IDLE_DISKS."""
+    """Return the time at which measuring ends if the guest does nothing. Measuring takes BASELINE
+    if the disks are idle or have completed a request; otherwise, it takes IDLE_DISKS."""
     first, last = attempt.recent[0], attempt.recent[-1]
     until, baseline = attempt.started + IDLE_DISKS, first.at + BASELINE
     needs_baseline = bool(difference(first.requests, last.requests)) or has_idle_disks(last)

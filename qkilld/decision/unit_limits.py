@@ -30,7 +30,7 @@ class Limits:
     ask: int = INFINITY
     """The helper stops asking the guest this long after its start, to leave time for SIGTERM."""
     force: bool = False
-    """Whether systemd would finally send SIGKILL to the guest's process in this stop."""
+    """Whether systemd would send SIGKILL to the guest's process at the end of this stop."""
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()

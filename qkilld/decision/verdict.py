@@ -486,7 +486,7 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 def is_dead(sample: Sample) -> bool:
     """Return whether the process has exited. The pidfd may report this later: it waits until the
-    last thread is reaped. A debugger at its prompt delays that."""
+    last thread is reaped, which a debugger at its prompt delays."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 
@@ -500,6 +500,7 @@ def standstill(sample: Sample) -> str:
 
 
 def can_be_continued(sample: Sample) -> bool:
-    """Return whether SIGCONT would continue the process, because only SIGSTOP has stopped it."""
+    """Return whether SIGCONT would make the process run again, because only SIGSTOP has stopped
+    it."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     return sample.state == "T" and not sample.tracer and not frozen

@@ -37,10 +37,10 @@ def user_of(uid: int) -> int:
 class FairShares:
     """The places that users have taken. This class has no lock.
 
-    Root may take all `places`, and only root may take the last `of_root`. Each other user gets a
-    first place if one is free. All further places are limited to `shared`, divided equally among
-    the users who have places. So some places stay free for users who have none. Uids that may be
-    subordinate can together take at most half of (`places` - `of_root` + `shared`).
+    Root may take all `places`, and only root may take the last `of_root` of them. Each other user
+    gets a first place if one is free. All further places are limited to `shared`, divided equally
+    among the users who have places. So some places stay free for users who have none. Uids that may
+    be subordinate can together take at most half of (`places` - `of_root` + `shared`).
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

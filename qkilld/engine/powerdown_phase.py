@@ -204,7 +204,7 @@ class PowerdownPhase:
 
     @property
     def _ask_until(self) -> int:
-        """Return when asking must end because of MaxSec= or the caller's limit."""
+        """Return the time at which MaxSec= or the caller's limit ends the asking."""
         return min(self._job.started + self._job.request.ask_at_most, self._latest)
 
     def _waits_for(self, jobs: Sequence[BackgroundJob]) -> None:

@@ -152,7 +152,7 @@ class SignalPhase:
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
-            # Reset this only before the deadline; later, a due signal is being retried.
+            # Reset this only before the deadline: after it, a due signal is being retried.
             if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
                 self._unidentified_since = None
             match action:

@@ -178,11 +178,11 @@ class Snapshot:
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 
     def sent_at(self, signal: Signals) -> int | None:
-        """Return when this signal was last sent, or None."""
+        """Return the time at which this signal was last sent; None for never."""
         return max((rung.at for rung in self.rungs if rung.action == signal.name), default=None)
 
     def rung_at(self, action: str) -> int | None:
-        """Return when this action was last taken, or None."""
+        """Return the time at which this action was last taken; None for never."""
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:

@@ -30,7 +30,7 @@ class Steps:
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
-        """Call `work` soon, and again and again until it returns False. Other work of the same user
+        """Call `work` soon, and repeat the call until it returns False. Other work of the same user
         waits until then."""
         self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
