@@ -41,7 +41,7 @@ class Options:
         """Time spans (µs), keyed by the field names of Policy."""
         self.reason = reason
         self.socket = socket
-        """The daemon's socket; None for the installed one."""
+        """The daemon's socket; None for that of the installed daemon."""
         self.dry_run = dry_run
         self.json = json
         self.debug = debug

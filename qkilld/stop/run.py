@@ -476,7 +476,7 @@ class StopRun:
         self.begin(others)
 
     def _substitutes(self) -> list[ProcessHandle]:
-        self._notifier.extend(FIRST)  # The search, and what follows, may take longer than a tick.
+        self._notifier.extend(FIRST)  # The search and the new stops may take longer than a tick.
         return self.targets.substitutes({stop.process.pid for stop in self._stops})
 
     # ---- time limits ----

@@ -161,7 +161,7 @@ def keeper_names(facts: UnitFacts) -> list[str]:
 
 
 def keeper_targets(facts: UnitFacts) -> list[str]:
-    """List the targets that a scope is ordered before.
+    """List the targets before which a scope is ordered.
 
     A service that is ordered after such a target is a keeper if its project is known. libvirt
     orders its scopes before virt-guest-shutdown.target, and libvirt-guests.service after it.

@@ -242,7 +242,7 @@ class VarlinkConnection:
         self._incoming += data
         if self._calling:
             # Continue to read while a call is being answered, because only reading shows that the
-            # client has disconnected. Stop when more is buffered than the maximum size of a call.
+            # client has disconnected. Stop when the buffer exceeds the maximum size of a call.
             if len(self._incoming) > self._max_call:
                 self._read_on(False)
         else:

@@ -146,8 +146,8 @@ class JobStream:
         self._ended_jobs: deque[Job] = deque()
         """Jobs whose end is to be encoded."""
         self._ends: deque[bytes] = deque()
-        """The encoded ends to report. Jobs are not kept until then: they take much more memory, and
-        the client may never read."""
+        """The encoded ends to report. Their jobs are not kept, because jobs take much more memory,
+        and the client may never read."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False

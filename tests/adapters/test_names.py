@@ -208,7 +208,7 @@ def test_a_search_keeps_the_name_that_a_call_waits_for(lines: CommandLines) -> N
 
 
 def test_a_search_keeps_the_name_that_a_call_is_about_to_return(lines: CommandLines) -> None:
-    """The name was read, but the call still waits for another."""
+    """The name was read, but the call still waits for another name."""
 
     async def ask() -> None:
         reader = NameReader(lines)

@@ -28,7 +28,7 @@ _SETTLE_S: Final = 1.0
 
 
 def measure(seconds: int, jobs: int) -> list[Figure]:
-    """Record the wake-ups of an idle daemon for `seconds`. Measure its memory then, and again after
+    """Record the wake-ups of an idle daemon for `seconds`. Then measure its memory, and again after
     `jobs` jobs."""
     with private_bus() as bus, daemon(bus) as running:
         watched = _wakeups(running, seconds)

@@ -196,7 +196,7 @@ def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
 
 
 def becomes_free(guest: Guest, timeout: float = 10) -> bool:
-    """Wait up to `timeout` seconds; return whether the guest's monitor has no client then."""
+    """Wait up to `timeout` seconds; return whether the guest's monitor then has no client."""
     deadline = time.monotonic() + timeout
     while any(each.in_use for each in read_listeners(guest.pid)):
         if time.monotonic() >= deadline:

@@ -68,8 +68,8 @@ while True:
 
 @pytest.fixture
 def blocking() -> Iterator[int]:
-    """Run COUNT processes of another user that look like QEMUs. Yield the pid of one of our own,
-    whose command line is readable."""
+    """Run COUNT processes of another user that look like QEMUs. Yield the pid of a process of
+    our own user, whose command line is readable."""
     needs.root("to become another user")
     with contextlib.ExitStack() as stack:
         files, directory = (stack.enter_context(scratch("f")) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`make test-packages`: the package in clean Debians. `make test-distros`: the suite in others."""
+"""`make test-packages`: the package in clean Debians. `make test-distros`: the tests in others."""
 
 from __future__ import annotations
 

@@ -437,7 +437,7 @@ def test_the_loop_does_not_ask_for_long_which_end_closed_the_connections() -> No
 
 
 def resumed(world: ServedWorld, process: FakeProcess) -> tuple[ServedWorld, FakeProcess, Job]:
-    """Continue a job in another daemon, whose sampler shows the same."""
+    """Continue a job in another daemon, whose sampler returns the same samples."""
     (past,) = (job.snapshot() for job in world.registry)
     after = ServedWorld(world.sampler.shows)
     after.clock.advance((world.clock.now() - after.clock.now()) / S)

@@ -189,7 +189,7 @@ def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
                 said.add((type(caught.value), str(caught.value)))
             assert process.closed
             assert process.sent == []
-            # polkit shows no dialog for a process that is not a QEMU, or not the requested one.
+            # polkit shows no dialog if the process is not a QEMU or is not the requested process.
             is_qemu = process.guest.identity.executable != "/bin/sh"
             assert caller.asked == [
                 (PolkitAction.TERMINATE, is_qemu),
