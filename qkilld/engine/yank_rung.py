@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for the commands `query-yank` and `yank` together, including the sample between
-them. Opening the monitor, if necessary, has its own timeout of this length. When either timeout
-expires, SIGKILL follows."""
+"""Timeout (µs) for each of the commands `query-yank` and `yank`, and for opening the monitor, if
+necessary. If one of them has no reply when its timeout expires, SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -61,7 +60,7 @@ class YankRung:
         read, such connections count as cut off."""
         self._exhausted = False
         self._until: int | None = None
-        """The deadline of the current attempt; None if no attempt is in progress."""
+        """When the timeout of the current attempt expires; None if no attempt is in progress."""
         self._attempt = 0
         self._instances: tuple[YankInstance, ...] | None = None
         """The reply to `query-yank` of the current attempt, until it is used."""
@@ -84,16 +83,17 @@ class YankRung:
 
         Return False if nothing more can be cut off: SIGKILL is then next.
         """
-        if self._until is not None and self._clock.now() >= self._until:
+        if self._instances is not None:
+            # Useless samples may have delayed this, so the deadline of `query-yank` may be over.
+            self._until = self._clock.now() + TIMEOUT
+            self._cut_off(self._instances)
+        elif self._until is not None and self._clock.now() >= self._until:
             self._note_unanswered()
             self._give_up()
-        elif self._instances is not None:
-            self._cut_off(self._instances)
-            return not self._exhausted
+        elif self._until is None and not self._exhausted:
+            self._begin()
         if self._exhausted:
             return False
-        if self._until is None:
-            self._begin()
         if self._until is not None:
             self._job.wait_until(self._job.deadline, self._until)
         return True

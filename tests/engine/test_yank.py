@@ -220,6 +220,40 @@ def test_useless_samples_do_not_start_an_attempt_again() -> None:
     assert (world.monitors.yanked, process.sent) == ([], [SIGTERM, SIGKILL])
 
 
+def blind_world(blind_s: float) -> tuple[World, FakeProcess]:
+    """A world in which QEMU needs 1.5 s to answer query-yank, and from then on, samples are useless
+    for `blind_s`."""
+    world, process = stuck_world()
+    world.monitors.answers_after_s = 1.5
+    begun(world, process)
+    answers_at = world.clock.now() + int(61.49 * S)
+    world.sampler.shows = lambda now: (
+        Sample(now, "?") if answers_at <= now < answers_at + blind_s * S else STUCK
+    )
+    return world, process
+
+
+@pytest.mark.parametrize("blind_s", [0, 1, 2.5, 4, 8, 30])
+def test_a_reply_is_used_however_late_the_next_good_sample_is(blind_s: float) -> None:
+    world, process = blind_world(blind_s)
+    world.clock.advance(62 + blind_s + 3)
+    assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM])
+    world.clock.advance(66)
+    assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM, SIGKILL])
+
+
+@pytest.mark.parametrize("blind_s", [0, 0.5, 4, 8])
+def test_useless_samples_do_not_remove_the_timeout_of_a_command_without_a_reply(
+    blind_s: float,
+) -> None:
+    world, process = blind_world(blind_s)
+    world.monitors.answers_yank = False
+    world.clock.advance(62 + blind_s + 3)
+    assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM])
+    world.clock.advance(5)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
 def test_the_next_daemon_knows_when_it_was_done() -> None:
     world, process = stuck_world()
     job = begun(world, process)
