@@ -1,8 +1,8 @@
 """Write events to journald if standard error is connected to it, otherwise to standard error.
 
 qkilld is needed when disks stall, and journald may then stop reading. journald's socket, which all
-services share, fills up, and writes to it block. So events go through a bounded queue to a separate
-thread. If the queue is full, events are dropped and counted. The native protocol
+services share, then fills up, and writes to it block. So events go through a bounded queue to a
+separate thread. If the queue is full, events are dropped and counted. The native protocol
 (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here, because `systemd.journal.send`
 waits for room in the socket while it holds Python's lock, and so stops all threads of the process.
 """

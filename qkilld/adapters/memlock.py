@@ -32,7 +32,7 @@ def share_heap() -> None:
     """Let all threads allocate from one heap. Call this before the first thread starts.
 
     By default, glibc uses up to eight heaps for each processor, and does not give back the memory
-    that a thread once needed. After 200,000 hostile calls, a dozen heaps had 9 MB, of which 5 MB
+    that a thread once needed. After 200,000 hostile calls, a dozen heaps took 9 MB, of which 5 MB
     were free. Sharing one heap costs no time, because only one Python thread runs at a time. Other
     C libraries have only one heap.
     """
