@@ -237,7 +237,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
 
 
 def _restart_signal(own: dict[str, Any]) -> int:
-    """Return RestartKillSignal=; 0 if it is the same as KillSignal=, as it is by default."""
+    """Return RestartKillSignal=; 0 if it is the same as KillSignal= (the default)."""
     number = int(own.get("RestartKillSignal", 0))
     return 0 if number == int(own.get("KillSignal", 15)) else number
 
@@ -246,8 +246,8 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
     """Parse RestrictAddressFamilies, which lists either the allowed families or the denied ones."""
     if allowed:
         return tuple(names)
-    # Callers look only for AF_UNIX in the result. So if AF_UNIX is denied, return any list of
-    # allowed families without it.
+    # Callers look only for AF_UNIX in the result. So if AF_UNIX is denied, any list of allowed
+    # families without AF_UNIX will do.
     return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
 
 

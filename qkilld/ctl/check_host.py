@@ -130,8 +130,8 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Our drop-ins give scopes and user managers Before=qkilld-guests.service. Assume it even if it
-    # is missing, because systemd has perhaps not read the drop-ins yet.
+    # Our drop-ins give scopes and user managers Before=qkilld-guests.service. Assume this ordering
+    # even if it is missing, because systemd has perhaps not read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

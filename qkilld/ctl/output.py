@@ -1,7 +1,7 @@
 """The output of qkillctl: tables, lines and JSON.
 
 Users choose the names of their guests, so all text from the bus passes `printable` before it
-reaches a terminal, and rich gets it as Text, without markup.
+reaches a terminal, and the rich library gets it as Text, without markup.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _null() -> TextIO:
 
 
 def _silence(stream: TextIO) -> None:
-    """Discard all further output, including the interpreter's last flush."""
+    """Discard all further output, including what the interpreter flushes at exit."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, stream.fileno())
     os.close(null)

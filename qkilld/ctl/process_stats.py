@@ -3,8 +3,8 @@
 No decision about signals uses psutil, because psutil reports on any process that has the pid now,
 and trusts the command line if the executable is unreadable. Every call can raise: the process may
 have ended, be a zombie, or belong to another user. A process can also block such calls, for example
-by a command line on a FUSE file, so they are made in threads (adapters.blockable). psutil is
-imported late, because its import takes 40 ms.
+with a command line that lies in a mapped FUSE file, so they are made in threads
+(adapters.blockable). psutil is imported late, because its import takes 40 ms.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ class _Watcher:
             proxy = self._feed.job(job.path)
             before = after = job
             # Read the current status, because the daemon reports changes at most five times a
-            # second, and keys can be pressed faster.
+            # second, and keys can be pressed more often.
             with ignore(f"reading job {job.id}", QkilldError):
                 before = await proxy.status()
             await self._with_terminal(job, lambda: command.act(proxy))

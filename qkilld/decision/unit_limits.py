@@ -22,7 +22,7 @@ during this part. This part is half of the timeout, but at least this long (µs)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of the ExecStop= helper. The defaults are for an unknown unit: the helper stays as
+    """The limits of the ExecStop= helper. The defaults are for an unknown unit: the helper runs as
     long as systemd lets it."""
 
     stay: int = INFINITY

@@ -4,7 +4,7 @@
 process waits for, and each wait has its own signs of progress. The verdict:
 
 - zombie, stopped: the process has exited, or cannot run;
-- flushing: something moved since the last sample, or recently if the process waits for storage;
+- flushing: something moved since the last sample or, if the process waits for storage, recently;
 - storage-wait: the process waits for storage, and nothing moved recently;
 - blocked: the process waits in a system call that is not for storage, or does not take SIGTERM;
 - unknown: a source that would show waits is unreadable, the process is starved or spins, or other
@@ -369,8 +369,9 @@ def _follow(
             is_certain = is_certain or wait.certain
             is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
-        # A wait that certainly prevents the exit does not move. So ignore doubtful movement
-        # elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as progress.
+        # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
+        # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
+        # progress.
         doubts = []
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
