@@ -15,23 +15,38 @@ the connection: its parent is watched instead, because the parent continues to r
 If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
 Each connection is assigned to an arbitrary one of these nodes, so a risk of one node may really be
 a risk of another node in its group.
+
+A server may also hold data that it has acknowledged, but not flushed. If it ends during the stop,
+and QEMU reconnects to a new server, the old data is lost. This is a risk even if QEMU can reconnect
+(reconnect-delay), because QEMU keeps only its unanswered requests. How the server ended is unknown,
+so a clean end is a risk, too. A connection to another process proves that a server was replaced.
+So does a server that has started after the job, because the node had its data before.
+
+The servers of FUSE file systems that contain writable images are followed in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Final
 
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job import Risk
-from qkilld.model.sample import Node, Peer, Sample, Socket
+from qkilld.model.sample import Mount, Node, Peer, Sample, Socket
 
 SETTLE: Final = USEC_PER_SEC * 3 // 10
 """If a server still runs this long (µs) after the guest's end, it was not being stopped when the
 guest ended. An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
 _MAX_NAMES: Final = 4
+_MAX_REPLACED: Final = 2
+"""So many different servers that a node has lost are remembered. At least one of them is not the
+present server."""
+_ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
+"""The protocols for which a lost connection may mean a lost server, even if the server is unknown.
+Clients of other protocols, such as rbd, have many connections, and close some of them at times."""
+_MAY_BE_LOST: Final = "data that it had acknowledged may be lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +90,40 @@ class NodeServer:
 
     @property
     def title(self) -> str:
-        if self.peer is None:
-            return "its server"
-        return f"its server {self.peer.command} (process {self.peer.pid})"
+        return "its server" if self.peer is None else f"its server {_process(self.peer)}"
+
+    def named(self, pids: frozenset[int]) -> str:
+        """Name the servers between the guest and the storage that are in `pids`."""
+        return _named([self.peer], pids) if self.peer is not None else self.title
+
+
+@dataclass(frozen=True, slots=True)
+class MountServers:
+    """The servers of a FUSE file system that contains an image open for writing."""
+
+    mount: Mount
+
+    @property
+    def lasting(self) -> frozenset[int]:
+        """The processes that should continue to run until the guest ends. If the mount is not
+        `certain`, these are all processes that may be the server."""
+        servers = self.mount.servers or ()
+        behind = (other for server in servers for other in server.behind if other.certain)
+        return _serving(servers) | _lasting(_chain(behind if self.mount.certain else ()))
+
+    @property
+    def serving(self) -> frozenset[int]:
+        """The servers of the file system, and those behind them."""
+        return _serving(_chain(self.mount.servers or ()))
+
+    @property
+    def title(self) -> str:
+        return f"{self.mount.kind} file system {self.mount.number}"
+
+    def named(self, pids: frozenset[int]) -> str:
+        """Name the servers that are in `pids`."""
+        named = _named(self.mount.servers or (), pids)
+        return named if self.mount.certain else f"what may be {named}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +139,10 @@ class StorageServers:
     samples with detail show whether their servers listen."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of each group, keyed by Node.group."""
+    replaced: Mapping[str, tuple[NodeServer, ...]] = field(default_factory=dict)
+    """The servers whose connections were lost while QEMU ran, keyed by the node's name."""
+    mounts: Mapping[str, MountServers] = field(default_factory=dict)
+    """Keyed by Mount.number."""
 
     @property
     def unfound(self) -> bool:
@@ -107,13 +157,13 @@ class StorageServers:
 
     @property
     def lasting(self) -> frozenset[int]:
-        """NodeServer.lasting of all nodes."""
-        return _lasting(self._chain())
+        """The lasting servers of all nodes and mounts."""
+        return _lasting(self._chain()).union(*(one.lasting for one in self.mounts.values()))
 
     @property
     def serving(self) -> frozenset[int]:
-        """NodeServer.serving of all nodes."""
-        return _serving(self._chain())
+        """The serving processes of all nodes and mounts."""
+        return _serving(self._chain()).union(*(one.serving for one in self.mounts.values()))
 
     def _chain(self) -> Iterator[Peer]:
         return _chain(one.peer for one in self.connected.values())
@@ -127,8 +177,28 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     samples.
 
     A node without a connection keeps its last server, because QEMU closes its connections when it
-    exits.
+    exits. For the same reason, a mount keeps its servers.
     """
+    servers = _follow_nodes(before, sample)
+    if servers is None:
+        return None
+    mounts = _follow_mounts(servers.mounts, sample)
+    return servers if mounts == servers.mounts else replace(servers, mounts=mounts)
+
+
+def _follow_mounts(known: Mapping[str, MountServers], sample: Sample) -> dict[str, MountServers]:
+    held = {image.mount for image in sample.images or ()}
+    mounts = dict(known)
+    for mount in sample.mounts or ():
+        is_held = sample.images is None or mount.number in held
+        old = mounts.get(mount.number)
+        is_better = old is None or (mount.certain and not old.mount.certain)
+        if mount.number and mount.servers and is_held and is_better:
+            mounts[mount.number] = MountServers(mount)
+    return mounts
+
+
+def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServers | None:
     if sample.nodes is None:
         return before
     groups = _groups_that_may_lose_data(sample.nodes)
@@ -137,13 +207,14 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if sample.sockets is None:
         return before
     known = dict(before.connected) if before is not None else {}
+    replaced = dict(before.replaced) if before is not None else {}
     group_of = {node.name: name for name, nodes in groups.items() for node in nodes}
     sockets: dict[str, list[Socket]] = {}
     for socket in sample.sockets:
         if socket.node in group_of:
             sockets.setdefault(group_of[socket.node], []).append(socket)
     for name, nodes in groups.items():
-        _follow_group(known, nodes, sockets.get(name, ()), sample.at)
+        _follow_group(known, replaced, nodes, sockets.get(name, ()), sample.at)
     nodes_now = {node.name: node for nodes in groups.values() for node in nodes}
     if before is None:
         before = StorageServers(unchecked=tuple(nodes_now.values()))
@@ -157,6 +228,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
         ),
         unchecked=tuple(node for node in unchecked if node.name not in known),
         groups=groups,
+        replaced=replaced,
+        mounts=before.mounts,
     )
 
 
@@ -170,9 +243,13 @@ def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, .
 
 
 def _follow_group(
-    known: dict[str, NodeServer], nodes: Sequence[Node], sockets: Sequence[Socket], at: int
+    known: dict[str, NodeServer],
+    replaced: dict[str, tuple[NodeServer, ...]],
+    nodes: Sequence[Node],
+    sockets: Sequence[Socket],
+    at: int,
 ) -> None:
-    """Add the connections of one group to `known`."""
+    """Add the connections of one group to `known`, and those that they replace to `replaced`."""
     names = {node.name: node for node in nodes}
     inodes = {socket.inode for socket in sockets}
     users = {known[name].inode: name for name in names if name in known}
@@ -188,9 +265,24 @@ def _follow_group(
             del free_names[name]
         old = known.get(name)
         if old is None or old.inode != socket.inode:
-            known[name] = _node_server(names[name], socket, at)
-        elif old.peer is None or (_is_known(socket.peer) and not _is_known(old.peer)):
-            known[name] = _node_server(names[name], socket, old.at)
+            new = _node_server(names[name], socket, at)
+        elif _is_better(socket.peer, old.peer):
+            new = _node_server(names[name], socket, old.at)
+        else:
+            continue
+        if old is not None and (old.inode != new.inode or old.serving - new.serving):
+            others = replaced.get(name, ())
+            if len(others) < _MAX_REPLACED and all(o.serving != old.serving for o in others):
+                replaced[name] = (*others, old)
+        known[name] = new
+
+
+def _is_better(peer: Peer | None, old: Peer | None) -> bool:
+    """Return whether a connection's newest sample shows more of its servers than before. If it
+    shows fewer, the server behind a server may have been closed as the guest exits."""
+    if old is None or not _is_known(peer):
+        return old is None
+    return not _is_known(old) or bool(_serving(_chain([peer])) - _serving(_chain([old])))
 
 
 def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
@@ -234,6 +326,8 @@ class ServerEnds:
     """The processes that ended within SETTLE after the guest, or are ending."""
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
+    young: frozenset[int] = frozenset()
+    """The processes that started after the job."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
     """Keyed by a node's name: whether the guest closed the connection before the server did. A node
     is missing if this is unknown, or if the node is not NBD over TCP (is_nbd_over_tcp).
@@ -250,8 +344,10 @@ class ServerEnds:
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
     """Return True if only a wait of SETTLE µs can show whether a server was being stopped when the
     guest ended. `closed_first`: see ServerEnds."""
-    known = servers.connected if servers is not None else {}
-    return any(
+    if servers is None:
+        return False
+    known = servers.connected
+    return bool(servers.mounts) or any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
     )
 
@@ -259,8 +355,8 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
     """Return the risks after QEMU has exited; () if nothing indicates that a server ended first.
 
-    A node whose reconnect-delay has not passed is not a risk: if it had lost its server, QEMU would
-    have kept the data and not exited (risk.py).
+    If a node has only lost its connection, and its reconnect-delay has not passed, this is no risk:
+    QEMU would have kept the data and not exited (risk.py).
     """
     if servers is None:
         text = "its connections to the servers of its disks could not be read"
@@ -273,26 +369,109 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
     for name, server in servers.connected.items():
         nodes = servers.alike(server.node)
         was_kept = _was_kept(nodes, server.at, ends.guest_ended)
-        if not was_kept and (problem := _problem(server, ends, ends.closed_first.get(name))):
+        problem = _data_problem(server, ends, ends.closed_first.get(name))
+        if not (problem or was_kept):
+            problem = _connection_problem(server, ends, ends.closed_first.get(name))
+        if problem:
             texts.append(f"{_title(nodes)}: {problem}")
+    for mount in servers.mounts.values():
+        if problem := _end_problem(mount, ends) or _late_end_problem(mount, ends):
+            texts.append(f"{mount.title}: {problem}")
+    texts += _replacements(servers, ends.young, is_last=True)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
-def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
-    """Explain why the server may have closed the connection before the guest did; "" if nothing
-    indicates this."""
+def risks_of_replaced(servers: StorageServers, young: frozenset[int]) -> tuple[Risk, ...]:
+    """Return the risks of servers that certainly ended during the stop, because others have
+    replaced them. QEMU may still run. `young`: as in ServerEnds."""
+    texts = _replacements(servers, young, is_last=False)
+    return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
+
+
+def risks_of_ended(
+    servers: StorageServers, ended: frozenset[int], sample: Sample | None
+) -> tuple[Risk, ...]:
+    """Return the risks of the servers that had `ended` before the guest closed its disks.
+
+    `sample`: the newest sample, which may be older than the ends. Then leave out the servers for
+    which the kernel may later prove that the guest closed the connection first, or which QEMU had
+    perhaps closed. If None, the guest had closed nothing at the time of the ends.
+    """
+    shown = None if sample is None else {socket.inode for socket in sample.sockets or ()}
+    ends = ServerEnds(before=ended, guest_started=0, guest_ended=0)
+    texts = []
+    for server in servers.connected.values():
+        is_open = shown is None or (server.inode in shown and not server.outlived(True))
+        if is_open and (problem := _end_problem(server, ends)):
+            texts.append(f"{_title(servers.alike(server.node))}: {problem}")
+    for mount in servers.mounts.values():
+        if problem := _end_problem(mount, ends):
+            texts.append(f"{mount.title}: {problem}")
+    return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
+
+
+def _replacements(
+    servers: StorageServers, young: frozenset[int], *, is_last: bool
+) -> Iterator[str]:
+    """Yield a text for each server that was replaced. Without `is_last`, later samples may still
+    find the new servers."""
+    for name, server in servers.connected.items():
+        title = _title(servers.alike(server.node))
+        for old in servers.replaced.get(name, ()):
+            if gone := old.serving - server.serving:
+                if is_last or _is_known(server.peer):
+                    yield f"{title} lost {old.named(gone)} during the stop; {_MAY_BE_LOST}"
+            elif old.peer is None and old.node.protocol in _ONE_CONNECTION:
+                text = "lost its connection during the stop; if its server ended"
+                yield f"{title} {text}, {_MAY_BE_LOST}"
+        if started := server.serving & young:
+            yield f"{title}: {_start_problem(server, started)}"
+    for mount in servers.mounts.values():
+        if mount.mount.certain and (started := mount.serving & young):
+            yield f"{mount.title}: {_start_problem(mount, started)}"
+
+
+def _start_problem(server: NodeServer | MountServers, started: frozenset[int]) -> str:
+    return f"{server.named(started)} started during the stop, so another ended; {_MAY_BE_LOST}"
+
+
+def _end_problem(server: NodeServer | MountServers, ends: ServerEnds) -> str:
+    if ended := server.lasting & ends.before:
+        return f"{server.named(ended)} ended before the guest; {_MAY_BE_LOST}"
+    return ""
+
+
+def _late_end_problem(server: NodeServer | MountServers, ends: ServerEnds) -> str:
+    """Explain why the server may have stopped serving before the guest ended, although it ended
+    later."""
+    if stopping := server.serving & ends.stopping:
+        return f"{server.named(stopping)} was being stopped when the guest ended"
+    if after := server.lasting & ends.after:
+        return f"{server.named(after)} ended at almost the same time as the guest"
+    return ""
+
+
+def _data_problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
+    """Explain why the server may have lost data that it had acknowledged; "" if nothing indicates
+    this."""
     if server.outlived(closed_first):
         return ""
-    if server.lasting & ends.before:
-        return f"{server.title} ended before the guest"
-    if server.serving & ends.stopping:
-        return f"{server.title} was being stopped when the guest ended"
-    if server.lasting & ends.after:
-        return f"{server.title} ended at almost the same time as the guest"
+    if problem := _end_problem(server, ends):
+        return problem
     if any(peer.behind_unknown for peer in _chain([server.peer])):
         return f"not all servers that {server.title} may use were found; one may have ended first"
     if server.peer is None and server.local:
         return "its server was not found, and may have ended before the guest"
+    return ""
+
+
+def _connection_problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
+    """Explain why the server may have closed the connection before the guest did; "" if nothing
+    indicates this."""
+    if server.outlived(closed_first):
+        return ""
+    if problem := _late_end_problem(server, ends):
+        return problem
     if server.peer is None and closed_first is False:
         return "its server closed the connection before the guest did"
     if server.peer is None and closed_first is None and server.is_nbd_over_tcp:
@@ -332,6 +511,22 @@ def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
             seen.add(id(peer))
             yield peer
             waiting += [other for other in peer.behind if other.certain]
+
+
+def _named(servers: Sequence[Peer], pids: frozenset[int]) -> str:
+    """Name the processes of _chain(servers) that are in `pids`, or whose parents are."""
+    names: list[str] = []
+    for peer in _chain(servers):
+        if pid := next((pid for pid in (peer.pid, peer.parent) if pid in pids), 0):
+            is_direct = any(peer is one for one in servers)
+            behind = "it" if names else f"its server {_process(servers[0])}"
+            name = f"{peer.command} (process {pid})"
+            names.append(f"its server {name}" if is_direct else f"{name} behind {behind}")
+    return " and ".join(names[:_MAX_NAMES])
+
+
+def _process(peer: Peer) -> str:
+    return f"{peer.command} (process {peer.pid})"
 
 
 def _title(nodes: Sequence[Node]) -> str:

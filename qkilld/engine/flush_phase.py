@@ -539,6 +539,7 @@ class FlushPhase:
     def _record_flush(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
         self._add_risks(risks)
         self._job.flush = report
+        self._job.note_flush()
         self._journal.write(events.disks_flushed(self._job))
 
     def _add_risks(self, risks: tuple[Risk, ...]) -> None:

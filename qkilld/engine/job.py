@@ -481,9 +481,8 @@ class Job:
         self._parts.on_change(self)
 
     def _record_change(self) -> None:
-        self._trace.record(
-            ChangeRecord(self._parts.clock.now(), self.flags, self.policy, self.control)
-        )
+        now = self._parts.clock.now()
+        self._trace.record(ChangeRecord(now, self.flags, self.policy, self.control))
 
     def note_rung(self, action: str, at: int) -> None:
         self.rungs += (Rung(self.phase, action, at),)
@@ -553,10 +552,9 @@ class Job:
             # state of `_powerdown` and `_yank`.
             self._powerdown.note_exit()
             self._yank.note_exit()
-        if not is_known:
-            return
-        self.verdict = Verdict.GONE if self._process.collected() else Verdict.ZOMBIE
-        self.finish(Result.EXITED if not self._signals.killed else Result.KILLED)
+        if is_known:
+            self.verdict = Verdict.GONE if self._process.collected() else Verdict.ZOMBIE
+            self.finish(Result.EXITED if not self._signals.killed else Result.KILLED)
 
     def finish(self, result: Result) -> None:
         if self._timer is not None:
@@ -584,6 +582,9 @@ class Job:
         self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
+
+    def note_flush(self) -> None:
+        self._servers.note_flush()
 
     def note_processors_running(self) -> None:
         """Close the process of the ended job, because the guest's processors run again."""

@@ -81,6 +81,13 @@ class ServerExits(Protocol):
     def remove(self, pid: int) -> None:
         """Does nothing if the process is not watched."""
 
+    def started(self, pid: int) -> int | None:
+        """Return when a process started (CLOCK_MONOTONIC, µs); None if it has ended, or if this is
+        unreadable."""
+
+    def has_ended(self, pid: int) -> bool:
+        """Return whether an added process is known to have ended."""
+
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         """Return two sets: the processes that ended, or may have ended, before the guest; and those
         that ended after it or are ending now. Call this once, after the guest's end."""

@@ -9,6 +9,11 @@ On a busy host or after a restart of the daemon, QEMU may have been told to exit
 usable sample. A node without a connection then proves nothing: QEMU may have closed the connection,
 or lost the server.
 
+If a server certainly ended while QEMU used it, the job gets this risk at once. So the risk remains
+if the disks are flushed later, or if another daemon continues the job.
+
+The servers of FUSE file systems are watched, too, as soon as the job's own samples show them.
+
 If servers cannot be watched, for example because no descriptor is free, the job reports a risk.
 Whatever fails here, the job continues.
 """
@@ -28,6 +33,8 @@ from qkilld.decision.servers import (
     StorageServers,
     follow_servers,
     needs_settling,
+    risks_of_ended,
+    risks_of_replaced,
     risks_of_servers,
 )
 from qkilld.engine import events
@@ -55,6 +62,9 @@ MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
 """The time limit (µs) for asking the kernel which end of each connection was closed first. Each
 connection takes 20 µs, but up to 20 ms while other threads use the same interface of the kernel.
 For connections that are not reached in this time, the answer is unknown."""
+_SLACK: Final = 20_000
+"""A server that started less than this time (µs) before the job counts as started after it, because
+the kernel gives start times in steps of 10 ms."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"
@@ -79,8 +89,8 @@ def is_stopping(job: ObservedJob) -> bool:
 class ServerWatch:
     __slots__ = (
         "_clock", "_closed_first", "_exits", "_has_failed", "_is_late", "_job", "_late_nodes",
-        "_parts", "_process", "_retry", "_sampler", "_samples", "_servers", "_stopping", "_timer",
-        "until",
+        "_parts", "_process", "_retry", "_sampler", "_samples", "_servers", "_serving", "_stopping",
+        "_timer", "_was_flushed", "_young", "until",
     )  # fmt: skip
 
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
@@ -91,6 +101,12 @@ class ServerWatch:
         self._servers: StorageServers | None = None
         self._closed_first: dict[str, bool] = {}
         self._stopping = _NONE
+        self._serving = _NONE
+        """All servers that the last sample showed."""
+        self._young: set[int] = set()
+        """The servers that started after the job."""
+        self._was_flushed = False
+        """Whether all disks had been flushed for good before the last sample."""
         self._samples, self._retry = 0, RETRY
         self._timer: Timer | None = None
         self._has_failed = False
@@ -120,10 +136,12 @@ class ServerWatch:
 
     def note_sample(self, sample: Sample) -> None:
         """Record the connections that a sample of the guest shows."""
-        if self._servers is NO_SERVERS and not sample.nodes:
+        if self._servers is NO_SERVERS and not (sample.nodes or sample.mounts):
             return
         with self._failures():
             before, self._servers = self._servers, follow_servers(self._servers, sample)
+            if self._servers is not None and self._servers.mounts:
+                self._watch_mounts()
             if self._servers is None or self._exits is None:
                 return
             if before is None and (self._is_late or is_stopping(self._job)):
@@ -135,6 +153,44 @@ class ServerWatch:
                 self._exits.remove(pid)
             for pid in self._servers.lasting - known:
                 self._exits.add(pid, sample.at)
+            self._find_young(self._exits, self._servers.serving, sample.at)
+            self._note_ends(self._exits, self._servers, sample)
+
+    def note_flush(self) -> None:
+        """Call this when disks have been flushed, before the guest may exit."""
+        if self._job.flush.proven and self._servers is not None and self._exits is not None:
+            with self._failures():
+                self._note_ends(self._exits, self._servers, None)
+
+    def _watch_mounts(self) -> None:
+        """If only mounts need the watch, begin it."""
+        watch, job = self._parts.server_exits, self._job
+        is_over = not job.running or self._has_failed
+        if watch is not None and self._exits is None and job.by_evidence and not is_over:
+            self._exits = watch(self._process)
+
+    def _find_young(self, exits: ServerExits, serving: frozenset[int], seen_at: int) -> None:
+        for pid in serving - self._serving:
+            started = exits.started(pid)
+            # If the process started after the sample, it is not the server.
+            if started is not None and self._job.started - _SLACK < started <= seen_at + _SLACK:
+                self._young.add(pid)
+        self._serving = serving
+        self._young &= serving
+
+    def _note_ends(
+        self, exits: ServerExits, servers: StorageServers, sample: Sample | None
+    ) -> None:
+        """Add the risks of the servers that certainly ended while QEMU used them, unless QEMU had
+        nothing to lose any more."""
+        ended = frozenset(pid for pid in servers.lasting if exits.has_ended(pid))
+        risks = risks_of_replaced(servers, frozenset(self._young))
+        if ended:
+            risks += risks_of_ended(servers, ended, sample)
+        if not self._was_flushed:
+            known = self._job.risks
+            self._job.risks = (*known, *(risk for risk in risks if risk not in known))
+        self._was_flushed = self._job.flush.proven
 
     def note_exit(self) -> bool:
         """Call this when the guest has just exited. Return whether `risks` must wait for SETTLE."""
@@ -156,8 +212,11 @@ class ServerWatch:
         before `close`. `settled`: whether SETTLE has passed, or `note_exit` returned False."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
-                risks = self._risks(self._exits, ended)
+                known = self._job.risks
+                risks = tuple(r for r in self._risks(self._exits, ended) if r not in known)
                 return risks if settled else (*risks, _UNSETTLED)
+        if self._has_failed and not self.is_needed:
+            return (_UNWATCHED,)
         if self._has_failed or self.is_needed:
             return risks_of_servers(None, ServerEnds(guest_started=0, guest_ended=ended))
         return ()
@@ -169,6 +228,7 @@ class ServerWatch:
             before=before,
             after=after,
             stopping=self._stopping,
+            young=frozenset(self._young),
             closed_first=self._closed_first,
             guest_started=started,
             guest_ended=ended,
@@ -187,7 +247,8 @@ class ServerWatch:
             nodes = connected.items()
             first = self._closed_first
             unproven = [one for name, one in nodes if not one.outlived(first.get(name))]
-            if any(one.lasting & exits.unwatched for one in unproven):
+            mounts = () if self._servers is None else self._servers.mounts.values()
+            if any(one.lasting & exits.unwatched for one in (*unproven, *mounts)):
                 risks += (_UNWATCHED,)
         return risks
 

@@ -111,6 +111,17 @@ class GuestServerExits:
             if not self._servers[self._user]:
                 del self._servers[self._user], self._of_user[self._user]
 
+    def started(self, pid: int) -> int | None:
+        try:
+            return self._started_at(procfs.read_stat(pid, self._proc).start_time)
+        except OSError as error:
+            note_once("reading when a server started", error)
+            return None
+
+    def has_ended(self, pid: int) -> bool:
+        pidfd = self._pidfds.get(pid)
+        return pid in self._gone or (pidfd is not None and _is_ready(pidfd))
+
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         pids = {pidfd: pid for pid, pidfd in self._pidfds.items()}
         ready = [fd for fd, _ in self._epoll.poll(0, len(pids) + 1)]

@@ -41,6 +41,7 @@ class FakeExits:
     watched: set[int] = field(default_factory=set)
     unwatched: frozenset[int] = frozenset()
     closed: int = 0
+    starts: dict[int, int] = field(default_factory=dict)
     error: Exception | None = None
     """Raised by `add`."""
     on_question: Callable[[], None] = lambda: None
@@ -53,6 +54,12 @@ class FakeExits:
 
     def remove(self, pid: int) -> None:
         self.watched.discard(pid)
+
+    def started(self, pid: int) -> int | None:
+        return self.starts.get(pid, 0)
+
+    def has_ended(self, pid: int) -> bool:
+        return pid in self.before
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         return self.before, self.after

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_a_server_that_is_gone_or_another_process_by_now(guest: subprocess.Popen
         watched.add(young.pid, 0)
         end(guest)
         assert watched.ended() == (frozenset({gone.pid, young.pid}), frozenset())
+
+
+def test_when_a_server_started_and_whether_it_has_ended(guest: subprocess.Popen[bytes]) -> None:
+    with exits(guest.pid) as watched:
+        before = time.monotonic_ns() // 1000
+        with sleeper() as server, sleeper() as other:
+            started = watched.started(server.pid)
+            assert started is not None and abs(started - before) < 1_000_000
+            watched.add(server.pid, NOW)
+            watched.add(other.pid, 0)  # The id has been reused.
+            assert not watched.has_ended(server.pid) and watched.has_ended(other.pid)
+        assert watched.has_ended(server.pid) and watched.started(server.pid) is None
+        watched.remove(server.pid)
+        assert not watched.has_ended(server.pid)
 
 
 def test_no_descriptor_remains(guest: subprocess.Popen[bytes]) -> None:

@@ -13,9 +13,11 @@ from qkilld.decision.servers import (
     StorageServers,
     follow_servers,
     needs_settling,
+    risks_of_ended,
+    risks_of_replaced,
     risks_of_servers,
 )
-from qkilld.model.sample import Node, Peer, Sample, Socket
+from qkilld.model.sample import ImagePlace, Mount, Node, Peer, Sample, Socket
 
 S = 1_000_000
 NODE = Node("disk", "nbd")
@@ -134,7 +136,7 @@ def test_a_node_without_a_connection_before_sigterm(shown: Sample, is_risk: bool
 @pytest.mark.parametrize(("ended", "is_risk"), [(39 * S, False), (40 * S, True)])
 def test_qemu_keeps_data_until_the_reconnect_delay_is_over(ended: int, is_risk: bool) -> None:
     shown = sample(UNIX, node=replace(NODE, reconnect=30))
-    assert bool(risk(shown, guest_ended=ended, **ENDED)) is is_risk
+    assert bool(risk(shown, guest_ended=ended, **LATER)) is is_risk
     # The time of the loss is unknown, but it was after the guest's start.
     lost = sample(node=replace(NODE, reconnect=30))
     assert bool(risk(lost, guest_ended=ended, guest_started=10 * S)) is is_risk
@@ -341,3 +343,169 @@ def test_guests_without_network_disks_share_one_object() -> None:
     assert later is not None
     assert later.connected
     assert follow_servers(None, no_disks) == StorageServers()
+
+
+KEPT = replace(NODE, reconnect=1 << 20)
+NEW = replace(UNIX, inode=8, peer=replace(PEER, pid=91))
+LOST = "lost its server nbdkit (process 90) during the stop; data that it had acknowledged"
+
+
+def follow(*samples: Sample) -> StorageServers:
+    servers = None
+    for shown in samples:
+        servers = follow_servers(servers, shown)
+    assert servers is not None
+    return servers
+
+
+def early(servers: StorageServers, *young: int) -> str:
+    return " ".join(one.text for one in risks_of_replaced(servers, frozenset(young)))
+
+
+def test_qemu_keeps_no_data_that_an_ended_server_has_acknowledged() -> None:
+    """However long QEMU keeps its unanswered requests."""
+    assert "nbdkit (process 90) ended before the guest" in risk(sample(UNIX, node=KEPT), **ENDED)
+    assert risk(sample(replace(TCP, peer=PEER), node=KEPT), **ENDED, **FIRST) == ""
+    assert "was not found" in risk(sample(replace(UNIX, peer=None), node=KEPT))
+    assert "not all servers" in risk(sample(replace(UNIX, peer=UNSURE), node=KEPT))
+
+
+@pytest.mark.parametrize("node", [NODE, KEPT])
+def test_a_server_that_was_replaced(node: Node) -> None:
+    servers = follow(sample(UNIX, node=node), sample(node=node), sample(NEW, node=node))
+    assert LOST in early(servers) and LOST in risk(servers)
+
+
+def test_a_server_that_leaves_with_its_client_was_replaced() -> None:
+    """Its client has not ended, so the server did not leave because of that."""
+    leaving = replace(UNIX, peer=replace(PEER, leaves=True))
+    other = replace(NEW, peer=replace(PEER, pid=91, leaves=True))
+    assert LOST in risk(follow(sample(leaving), sample(other)))
+
+
+def test_a_new_connection_to_the_same_server_is_no_risk() -> None:
+    servers = follow(sample(UNIX, node=KEPT), sample(replace(UNIX, inode=8), node=KEPT))
+    assert early(servers) == risk(servers) == ""
+
+
+def test_a_replaced_server_is_known_when_the_new_one_is() -> None:
+    unfound = replace(NEW, peer=None)
+    servers = follow(sample(UNIX), sample(unfound))
+    assert early(servers) == "" and LOST in risk(servers)
+    assert LOST in early(follow(sample(UNIX), sample(unfound), sample(NEW)))
+    again = follow(sample(UNIX), sample(unfound), sample(replace(UNIX, inode=8)))
+    assert early(again) == risk(again) == ""
+
+
+def test_servers_that_are_replaced_again_and_again() -> None:
+    """The node returns to a server that it had before, but has lost another one."""
+    sockets = [replace(UNIX, inode=i, peer=replace(PEER, pid=90 + i % 3)) for i in range(7)]
+    servers = follow(*map(sample, sockets))
+    assert len(servers.replaced["disk"]) == 2
+    text = risk(servers)
+    assert "process 91" in text and "process 90" not in text
+
+
+@pytest.mark.parametrize(("protocol", "is_risk"), [("nbd", True), ("iscsi", True), ("rbd", False)])
+def test_a_server_on_another_host_may_have_been_replaced(protocol: str, is_risk: bool) -> None:
+    """A client of rbd closes idle connections."""
+    node = Node("disk", protocol)
+    far = replace(FAR, tcp_id="")
+    servers = follow(sample(far, node=node), sample(replace(far, inode=8), node=node))
+    assert ("lost its connection" in early(servers)) is is_risk
+    assert ("lost its connection" in risk(servers)) is is_risk
+
+
+def test_a_server_behind_the_server_was_replaced() -> None:
+    def front(pid: int) -> Sample:
+        behind = (replace(PEER, pid=pid, command="qemu-nbd"),)
+        return sample(replace(UNIX, peer=replace(PEER, behind=behind)))
+
+    text = "lost qemu-nbd (process 95) behind its server nbdkit (process 90) during the stop"
+    assert text in early(follow(front(95), front(96)))
+    # When the guest exits, the front server may close its own connection first.
+    closed = follow(front(95), sample(UNIX))
+    assert early(closed) == risk(closed) == "" and 95 in closed.lasting
+    # The server behind was connected only after the first sample.
+    assert 96 in follow(sample(UNIX), front(96)).lasting
+
+
+def test_the_text_names_the_server_that_ended() -> None:
+    peer = replace(PEER, behind=(replace(PEER, pid=95, command="qemu-nbd"),))
+    shown = sample(replace(UNIX, peer=peer))
+    one = risk(shown, before=frozenset({95}))
+    assert ": qemu-nbd (process 95) behind its server nbdkit (process 90) ended before" in one
+    both = risk(shown, before=frozenset({90, 95}))
+    assert ": its server nbdkit (process 90) and qemu-nbd (process 95) behind it ended" in both
+    forked = sample(replace(UNIX, peer=replace(PEER, parent=80)))
+    assert "nbdkit (process 80) ended" in risk(forked, before=frozenset({80}))
+
+
+def test_a_server_that_started_after_the_job() -> None:
+    servers = follow(sample(UNIX, node=KEPT))
+    text = "nbdkit (process 90) started during the stop, so another ended"
+    assert text in early(servers, 90) and text in risk(servers, young=frozenset({90}))
+    assert early(servers, 91) == ""
+
+
+IMAGE = ImagePlace(("disk",), "0:9")
+MOUNT = Mount("fuse.sshfs", None, None, "0:9", servers=(PEER,), certain=True)
+ON_FUSE = replace(SHOWN, nodes=(), sockets=(), mounts=(MOUNT,), images=(IMAGE,))
+
+
+@pytest.mark.parametrize(
+    ("shown", "ends", "text"),
+    [
+        (ON_FUSE, {}, ""),
+        (ON_FUSE, ENDED, "fuse.sshfs file system 0:9: its server nbdkit (process 90) ended before"),
+        (ON_FUSE, LATER, "ended at almost the same time"),
+        (ON_FUSE, STOPPING, "was being stopped"),
+        (ON_FUSE, {"young": frozenset({90})}, "started during the stop"),
+        # Only writable images can lose data.
+        (replace(ON_FUSE, images=()), ENDED, ""),
+        (replace(ON_FUSE, images=(replace(IMAGE, mount="0:8"),)), ENDED, ""),
+        (replace(ON_FUSE, images=None), ENDED, "ended before the guest"),
+        (replace(ON_FUSE, mounts=(replace(MOUNT, servers=None),)), ENDED, ""),
+    ],
+)
+def test_a_fuse_server(shown: Sample, ends: dict[str, Any], text: str) -> None:
+    found = risk(follow(shown), **ends)
+    assert (text in found) if text else (found == "")
+
+
+def test_a_fuse_server_that_is_forked_is_watched_itself() -> None:
+    forked = replace(MOUNT, servers=(replace(PEER, parent=80, leaves=None),))
+    assert follow(replace(ON_FUSE, mounts=(forked,))).lasting == {90}
+
+
+def test_what_may_be_a_fuse_server() -> None:
+    both = (PEER, replace(PEER, pid=91))
+    unsure = replace(ON_FUSE, mounts=(replace(MOUNT, servers=both, certain=False),))
+    assert "what may be its server nbdkit (process 91) ended" in risk(
+        follow(unsure), before=frozenset({91})
+    )
+    assert risk(follow(unsure), young=frozenset({91})) == ""
+    servers = follow(unsure, ON_FUSE)
+    assert servers.lasting == {90}
+    # An exiting QEMU has closed the image.
+    assert follow(unsure, ON_FUSE, replace(ON_FUSE, mounts=(), images=())) == servers
+    assert needs_settling(servers, {})
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_risk"),
+    [
+        (sample(UNIX), False),
+        (sample(replace(TCP, peer=PEER)), False),
+        (sample(replace(UNIX, peer=replace(PEER, behind=(replace(PEER, pid=95),)))), True),
+        (sample(), False),
+        (ON_FUSE, True),
+    ],
+)
+def test_a_server_that_ended_while_qemu_used_it(shown: Sample, is_risk: bool) -> None:
+    """If the server itself was connected, QEMU may have closed the connection after the sample."""
+    servers = follow(sample(UNIX), shown)
+    ended = frozenset({90})
+    assert bool(risks_of_ended(servers, ended, shown)) is is_risk
+    assert risks_of_ended(servers, ended, None)
+    assert not risks_of_ended(servers, frozenset({99}), None)

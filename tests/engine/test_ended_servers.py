@@ -1,0 +1,159 @@
+"""Servers that end while a job runs, and may lose data that they have acknowledged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from signal import SIGTERM
+
+import pytest
+
+from qkilld.engine.job import Job
+from qkilld.model.constants import Result
+from qkilld.model.job import FlushReport
+from qkilld.model.sample import ImagePlace, Mount, Peer
+from tests.engine.conftest import IDLE, FakeProcess, S
+from tests.engine.test_server_watch import (
+    CONNECTED,
+    FORCE,
+    NO_DESCRIPTOR,
+    SERVER,
+    SOCKET,
+    ServedWorld,
+    client,
+    end,
+    resumed,
+    sample_arrives,
+)
+
+OTHER = replace(SOCKET, inode=8, peer=Peer(SERVER + 1, "nbdkit", (), 0, None, ()))
+REPLACED = replace(CONNECTED, sockets=(OTHER,))
+BEHIND = Peer(95, "qemu-nbd", (), 0, None, ())
+LOST = "nbd node d lost its server nbdkit (process 90) during the stop"
+
+
+def begun() -> tuple[ServedWorld, FakeProcess, Job]:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    assert process.sent == [SIGTERM]
+    return world, process, job
+
+
+def test_a_server_that_was_replaced_is_a_risk_at_once() -> None:
+    world, process, job = begun()
+    world.sampler.shows = lambda now: REPLACED
+    world.clock.advance(1)
+    assert job.running and LOST in job.risks[0].text
+    (text,) = end(world, process, job)
+    assert LOST in text
+
+
+def test_a_replaced_server_is_remembered_across_a_restart_of_the_daemon() -> None:
+    world, process, _ = begun()
+    world.sampler.shows = lambda now: REPLACED
+    world.clock.advance(1)
+    (text,) = end(*resumed(world, process))
+    assert LOST in text
+
+
+def test_a_server_that_was_replaced_while_no_daemon_ran() -> None:
+    """The new server is younger than the job, which shows that another one ended."""
+    world, process, _ = begun()
+    world.sampler.shows = lambda now: REPLACED
+    (past,) = (job.snapshot() for job in world.registry)
+    after = ServedWorld(world.sampler.shows)
+    after.exits.starts = {SERVER + 1: past.started + S}
+    after.clock.advance((world.clock.now() - after.clock.now()) / S + 5)
+    job = after.registry.resume(process, past)
+    after.clock.advance(0)
+    (text,) = end(after, process, job)
+    assert "nbdkit (process 91) started during the stop, so another ended" in text
+
+
+@pytest.mark.parametrize(("after", "is_risk"), [(-S, False), (0, True), (2 * S, False)])
+def test_a_server_that_was_replaced_before_it_was_found(after: int, is_risk: bool) -> None:
+    """If the process is younger than the sample that shows it, its id has been reused."""
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.5)
+    world.exits.starts = {SERVER: job.started + after}
+    sample_arrives(world)
+    assert bool(end(world, process, job)) is is_risk
+
+
+def test_a_server_behind_that_ends_while_qemu_runs_is_a_risk_at_once() -> None:
+    world, process = ServedWorld(), client()
+    front = Peer(SERVER, "nbdkit", (), 0, None, (), behind=(BEHIND,))
+    world.sampler.shows = lambda now: replace(CONNECTED, sockets=(replace(SOCKET, peer=front),))
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    assert not job.data_at_risk
+    world.exits.before = frozenset({95})
+    world.clock.advance(1)
+    assert "qemu-nbd (process 95) behind its server nbdkit (process 90)" in job.risks[0].text
+    assert len(end(world, process, job)) == 1
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_only_a_server_that_ended_before_the_flush_is_a_risk(is_before: bool) -> None:
+    world, process, job = begun()
+    if is_before:
+        world.exits.before = frozenset({SERVER})
+    job.flush = FlushReport("complete", "", proven=True)
+    job.note_flush()
+    world.clock.advance(1)
+    world.exits.before = frozenset({SERVER})
+    world.sampler.shows = lambda now: REPLACED
+    world.clock.advance(1)
+    process.die()
+    assert job.result is Result.EXITED
+    assert bool(job.risks) is is_before
+
+
+MOUNT = Mount("fuse.sshfs", None, None, "0:9", servers=(Peer(SERVER, "sshfs", (), 0, None, ()),))
+ON_FUSE = replace(IDLE, mounts=(replace(MOUNT, certain=True),), images=(ImagePlace((), "0:9"),))
+FUSE_ENDED = "fuse.sshfs file system 0:9: its server sshfs (process 90) ended before the guest"
+
+
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_a_fuse_server_that_ended_before_the_guest(is_seen: bool) -> None:
+    """The guest needs no server on a network, so its servers are not searched for before
+    SIGTERM."""
+    world, process = ServedWorld(lambda now: ON_FUSE), FakeProcess()
+    job = world.stop(process, FORCE)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(1)
+    assert world.exits.watched == {SERVER}
+    world.exits.before = frozenset({SERVER})
+    world.clock.advance(1 if is_seen else 0)
+    assert len(job.risks) == is_seen
+    (text,) = end(world, process, job)
+    assert FUSE_ENDED in text
+
+
+def test_a_fuse_server_that_outlives_the_guest_is_no_risk() -> None:
+    world, process = ServedWorld(lambda now: ON_FUSE), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    assert end(world, process, job) == ()
+
+
+def test_a_fuse_server_that_cannot_be_watched_is_a_risk() -> None:
+    world, process = ServedWorld(lambda now: ON_FUSE), FakeProcess()
+    world.error = NO_DESCRIPTOR
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    process.die()
+    assert "could not watch" in job.risks[0].text
+
+
+def test_an_ended_fuse_server_is_remembered_across_a_restart_of_the_daemon() -> None:
+    world, process = ServedWorld(lambda now: ON_FUSE), FakeProcess()
+    world.stop(process, FORCE)
+    world.clock.advance(1)
+    world.exits.before = frozenset({SERVER})
+    world.clock.advance(1)
+    world.sampler.shows = lambda now: IDLE
+    _, process, job = resumed(world, process)
+    process.die()
+    assert FUSE_ENDED in job.risks[0].text
