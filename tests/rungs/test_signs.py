@@ -10,7 +10,9 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -184,16 +186,43 @@ def test_a_server_that_tries_again_without_end_is_given_up(lab_dir: Path) -> Non
         assert waited(stop(guest, STALL)) < 10 * STALL["storage_stall"]
 
 
+class Dying(NamedTuple):
+    """Storage of qemu-storage-daemon that can hang."""
+
+    node: str
+    hang: Callable[[], None]
+    recover: Callable[[], None]
+
+
+@contextlib.contextmanager
+def dying_file(directory: Path) -> Iterator[Dying]:
+    directory.mkdir()
+    raw(directory / "image")
+    with fuse_store(directory) as store:
+        node = f"driver=file,filename={store.directory / 'image'}"
+        yield Dying(node, store.hang, store.fast)
+
+
+@contextlib.contextmanager
+def dying_server(directory: Path) -> Iterator[Dying]:
+    directory.mkdir()
+    with nbd_store(raw(directory / "image")) as store:
+        node = f"driver=nbd,server.type=unix,server.path={store.server()['path']}"
+        yield Dying(node, store.freeze, store.thaw)
+
+
 @pytest.mark.timeout(300)
-def test_a_job_of_the_server_itself_is_no_progress_of_a_dead_export(lab_dir: Path) -> None:
-    files, path = lab_dir / "files", lab_dir / "socket"
-    files.mkdir()
-    raw(files / "image")
-    source, copy, monitor = raw(lab_dir / "source"), raw(lab_dir / "copy"), lab_dir / "monitor"
+@pytest.mark.parametrize("dying", [dying_file, dying_server])
+def test_a_job_of_the_server_itself_is_no_progress_of_a_dead_export(
+    lab_dir: Path, dying: Callable[[Path], AbstractContextManager[Dying]]
+) -> None:
+    path, monitor = lab_dir / "socket", lab_dir / "monitor"
+    source, copy = raw(lab_dir / "source"), raw(lab_dir / "copy")
     source.write_bytes(b"x" * (32 * MIB))
-    with fuse_store(files) as store:
+    with dying(lab_dir / "files") as storage:
         argv: list[object] = [needs.program("qemu-storage-daemon", "qemu-utils")]
-        for name, file in (("i", store.directory / "image"), ("s", source), ("c", copy)):
+        argv += ["--blockdev", f"node-name=i,{storage.node}"]
+        for name, file in (("s", source), ("c", copy)):
             argv += ["--blockdev", f"driver=file,node-name={name},filename={file}"]
         argv += ["--nbd-server", f"addr.type=unix,addr.path={path}"]
         argv += ["--export", "type=nbd,id=export,node-name=i,name=,writable=on"]
@@ -202,10 +231,10 @@ def test_a_job_of_the_server_itself_is_no_progress_of_a_dead_export(lab_dir: Pat
         with program(argv, monitor), bare_guest(lab_dir, nbd_disk(path)) as guest:
             assert not guest.hmp('qemu-io remote "write -q 0 64k"')
             copy_slowly(monitor)
-            store.hang()
+            storage.hang()
             guest.write_later("remote", 0, 2)
             job = stop(guest, STALL)
-            store.fast()
+            storage.recover()
     assert waited(job) < 10 * STALL["storage_stall"]
 
 
