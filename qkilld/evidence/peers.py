@@ -41,10 +41,13 @@ after other servers have used up MAX_PEERS."""
 MAX_PLACES: Final = 1024
 """How many servers behind other servers fit into one sample. If a server is behind several
 connections of the guest, it counts once for each, because the sample has a copy for each."""
-MAX_CHILDREN: Final = 4
+MAX_CHILDREN: Final = 2
 """Of the processes that a server has started, only this many of the oldest and this many of the
 newest are sampled. A process that does a long flush is older than short scripts that were started
 later, but the oldest processes may be helpers that never end."""
+MAX_BEFORE_CHILDREN: Final = 48
+"""If at least this many processes are already sampled, no more processes that a server has started
+are sampled. The rest of MAX_PEERS is for servers to which a server is connected."""
 KEPT_FILES: Final = 64
 """How many descriptors all servers of one guest together may keep open between reads."""
 HOPS: Final = 4
@@ -169,6 +172,9 @@ class ServerReader:
         self._new_missing_ends, self._new_connections = _NONE, {}
         self._sampled, self._links, self._room = {}, {}, MAX_PLACES
         self._limit = MAX_PEERS + OWN_PEERS
+        # Scripts are replaced by others from sample to sample.
+        ended = [pid for pid in self._readers if not (self._proc / str(pid)).exists()]
+        self._close_readers(ended)
         self._open_files = sum(reader.open_files for reader in self._readers.values())
         self._budget.renew()
         tables = _SampleTables(storage, sockets)
@@ -188,8 +194,7 @@ class ServerReader:
         self._connections = self._new_connections
         # Close unused readers, so that they do not pile up: a server that forks for each connection
         # has a new process after each reconnect.
-        for pid in self._readers.keys() - set(self._used_pids):
-            self._readers.pop(pid).close()
+        self._close_readers(self._readers.keys() - set(self._used_pids))
         return values, tuple(_with_servers(mount, served) for mount in mounts)
 
     def close_files(self) -> None:
@@ -198,9 +203,11 @@ class ServerReader:
             reader.close_files()
 
     def close(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        self._close_readers(tuple(self._readers))
+
+    def _close_readers(self, pids: Iterable[int]) -> None:
+        for pid in pids:
+            self._readers.pop(pid).close()
 
     def _read(self, ends: Mapping[int, str | None], tables: _SampleTables) -> dict[int, int]:
         """Sample the servers at these ends, except those that were already read for the present
@@ -294,7 +301,10 @@ class ServerReader:
                     mounts[other] = (*mounts.get(other, ()), number)
                     certain.update({other} if servers.certain else ())
         for other in self._children(pid):
-            peer = self._sampled.get(other) or self._sample(other, tables, None)
+            peer = self._sampled.get(other)
+            has_room = other in self._readers or len(self._readers) < MAX_BEFORE_CHILDREN
+            if peer is None and has_room:
+                peer = self._sample(other, tables, None)
             if peer is not None:
                 self._sampled[other] = peer
                 mounts.setdefault(other, ())

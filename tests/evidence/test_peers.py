@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,66 @@ def test_the_oldest_and_newest_processes_of_a_server_with_several_threads(
     monkeypatch.setattr(peers, "read_children", lambda pid, proc: pids[1::2] + pids[::2])
     with contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader:
         reader._sampled[5] = Peer(5, "nbdkit", (), None, None, None)
-        expected = pids if count <= 8 else [*pids[:4], *pids[-4:]]
+        expected = pids if count <= 4 else [*pids[:2], *pids[-2:]]
         assert reader._children(5) == expected
+
+
+class FakePeerReader:
+    """Server 5000 uses the server at the end 99; no other process uses a server."""
+
+    upstream_unknown, mounts, names, open_files = False, (), dict[str, frozenset[str]](), 0
+
+    def __init__(self, pid: int, budget: object, proc: object) -> None:
+        self.pid = pid
+        self.upstream = [99] if pid == 5000 else []
+
+    def read(self, *args: object) -> Peer:
+        return Peer(self.pid, "nbdkit", (), 1, None, ())
+
+    def close(self) -> None: ...
+
+    close_files = close
+
+
+class FakePeerFinder:
+    def __init__(self) -> None:
+        self.owners = {end: end * 1000 for end in range(1, 6)}
+
+    def find(self, ends: Iterable[int]) -> dict[int, int]:
+        return {end: self.owners[end] for end in ends if end in self.owners}
+
+
+@pytest.mark.parametrize("is_found_late", [False, True])
+@pytest.mark.parametrize("commands", [1, 4])
+def test_processes_that_servers_have_started_leave_room_for_the_servers_behind_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: int, is_found_late: bool
+) -> None:
+    """Each of five servers has eight scripts, and each script runs some commands. At each sample,
+    there are other scripts."""
+    scripts = 0
+
+    def children(pid: int, proc: Path) -> list[int]:
+        digits = len(str(pid))
+        if digits == 4:
+            return [pid * 10 + scripts + number for number in range(8)]
+        return [pid * 10 + number for number in range(commands)] if digits < 6 else []
+
+    monkeypatch.setattr(peers, "PeerReader", FakePeerReader)
+    monkeypatch.setattr(peers, "read_children", children)
+    for pid in (9, *range(1000, 6000, 1000)):
+        (tmp_path / str(pid)).mkdir()
+    finder: Any = FakePeerFinder()
+    with contextlib.closing(ServerReader(1, finder, FuseFinder(), tmp_path)) as reader:
+        for sample in range(3):
+            scripts = sample % 2
+            if sample == 2 or not is_found_late:
+                finder.owners[99] = 9
+            found = reader.read(dict.fromkeys(range(1, 6)), StorageTable(), SocketTable())
+            behind = {end: [peer.pid for peer in server.behind] for end, server in found.items()}
+            assert behind[1] == [10000 + scripts + number for number in (0, 1, 6, 7)]
+            assert (9 in behind[5]) == (99 in finder.owners)
+            if commands == 1:
+                assert len(behind[5]) == 4 + (99 in finder.owners)
 
 
 def test_a_server_and_the_one_behind_it(image: Path) -> None:
