@@ -385,8 +385,8 @@ class FlushPhase:
 
     def _carry_out(self, plan: FlushPlan, state: BlockState) -> None:
         self._add_risks(flush_plan.risks_of_state(state))
-        stuck = tuple(name for disk in plan.stuck for name in disk.connections)
-        self.storage = replace(self.storage, stuck=stuck)
+        stuck = [name for disk in plan.stuck for name in disk.connections]
+        self.storage = NetworkStorage.of(state.disks, stuck)
         if plan.stop and not plan.disks:
             self._report(plan, state, ())
             self._end_qemu()

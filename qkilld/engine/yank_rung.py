@@ -16,7 +16,7 @@ from qkilld.engine import events
 from qkilld.engine.flush_phase import FlushPhase
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.snapshot import YANK, Snapshot
-from qkilld.model.block_state import YankInstance
+from qkilld.model.block_state import MAX_CONNECTIONS, YankInstance
 from qkilld.model.constants import USEC_PER_SEC, Phase
 from qkilld.model.job import Risk
 
@@ -158,7 +158,7 @@ class YankRung:
                 known=self._flush_phase.storage,
                 cut_off=self.cut_off_names,
                 still_since=self._clock.now() - self._job.policy.stall,
-            )
+            )[: max(0, MAX_CONNECTIONS - len(self.cut_off_names))]
         if not chosen or monitor is None:
             self._give_up()
             return

@@ -7,10 +7,13 @@ Titles are printable.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from qkilld.model.dataclass import dataclass
 
+MAX_CONNECTIONS: Final = 64
+"""At most this many connections of a guest are saved with a job, and at most this many are cut off,
+because their names come from the guest. A disk is recorded with at most this many connections."""
 SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined"})
 """States of a block job in which nothing is lost if the job ends."""
 
@@ -112,8 +115,14 @@ class NetworkStorage:
     """The names of the connections of disks that did not answer."""
 
     @classmethod
-    def of(cls, disks: Iterable[GuestDisk], stuck: tuple[str, ...]) -> NetworkStorage:
-        return cls(tuple(NetworkDisk(one.title, one.connections) for one in disks), stuck)
+    def of(cls, disks: Iterable[GuestDisk], stuck: Iterable[str]) -> NetworkStorage:
+        """Leave out what exceeds MAX_CONNECTIONS."""
+        room, kept = MAX_CONNECTIONS, []
+        for disk in disks:
+            if names := disk.connections[:room]:
+                kept.append(NetworkDisk(disk.title, names))
+                room -= len(names)
+        return cls(tuple(kept), tuple(dict.fromkeys(stuck))[:MAX_CONNECTIONS])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from qkilld.model.block_state import SETTLED, BackgroundJob, GuestDisk, RequestQueue
+from qkilld.model.block_state import (
+    MAX_CONNECTIONS,
+    SETTLED,
+    BackgroundJob,
+    GuestDisk,
+    RequestQueue,
+)
 from qkilld.model.errors import MonitorProtocolError
 from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
@@ -22,8 +28,6 @@ MAX_DISKS: Final = 64
 MAX_TITLE: Final = 128
 MAX_NODE_NAME: Final = 31
 """The longest name of a node that QEMU accepts."""
-MAX_CONNECTIONS: Final = 64
-"""At most this many connections of a disk are recorded, because they are saved with the job."""
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
     | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}

@@ -254,6 +254,21 @@ def test_useless_samples_do_not_remove_the_timeout_of_a_command_without_a_reply(
     assert process.sent == [SIGTERM, SIGKILL]
 
 
+def test_only_a_limited_number_of_connections_is_cut_off() -> None:
+    """Each reply of a hostile QEMU names other connections, so that there is always another to cut
+    off, and so that what is saved grows."""
+    world, process = stuck_world()
+    job = begun(world, process)
+    for round_number in range(4):
+        world.monitors.instances = tuple(
+            YankInstance("block-node", f"{round_number} {number}", {}) for number in range(40)
+        )
+        world.clock.advance(70)
+    assert [len(names) for names in world.monitors.yanked] == [40, 24]
+    assert process.sent == [SIGTERM, SIGKILL]
+    assert len(job.snapshot().cut_off) == 64
+
+
 def test_the_next_daemon_knows_when_it_was_done() -> None:
     world, process = stuck_world()
     job = begun(world, process)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from qkilld.decision.flush_plan import plan_flush
-from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
+from qkilld.model.block_state import (
+    MAX_CONNECTIONS,
+    BlockState,
+    GuestDisk,
+    NetworkDisk,
+    NetworkStorage,
+    RequestQueue,
+)
+from qkilld.model.codec import to_json
 from qkilld.model.errors import MonitorProtocolError
 from qkilld.monitor.block_answers import (
-    MAX_CONNECTIONS,
     MAX_DISKS,
+    MAX_NODE_NAME,
     read_disks,
     read_jobs,
     read_migration,
@@ -42,6 +51,25 @@ def test_a_hostile_guest_cannot_make_a_saved_job_large() -> None:
     nodes += [named(f"#n{number}", NBD, "nbd") for number in range(1_000)]
     (remote,) = read_disks([disk("r", NBD)], nodes)
     assert remote.connections == tuple(f"#n{number}" for number in range(MAX_CONNECTIONS))
+
+
+def test_hostile_disks_cannot_make_a_saved_job_large() -> None:
+    """All disks use the same file, and so the same connections."""
+    letters = [chr(0x20000 + number) * MAX_NODE_NAME for number in range(64)]
+    nodes = [named(letter, NBD, "nbd") for letter in letters]
+    disks = read_disks([disk(f"r{number}", NBD) for number in range(MAX_DISKS)], nodes)
+    every = tuple(name for one in disks for name in one.connections)
+    storage = NetworkStorage.of(disks, every)
+    assert len(json.dumps(to_json(storage))) < 64_000
+    assert storage.stuck == tuple(letters)
+
+
+def test_which_connections_are_saved() -> None:
+    nodes = [named(f"#n{number}", f"{NBD}{number}", "nbd") for number in range(40)]
+    disks = [disk("l", "/img"), *(disk(f"r{number}", f"{NBD}{number}") for number in range(40))]
+    storage = NetworkStorage.of(read_disks(disks, nodes), ("#n3", "#n4"))
+    expected = tuple(NetworkDisk(f"r{number}", (f"#n{number}",)) for number in range(40))
+    assert storage == NetworkStorage(expected, ("#n3", "#n4"))
 
 
 def test_a_network_is_known_by_json_and_by_what_an_image_is_backed_by() -> None:
