@@ -34,8 +34,8 @@ ms."""
 
 _SHARE: Final = 4
 """At most 1/_SHARE of this program's descriptors are pidfds of servers. When this many are in use,
-a guest takes one from the user whose guests have the most pidfds, unless its own user has about as
-many."""
+a guest takes one from the user whose guests have the most pidfds, unless the guest's own user has
+about as many."""
 
 
 class GuestServerExits:

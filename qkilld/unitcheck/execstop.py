@@ -369,8 +369,8 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
     helper runs after the last line that stops the guest, waits or sleeps. Lines after the helper
     may need the guest to be gone, for example to copy its image. Lines before the helper get the
     prefix `-`, so systemd no longer skips a line after an earlier one fails. If a line that is
-    skipped now may need the guest to be gone, the helper runs before that line, unless it would
-    then run before a line that affects the guest.
+    skipped without adoption may need the guest to be gone, the helper runs before that line. It
+    does not do so if it would then also precede a line that affects the guest.
     """
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):

@@ -23,7 +23,7 @@ class StoppedBy(StrEnum):
     """systemd sends SIGTERM while qkilld-guests.service stops the guest, because the guest's unit
     is a service that has no ExecStop= and is not ordered before qkilld-guests.service."""
     UNCOVERED = "uncovered"
-    """Only systemd, because Executables= does not match the guest."""
+    """systemd alone stops the guest, because Executables= does not match it."""
 
 
 _IN_WORDS = {

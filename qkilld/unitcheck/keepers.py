@@ -71,7 +71,7 @@ PROGRAMS: Final = {
 """The project of each program that a keeper runs. A keeper with an unknown name is recognised by
 its program."""
 _MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
-"""Programs that shut down only the guests of their own unit; each with its project."""
+"""The project of each program that shuts down only the guests of its own unit."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",

@@ -27,7 +27,7 @@ AT_ONCE: Final = 60
 MANY: Final = 200
 WARM, COLD, AT_ONCE_RATIO = 3, 10, 2.5
 LINEAR: Final = 1.25
-"""The limit for the cost of one of MANY stops, divided by the cost of one of AT_ONCE stops."""
+"""The maximum cost of a stop if MANY run at a time, divided by its cost if AT_ONCE run."""
 
 
 def measure(rounds: int) -> list[Figure]:

@@ -133,7 +133,7 @@ def test_a_unit_is_ordered_after_the_unit_of_the_server(
         assert (place.server, "serves" in place.unseen) == (
             ("a.service", False) if shows else ("", True)
         )
-        # The server has too many descriptors to read. The other process is not taken for it.
+        # The server has too many descriptors to read. The other process is not mistaken for it.
         read_links = procfs.read_links
 
         def too_many(directory: int, most: int) -> list[tuple[str, str]] | None:
@@ -330,7 +330,7 @@ def test_the_servers_of_two_guests(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("patient")
 def test_a_process_that_opens_the_device_later(tmp_path: Path) -> None:
-    """An earlier search found no such descriptor in this process, which proves nothing."""
+    """An earlier search found no such descriptor in this process, but it may open one later."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
     (tmp_path / "8/fd/1").symlink_to("/dev/null")
@@ -426,7 +426,7 @@ signal.pause()
 def test_the_servers_of_the_guest_come_before_those_behind_them(
     lab_dir: Path, monkeypatch: pytest.MonkeyPatch, found_later: bool
 ) -> None:
-    """A server of a socket has started more processes than there is room for."""
+    """A server on a socket has started more processes than the reader has room for."""
     monkeypatch.setattr(peers, "MAX_PEERS", 2)
     command = [sys.executable, "-c", _WITH_CHILDREN, str(lab_dir / "socket")]
     with (

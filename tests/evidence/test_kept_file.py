@@ -47,7 +47,7 @@ def files_of(guest: Guest) -> list[Path]:
 
 
 class FakeWatch:
-    """A watch of EACH files, which it keeps open after a sample if the budget allows it."""
+    """A watch that reads EACH files, and keeps them open after a sample if the budget allows it."""
 
     def __init__(self, budget: FileBudget, path: Path) -> None:
         self._budget = budget

@@ -75,8 +75,8 @@ def image(lab_dir: Path) -> Path:
 def test_the_oldest_and_newest_processes_of_a_server_with_several_threads(
     monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """The kernel lists the processes that each thread has started. A long flush is older than the
-    short scripts that other requests start meanwhile."""
+    """The kernel lists processes by the thread that has started them, not by age. A process with a
+    long flush is older than the short scripts that other requests start meanwhile."""
     pids = list(range(10, 10 + count))
     monkeypatch.setattr(peers, "read_children", lambda pid, proc: pids[1::2] + pids[::2])
     with contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader:
@@ -375,7 +375,7 @@ def test_a_server_that_others_use_too(image: Path) -> None:
 
 
 def test_servers_that_are_used_no_more_are_let_go(image: Path) -> None:
-    """The next servers need the places of these servers in the finder."""
+    """The finder must forget these servers, to have room for the next ones."""
     finder = PeerFinder()
     with (
         contextlib.closing(ServerReader(os.getpid(), finder, FuseFinder())) as reader,

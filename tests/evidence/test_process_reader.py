@@ -287,7 +287,7 @@ FILES = {
     *("pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2"),
     *("fsync", "fdatasync", "sync", "syncfs", "sync_file_range", "msync"),
     *("fallocate", "ftruncate", "truncate", "copy_file_range", "io_submit", "io_destroy"),
-    # This is sync_file_range on architectures with another order of arguments: the same number.
+    # Some architectures have this call instead of sync_file_range, with the same number.
     "sync_file_range2",
 }
 ANY = {"read", "write", "readv", "writev", "sendfile", "splice"}
@@ -452,7 +452,7 @@ def test_a_reused_process_id_is_not_read(fake_qemu: Make, reader_of: ReaderOf) -
 def fork_with_pid(pid: int) -> int:
     """Fork a child with this pid (which must be free) by clone3(2). It waits until it is killed."""
     wanted = (ctypes.c_int32 * 1)(pid)
-    # struct clone_args: the exit signal is its fifth, set_tid and set_tid_size follow the tls.
+    # struct clone_args: the fifth field is the exit signal; set_tid and set_tid_size follow tls.
     words = (0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(wanted), 1, 0)
     arguments = (ctypes.c_uint64 * len(words))(*words)
     clone3 = 435  # On every architecture.
@@ -541,7 +541,7 @@ def test_a_thread_that_a_debugger_holds_alone(reader_of: ReaderOf) -> None:
         tracer = trace([other])
         assert until(held, bool) == [other]
         process.send_signal(signal.SIGSTOP)
-        # Now all threads are stopped, so the process counts as stopped, and no thread as held.
+        # Now all threads are stopped: the process counts as stopped, and no thread counts as held.
         until(lambda: read(reader)["state"], lambda state: state == "T")
         assert held() == []
         process.send_signal(signal.SIGCONT)

@@ -197,7 +197,7 @@ def test_descriptors_of_a_process_that_has_not_run_are_looked_at_more_rarely(
     (lab_dir / "7/fdinfo/3").write_text(DIRECT)
     now += rings.REFRESH_S
     assert reading.read(has_run=False) == (RingRequests(0), False)
-    # It ran at some time since then.
+    # The process has run since then.
     assert reading.read(has_run=True) == (RingRequests(0), True)
     (lab_dir / "7/fdinfo/3").write_text(BUFFERED)
     now += rings.IDLE_REFRESH_S

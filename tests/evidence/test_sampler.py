@@ -143,11 +143,11 @@ def test_many_users_leave_threads_for_root(monkeypatch: pytest.MonkeyPatch) -> N
         release.wait()
 
     def is_served(uid: int) -> bool:
-        """Return whether a call of this user gets a thread, which it then blocks."""
+        """Return whether a call of this user gets a thread. The call then blocks this thread."""
         workers.submit(block, uid=uid, instead=refused.release)
         for _ in range(1000):
             if began.acquire(timeout=0.02):
-                time.sleep(0.02)  # From now on, it counts as blocked.
+                time.sleep(0.02)  # From now on, the thread counts as blocked.
                 return True
             if refused.acquire(blocking=False):
                 return False
@@ -225,8 +225,7 @@ def test_a_call_that_waits_behind_a_blocked_one_gets_a_thread(
 
 
 def test_a_sample_arrives_although_the_next_one_blocks() -> None:
-    """The sample comes after the time at which the loop looks for samples, and the next one is
-    expected soon."""
+    """The sample comes after the loop has looked for samples. The next sample is expected soon."""
 
     class BusyWorkers(Workers):
         waiting = True

@@ -155,7 +155,7 @@ def test_the_number_of_servers_is_limited(
 
 
 def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One user with many guests leaves some to other users, and root takes what it needs."""
+    """A user with many guests leaves descriptors to other users. Root takes as many as it needs."""
     monkeypatch.setattr(server_exits, "_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(sleeper()).pid for _ in range(4)]

@@ -32,7 +32,7 @@ from tests.lab.storage import NbdServer, nbd_server
 
 
 class Monitor:
-    """A QMP connection through which QEMU reads and writes its disk d0."""
+    """A QMP connection that makes QEMU read and write its disk d0."""
 
     def __init__(self, guest: Guest) -> None:
         assert guest.qmp is not None
@@ -522,7 +522,8 @@ def test_without_proc(tmp_path: Path) -> None:
 def test_the_rest_of_an_answer_does_not_wait_for_the_next_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The event loop may ask next, and would have to read the rest: up to 500,000 sockets."""
+    """The event loop may ask the next question. It would then have to read the rest: up to 500,000
+    sockets."""
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)
     monkeypatch.setattr(sockdiag, "namespace_of", "self")
     monkeypatch.setattr(sockdiag, "_netlink", None)

@@ -1,7 +1,7 @@
 """A guest on aarch64 `virt`, with Debian's kernel and busybox.
 
-From outside, it cannot be seen whether the guest noticed a press of its power button. The guest
-keeps eight blocks of 64 KiB in memory, and writes them to its disk only when the button is pressed.
+Nothing outside the guest shows whether it noticed a press of its power button. The guest keeps
+eight blocks of 64 KiB in memory, and writes them to its disk only when the button is pressed.
 packaging/setup (step aarch64) fetches the kernel and busybox.
 """
 

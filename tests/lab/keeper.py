@@ -28,7 +28,7 @@ _TRIES_S: Final = 30.0
 
 
 class Keeper:
-    """A context manager. Start all processes of the lab within it."""
+    """A context manager. All processes of the lab must be started within its context."""
 
     def __init__(self, grace: float = _GRACE_S) -> None:
         self._grace = grace

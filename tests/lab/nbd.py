@@ -50,8 +50,8 @@ class NbdStore:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def server(self) -> dict[str, object]:
-        """Return the value of `"server":` in QEMU's NBD node. In the case of a pair, QEMU must get
-        the same descriptor number."""
+        """Return the value of `"server":` in QEMU's NBD node. With a socket pair, QEMU must get the
+        same descriptor number."""
         match self.transport:
             case "unix":
                 return {"type": "unix", "path": str(self.directory / "socket")}
@@ -187,7 +187,7 @@ def free_port() -> int:
 
 def _states(pid: int) -> list[str]:
     """Return the states of all threads. A server on a socket pair exits with its client, and then
-    has none."""
+    has no threads."""
     states = []
     with contextlib.suppress(FileNotFoundError):
         for task in Path(f"/proc/{pid}/task").iterdir():

@@ -1,5 +1,4 @@
-"""The Debian guest: which data is lost if it is not asked to shut down, and which is kept if it
-is."""
+"""A Debian guest loses data if it is not asked to shut down, and keeps the data if it is asked."""
 
 from __future__ import annotations
 

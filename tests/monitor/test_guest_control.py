@@ -336,7 +336,7 @@ def test_firmware_alone_is_deaf(qemu: Start, machine: str) -> None:
 
 
 def test_a_guest_that_reports_its_shutdown(qemu: Start) -> None:
-    """The guest reports it through its pvpanic device, since QEMU 9.1."""
+    """The guest reports its shutdown through its pvpanic device (QEMU 9.1 and later)."""
     guest = qemu(arguments=["-M", "pc", "-accel", "tcg", "-device", "pvpanic"])
 
     async def look() -> None:

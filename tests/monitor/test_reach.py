@@ -180,7 +180,7 @@ def test_a_service_that_the_command_line_names(qemu: Start, lab_dir: Path) -> No
     with listener(lab_dir / "service") as server:
         guest = qemu(arguments=("-qmp", f"unix:{lab_dir}/service"))
         server.setblocking(True)
-        own = server.accept()[0]  # QEMU's connection, as the client
+        own = server.accept()[0]  # QEMU is the client of this connection.
         server.setblocking(False)
         guest_endpoints = run(guest_endpoints_of(guest.pid))
         assert [paths_of(one) for one in guest_endpoints.endpoints] == [(str(guest.qmp),)]

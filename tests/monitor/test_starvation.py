@@ -188,8 +188,8 @@ def test_a_kept_connection_on_which_qemu_answers_late(
 def test_an_observation_has_the_time_of_its_counters(
     qemu: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy host, the replies before the counters may take seconds. If the observation had the
-    time from before those replies, the rates of the guest's work would be wrong."""
+    """On a busy host, the replies before the counters may take seconds. If the time of the
+    observation was taken before those replies, the rates of the guest's work would be wrong."""
     read_button = GuestControl.read_button
 
     async def read_late(control: GuestControl) -> tuple[Button, bool | None]:

@@ -81,7 +81,7 @@ def test_every_number_of_64_bits_has_a_unit(interface: Interface) -> None:
 
 
 def test_the_page_for_authors_names_everything() -> None:
-    """dbus/README.md: each member, value, option, key of the receipt and error."""
+    """dbus/README.md names each member, value, option, key of the receipt and error."""
     page = (Path(__file__).parents[2] / "dbus/README.md").read_text()
     named = set(re.findall(r"`([^`]+)`", page))
     enumerations: list[type[StrEnum]] = [*ENUMERATIONS.values(), MonitorKind, AgentKind]

@@ -66,7 +66,7 @@ def test_the_signal_of_a_restart_counts() -> None:
     killed = replace(BARE, restart_kill_signal=signal.SIGKILL)
     assert judge(killed).now[Occasion.RESTART].disks is Patience.NONE
     assert judge(killed).now[Occasion.STOP].disks is Patience.TIMED
-    # A guest that was asked can shut down until SIGKILL, because QEMU ignores this signal.
+    # QEMU ignores SIGWINCH, so a guest that was asked has time to shut down until SIGKILL.
     asked = replace(BARE, exec_stop=(POWERDOWN,), restart_kill_signal=signal.SIGWINCH)
     found = judge(asked)
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
@@ -299,7 +299,7 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     assert "daemon-reload" in found.advice
     for surroundings in (ASKABLE, replace(ASKABLE, is_template=True, stop_texts=("a %i", "b %i"))):
         assert judge(facts, surroundings).writes
-    # These settings have no line that could be of one instance only.
+    # These settings have no ExecStop= line, so no line can be for a single instance.
     assert judge(BARE, replace(ASKABLE, is_template=True)).writes
 
 
@@ -381,7 +381,7 @@ def test_what_follows_a_helper_that_may_fail_may_find_the_guest_running(later: s
     assert steps[:2] == ["fails", "kills" if kills else "nothing"]
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert {each.disks for each in found.adopted.values()} == {Patience.PATIENT}
-    # Without the prefix `-`, systemd skips the line after a failure.
+    # Without the prefix `-`, systemd skips the second line if the first one fails.
     assert judge(replace(SAFE, exec_stop=(STOP, line(later))), ASKABLE).keeps_data
 
 
@@ -510,8 +510,8 @@ def test_a_server_of_this_host_needs_the_order() -> None:
     found = judge(BARE, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert "After=lval.service" in written(BARE, surroundings)
-    # A unit cannot be ordered after such a scope. So with the helper, the server would exit before
-    # the guest.
+    # A unit cannot be ordered after a session's scope. So with the helper, the server would exit
+    # before the guest.
     session = replace(surroundings, storage=(replace(NBD, server="session-3.scope"),))
     refused = judge(BARE, session)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)

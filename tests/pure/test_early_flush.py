@@ -1,4 +1,5 @@
-"""Flushing before QEMU asks a file system that may not answer: which disks, and in which order."""
+"""Which disks are flushed before QEMU asks a file system that may not answer, and in which
+order."""
 
 from __future__ import annotations
 

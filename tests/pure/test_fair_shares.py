@@ -76,7 +76,7 @@ def test_many_subordinate_uids_of_one_user_leave_room_for_others(shares: FairSha
 def test_known_subordinate_uids_count_for_their_user(
     shares: FairShares, subordinate_uids: None
 ) -> None:
-    """So they leave room for other users whose own uids are in the same range of numbers."""
+    """So they leave room for other users whose own uids are 65,536 or higher."""
     assert [fill(shares, uid) for uid in (100_000, 100_001, 1000)] == [5, 0, 0]
     assert [fill(shares, uid) for uid in (200_000, 200_001, 1001, 1002)] == [1, 1, 1, 1]
     assert user_of(0) == 0 and user_of(99_999) == 99_999 and user_of(165_536) == 165_536
@@ -102,7 +102,7 @@ def test_ranges_of_many_users() -> None:
         set_subordinate_uids([*reversed(ranges), (100_100, 100_199, 7), (90_000, 89_999, 8)])
         uids = [70_000, 99_999, 100_000, 100_099, 100_100, 100_199, 165_536, 89_999, 90_000]
         assert [*map(user_of, uids)] == [70_000, 99_999, 1000, 1000, 7, 7, 1001, 89_999, 90_000]
-        assert user_of(100_200) == 100_200  # The range that begins later ends here.
+        assert user_of(100_200) == 100_200  # Only the range that begins later counts.
         assert user_of(ranges[-1][1]) == 30_999 and user_of(ranges[-1][1] + 1) == ranges[-1][1] + 1
         began = time.process_time()
         for _ in range(1000):

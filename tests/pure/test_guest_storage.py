@@ -231,7 +231,7 @@ CONFIG = """\
 
 
 def test_configuration_files_of_qemu(tmp_path: Path) -> None:
-    """The QEMU does not run. Files that are not regular are not opened."""
+    """QEMU is not running. Files that are not regular are not opened."""
     (tmp_path / "web.cfg").write_text(CONFIG)
     os.mkfifo(tmp_path / "fifo")
     words = (QEMU, "-readconfig", f"{tmp_path}/web.cfg", "-readconfig", f"{tmp_path}/fifo")
@@ -294,8 +294,8 @@ def test_templates_do_not_get_the_server_of_one_instance() -> None:
 def test_a_mount_that_its_target_does_not_order(
     answer: bool | BusError | None, ordered: bool
 ) -> None:
-    """This is so with the option nofail. At shutdown, such a mount is unmounted while the guest
-    still writes."""
+    """A mount with the option nofail is not ordered before its target. At shutdown, such a mount is
+    unmounted while the guest still writes."""
     systemd = Mock()
     systemd.is_before = AsyncMock(side_effect=[answer])
     place = asyncio.run(with_target(systemd, Storage(mount_point="/srv", unit="srv.mount")))

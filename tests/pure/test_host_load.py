@@ -81,8 +81,8 @@ FREE_STOP_JOB = seconds(
     (5.9, 0.282, 0.065, 0.012),
     (8.9, 0.203, 0.071, 0.013),
 )
-"""The same for a guest that shuts down: first its usual load, writing and syncing, on a busy host
-(a load of 45); then a service that writes while it stops, on an idle host."""
+"""The same for a guest that shuts down. At first it writes and syncs as usual, on a busy host (a
+load of 45). Then a service writes while it stops, on an idle host."""
 STARVED_IDLE = seconds(
     (0, 0.003, 0.076, 0),
     (0, 0.004, 0.112, 0),
@@ -164,7 +164,7 @@ def test_a_guest_that_computes_on_a_host_whose_load_changes(earlier: float, late
 
 def test_a_wait_that_began_before_the_guest_was_measured() -> None:
     """The kernel counts a wait when the wait ends. So the guest seems to want more than its one
-    processor, and less afterwards."""
+    processor at first, and less afterwards."""
 
     def computes(now: float, since: float | None) -> Moment:
         if since is None:

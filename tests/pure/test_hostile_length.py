@@ -1,7 +1,7 @@
 """Parsing hostile text of a target must take time only in proportion to its length.
 
-Before the parsers were corrected, each case took 5 s to hours, or gigabytes. The limit is a hundred
-times the processor time that the case takes now.
+Before the parsers were corrected, each case took between 5 s and several hours, or gigabytes of
+memory. The limit is a hundred times the processor time that the case takes now.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def seen(
         (seen(9, progress=9, outstanding=True), Policy(storage_stall=5 * S), 19),
         # A process that waited a moment ago is not yet idle.
         (seen(40, outstanding_at=39), Policy(), 49),
-        # Unknown is never idle. Before the first sample, the earliest possible time counts.
+        # Unknown is never idle. Before the first sample, SIGKILL is due at the earliest time.
         (None, Policy(), 10),
         (None, Policy(stall=15 * S), 15),
         (seen(1, outstanding=None), Policy(), 60),
@@ -357,7 +357,8 @@ def kill_second(
     controls: Callable[[int], Control] = lambda second: Control(),
     policy: Policy = DEFAULT,
 ) -> int:
-    """Return the second of SIGKILL, or 999. `shows`: the sample of each second; its time is set."""
+    """Return the second in which SIGKILL is sent; 999 if it is not. `shows` returns the sample of a
+    second; this function sets the sample's time."""
     evidence, promised = None, 0
     for second in range(1, 999):
         now = T0 + second * S

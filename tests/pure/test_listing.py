@@ -146,7 +146,7 @@ def test_many_objects_that_come_or_go_at_once_do_not_end_a_listing() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         for number in range(1000):
-            objects.listings.announced(f"/guest/{number}")  # None of the objects that are listed.
+            objects.listings.announced(f"/guest/{number}")  # These are not listed.
             objects.set(f"/job/{100 + number}", "added")
         for _ in range(500):
             await asyncio.sleep(0)

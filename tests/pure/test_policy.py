@@ -17,7 +17,7 @@ def test_the_names_of_a_span() -> None:
     assert span.bus_property == "StorageStallUSec"
     assert span.bus_option == "storage-stall-usec"
     assert span.argument == "--storage-stall"
-    assert SPANS[-1].argument == "--powerdown-sec"  # Distinct from the switch --powerdown.
+    assert SPANS[-1].argument == "--powerdown-sec"  # --powerdown is a switch.
 
 
 def test_where_a_span_can_be_given() -> None:

@@ -437,8 +437,8 @@ def test_a_stop_job_that_stands_still_at_last() -> None:
         return Moment(requests=30 if since and since < 80 else 0)
 
     at, conclusion = Course(hangs).run(300).end
-    # For some seconds after the last request, the work still counts as lasting, so the conclusion
-    # comes only then.
+    # For some seconds after the last request, the work still counts as lasting, which delays the
+    # conclusion.
     assert conclusion is Conclusion.IGNORED and 139 <= at <= 145
 
 

@@ -168,7 +168,7 @@ def test_name_and_uuid_of_a_process(tmp_path: Path) -> None:
         ("-name one -name two", ("two", "")),
         ("-nodefaults -name web -uuid U", ("web", "U")),
         ("-S -enable-kvm -daemonize -name web", ("web", "")),
-        # The value of another option is not an option.
+        # A word like an option is not one if it is the value of another option.
         ("-append -name evil -name web", ("web", "")),
         ("-name -uuid", ("-uuid", "")),
         ("-name", ("", "")),

@@ -132,7 +132,7 @@ def test_the_protocol_of_a_monitor(text: str, protocol: str) -> None:
 @pytest.mark.parametrize(
     ("text", "is_there"),
     [
-        # libvirt 9.0 starts QEMU like this, also with a monitor of the user beside its own.
+        # libvirt 9.0 starts QEMU like this. The user may have added a monitor.
         ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
          "-mon chardev=charmonitor,id=monitor,mode=control", False),
         ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "

@@ -60,7 +60,7 @@ SECOND: dict[str, Any] = {"closed_first": {"disk": False}}
         # The kernel proves that the guest closed the connection first.
         (sample(TCP), {**FIRST, **ENDED}, ""),
         (sample(TCP), {**FIRST, **STOPPING}, ""),
-        # If the server is on this host, it proves nothing that the server closed first.
+        # If a server on this host closed the connection first, this proves nothing.
         (sample(TCP), SECOND, ""),
         (sample(TCP), {**SECOND, **ENDED}, "ended before the guest"),
         # The kernel was asked, but too busy to answer.

@@ -69,7 +69,7 @@ def test_looking_for_other_guests_of_the_unit_does_not_import_the_engine() -> No
 
 
 def test_the_way_of_an_idle_guest_imports_next_to_nothing() -> None:
-    """When a host shuts down, each guest costs the time of these imports."""
+    """When a host shuts down, the time for these imports is spent for each guest."""
     loaded = imported_by(FAST)
     ours = {name for name in loaded if name.startswith("qkilld") and "qkilld.stop" not in name}
     assert ours == ALLOWED

@@ -49,9 +49,9 @@ def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], fix: str
         assert 0.8 * seconds * S <= limits.stay <= seconds * S - 100_000
         (warning,) = limits.warnings
         assert fix in warning
-        # Half of the time is left for SIGTERM and the flush, and at least 5 s.
+        # Half of the time, but at least 5 s, is left for SIGTERM and the flush.
         assert limits.ask == max(0, min(seconds * S // 2, (seconds - 5) * S))
-    # No timeout, so no warning.
+    # Without a timeout, there is no warning.
     endless = limits_of(unit(timeout_stop=INFINITY, **settings), OWN, 16, None)
     assert (endless.stay, endless.warnings) == (INFINITY, ())
 

@@ -25,7 +25,7 @@ def test_the_processes_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_processes_of_a_users_unit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A unit of the system or of another user may have its name. Process 1 is hidden."""
+    """A unit of the system or of another user may have the same name. Process 1 is hidden."""
     for pid, group in {
         20: "0::/system.slice/web.service",
         21: f"0::{OWN}/app.slice/web.service",

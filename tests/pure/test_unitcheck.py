@@ -459,7 +459,7 @@ def test_a_helper_that_is_in_a_hurry(words: str, timeout: int, key: str) -> None
     command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
     facts = replace(SAFE, exec_stop=(command,), timeout_stop=timeout)
     assert list(found(facts)) == ([key] if key else [])
-    # Options may have longer spans than the configuration.
+    # Options may set longer times than the configuration.
     quick = Policy(grace=S, stall=S, storage_stall=S, max=2 * S, powerdown=S)
     assert found(facts, replace(AROUND, policy=quick)) == (
         found(facts) if words == "--no-powerdown" else {}

@@ -127,7 +127,7 @@ class _CellProcess:
 def _measure(
     rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
 ) -> dict[Key, CellResult]:
-    """Measure the cells of which no earlier result is kept, the long ones first."""
+    """Measure the cells for which no earlier result is kept, the long ones first."""
     # The keys are in the order of the table.
     found = {(row.name, column.name): CellResult() for row in rows for column in columns}
     todo: list[tuple[Case, Column]] = []

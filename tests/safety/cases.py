@@ -37,7 +37,7 @@ STORAGE_STALL_S: Final = 60
 REAP_S: Final = 5
 """The defaults of qkilld.conf."""
 _SETTLED_S: Final = 8
-"""How long (s) the verdict from before a change of the storage is also accepted."""
+"""For this long (s) after a change of the storage, the verdict from before it is also accepted."""
 
 _DETAIL_S: Final = 5
 """By this time (s after the request), a sample with detail has found servers and read rings.

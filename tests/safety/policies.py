@@ -23,7 +23,7 @@ from tests.safety.outcome import Outcome, Policy, Stopper
 
 TICK_S: Final = 0.5
 PATIENCE_S: Final = 400
-"""Longer (s) than any policy takes for any case."""
+"""A time (s) that no policy exceeds in any row."""
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
 
 

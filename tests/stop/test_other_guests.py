@@ -1,4 +1,4 @@
-"""Which guests of a unit a line of ExecStop= stops besides the one that it names."""
+"""Which other guests of a unit are stopped by a line of ExecStop= that names one guest."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile a", "/bin/timeout 9 qkilld-stop --pidfile b"], False, 0),
         ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --unit b"], True, 0),
         ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a || echo"], True, 0),
-        # So may the script that runs now.
+        # The script that runs now may run qkilld-stop, too.
         ("control-group", A, ["/opt/stop"], False, 0),
         ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a; qkilld-stop"], False, 0),
         (

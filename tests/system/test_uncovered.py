@@ -63,7 +63,7 @@ def test_it_is_shown_with_the_line_that_covers_it(installed: Container, unit: st
 
 
 def test_a_user_sees_those_of_others_not(installed: Container, unit: str) -> None:
-    """The kernel does not show a user the executables of other users' processes, and qkillctl does
-    not guess."""
+    """The kernel hides the executables of other users' processes from a user, and qkillctl does not
+    guess."""
     done = installed.run("qkillctl", "--json", "list", uid=65534)
     assert not [row for row in json.loads(done.stdout) if row["unit"] == unit]

@@ -51,7 +51,7 @@ def lingering() -> Iterator[Callable[[], socket.socket]]:
 
 
 def in_a_socket(passed: list[socket.socket]) -> list[socket.socket]:
-    """Put the sockets into the buffer of another socket; return that one."""
+    """Put the sockets into the buffer of another socket; return the other socket."""
     one, other = socket.socketpair()
     socket.send_fds(one, [b"x"], [each.fileno() for each in passed])
     one.close()
@@ -144,7 +144,7 @@ def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: P
             assert client.call("GetStatus")
 
         def is_refused() -> bool:
-            """Whether the daemon takes no more descriptors of users."""
+            """Whether the daemon refuses further descriptors of users."""
             read, write = os.pipe()
             with service.client(OTHER_UID) as client:
                 socket.send_fds(client.socket, [CALL], [read])
@@ -186,7 +186,7 @@ def kept_busy(service: VarlinkService) -> Iterator[None]:
 def test_the_daemon_does_not_exit_idle_while_such_a_file_is_open(
     start_daemon: StartDaemon, socket_path: Path, lab_dir: Path
 ) -> None:
-    """The kernel would not let the daemon end, so no other daemon would start."""
+    """If the daemon exited, the kernel would not let it end, so no other daemon would start."""
     idle_s = 1.5
     daemon = start_daemon("--varlink", str(socket_path), "--exit-idle", f"{idle_s}s")
     service = VarlinkService(daemon, socket_path)

@@ -47,7 +47,7 @@ def message(rng: random.Random) -> bytes:
 
 
 def attack(service: VarlinkService, rng: random.Random) -> None:
-    """Open a connection as another user: some calls, an end at any time, sometimes descriptors."""
+    """As another user, send some calls, sometimes with descriptors, and disconnect at any time."""
     with service.client(OTHER_UID) as client, contextlib.suppress(OSError):
         client.socket.settimeout(5)
         for _ in range(rng.randrange(1, 5)):

@@ -1,5 +1,5 @@
-"""A connection to a monitor that can be reached only from its guest's network namespace, passed to
-the daemon with a call."""
+"""A call can pass the daemon a connection to a monitor that can be reached only from its guest's
+network namespace."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_connection_outlives_the_daemon_s_call(
 
 
 def outcome(service: VarlinkService) -> str:
-    """Return the outcome of asking in job 1, which has ended."""
+    """Return the result of asking the guest in job 1, which has ended."""
     with service.client() as client:
         return str(client.call("Wait", job=1)["receipt"]["guestAsked"])
 
