@@ -82,5 +82,7 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> NoReturn:
 
 
 def _end() -> NoReturn:
-    sys.stderr.flush()
-    os._exit(ExitCode.USAGE)
+    try:
+        sys.stderr.flush()
+    finally:
+        os._exit(ExitCode.USAGE)
