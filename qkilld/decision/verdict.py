@@ -225,8 +225,9 @@ def assess(
 
 def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:
     """Return whether the process was idle in the previous sample, and this one shows no wait, but
-    has unreadable sources. Such a sample proves as little as a longer interval between samples, so
-    it does not change `outstanding_at`."""
+    may hide one: it is useless (then `waits` is empty), has unreadable sources, has requests that
+    may be timers, or shows that storage may have been added. Such a sample proves as little as a
+    longer interval between samples, so it does not change `outstanding_at`."""
     return before.outstanding is False and all(wait.kind is WaitKind.UNSEEN for wait in waits)
 
 
