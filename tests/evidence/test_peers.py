@@ -188,8 +188,8 @@ def running_server(*names: str, protocol: int = 0) -> Iterator[int]:
 
 @contextlib.contextmanager
 def layers_of_servers(directory: Path, *sizes: int) -> Iterator[tuple[str, list[list[int]]]]:
-    """Run servers, each of which is connected to all those of the previous layer. Yield the path of
-    the only one in the last layer, and the process ids of each layer."""
+    """Run layers of servers. Each server is connected to all servers of the previous layer. Yield
+    the path of the only one in the last layer, and the process ids of each layer."""
     with contextlib.ExitStack() as stack:
         paths: list[str] = []
         pids: list[list[int]] = []
@@ -552,8 +552,8 @@ def test_a_server_here_of_a_process_in_another_network_namespace(lab_dir: Path) 
                 assert (found.family, found.client) == ("unix", True)
                 inode = os.fstat(accepted.fileno()).st_ino
                 assert reader.peers((found,), SocketTable()) == {found.inode: inode}
-                # The server's own sockets do not show to whom this connection leads, or whether
-                # there are others.
+                # The server's own sockets do not show where this connection leads, or whether there
+                # are other connections.
                 server = SocketReader(os.getpid())
                 server.refresh()
                 server.read(SocketTable())

@@ -198,8 +198,8 @@ def test_nfs_by_our_own_mounts_where_they_have_it(tmp_path: Path) -> None:
 
 
 def test_a_process_with_many_more_mounts_than_we_have(tmp_path: Path) -> None:
-    """Such a mountinfo is not read, because the kernel takes long to write it. The storage is known
-    only if process 1 has the mount, or if our own mountinfo is as long."""
+    """A very long mountinfo is not read, because the kernel takes long to write it. The storage is
+    known only if process 1 has the mount, or if our own mountinfo is as long."""
     many = "".join(
         f"{number} 9 0:50 / /{'x' * 200} rw - tmpfs x rw\n" for number in range(10, 2000)
     )

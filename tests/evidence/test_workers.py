@@ -14,8 +14,8 @@ from qkilld.evidence.workers import Workers
 
 @pytest.mark.parametrize("may_block", [False, True])
 def test_calls_without_threads(monkeypatch: pytest.MonkeyPatch, may_block: bool) -> None:
-    """If a program harms only itself when it blocks, the submitting thread makes the calls itself.
-    In other programs, the calls wait for a thread."""
+    """If blocking harms only the program itself, the submitting thread makes the calls. In other
+    programs, the calls wait for a thread."""
 
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

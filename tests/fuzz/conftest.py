@@ -1,5 +1,5 @@
-"""The amount of input from Hypothesis: little and always the same or, with
---hypothesis-profile=fuzz, much and random."""
+"""How much input Hypothesis makes. By default, it makes little, and always the same. With
+--hypothesis-profile=fuzz, it makes much random input."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def test_an_event_and_an_error_with_hostile_names() -> None:
 
 
 async def fake_agent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Like a real agent, discard input before the marker, which may be half a command."""
+    """Like a real agent, discard all input before the marker, such as half a command."""
     request = (await reader.readline()).rpartition(b"\xff")[2]
     number = json.loads(request)["arguments"]["id"]
     stale = b'{"return": 5}\n\xff{"return": 17}\n\xff\xff{bad\n'
@@ -454,7 +454,7 @@ def test_very_many_silent_monitors(lab_dir: Path) -> None:
 
 @pytest.mark.parametrize("way", ["path", "abstract"])
 def test_a_descriptor_that_lingers_in_a_connection(lab_dir: Path, way: str) -> None:
-    """A process can send a descriptor, and exit before it is known to which process the connection
+    """A process can send a descriptor, and exit before qkilld knows to which process the connection
     leads. Closing the connection does not block."""
     path = str(lab_dir / "s")
     name = path if way == "path" else f"@{path}"

@@ -80,7 +80,7 @@ def test_messages_that_are_too_long_are_skipped(size: int) -> None:
 
 
 def test_headers_with_bits_flipped() -> None:
-    """The result is a message or None. With a wrong length, the following messages may be lost."""
+    """The result is a message or None. If a length is wrong, later messages may be lost."""
     source = random.Random(1)
     good = CALL.serialise(5)
     for _ in range(20_000):

@@ -50,7 +50,7 @@ def guest(pid: int, unit: Unit | None) -> Guest:
         (WEB, [(10, Unit("db.service"))], NotQemu),
         (replace(WEB, main_pid=0, control_group=""), [], NoSuchProcess),
         (None, [], NoSuchUnit),
-        # An unreadable unit may be the one with this name.
+        # A guest whose unit is unreadable may belong to the unit with this name.
         (WEB, [(10, None), (11, SYSTEMS)], 11),
         (WEB, [(10, None)], Failed),
         (None, [(10, None)], Failed),

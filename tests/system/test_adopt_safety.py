@@ -434,7 +434,7 @@ def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> Non
 
 
 def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container) -> None:
-    """The instance is safe only because of its own drop-in, and what its stop line does depends on
+    """The instance is safe only because of its own drop-in. The effect of its stop line depends on
     its own environment."""
     lines = (
         f"ExecStart={IDLE} -name %i",

@@ -76,8 +76,9 @@ def test_the_socket_is_there_without_being_enabled(installed: Container) -> None
     assert mode.splitlines() == ["755 root", "700 root"]
 
 
-# The unit has no default dependencies, because basic.target is ordered after dbus.socket, and
-# dbus.socket after LATE. With such a cycle, systemd would drop one of the stops.
+# LATE has no default dependencies. With them, it would be ordered after basic.target, which is
+# ordered after dbus.socket, which is ordered after LATE. Because of this cycle, systemd would drop
+# one of the stops.
 LATE = """\
 [Unit]
 DefaultDependencies=no
