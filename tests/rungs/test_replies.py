@@ -17,15 +17,17 @@ from tests.lab.bare import bare_guest
 from tests.lab.iscsi import iscsi_store
 from tests.lab.nbd import NbdClient
 from tests.rungs.stopping import actions
+from tests.rungs.test_servers import make_image
 from tests.rungs.test_signs import STALL, nbd_disk, program, raw, waited
 from tests.rungs.test_yank import stop
 
 
 @contextlib.contextmanager
-def slow_server(path: Path) -> Iterator[None]:
-    """Within the context, run a server that handles one request at a time, in 3 s."""
-    argv = [needs.program("nbdkit", "nbdkit"), "--foreground", "--threads=1", "-U", path]
-    with program([*argv, "--filter=delay", "memory", "32M", "delay-write=3"], path):
+def slow_server(directory: Path, path: Path) -> Iterator[None]:
+    """Within the context, run a server of a qcow2 image that answers each write after 3 s."""
+    image = make_image(directory / "image")
+    argv = [needs.program("nbdkit", "nbdkit"), "--foreground", "-U", path, "--filter=delay"]
+    with program([*argv, "file", image, "delay-write=3"], path):
         yield
 
 
@@ -51,14 +53,13 @@ def relay(path: Path) -> Iterator[Path]:
 def test_a_slow_server_with_another_client_or_a_relay_is_waited_for(
     lab_dir: Path, beside: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
+    """QEMU sends one request at a time: those for the tables of the image."""
     path = lab_dir / "socket"
-    with (
-        slow_server(path),
-        beside(path) as front,
-        bare_guest(lab_dir, nbd_disk(front)) as guest,
-    ):
-        guest.write_later("remote", 0, 4)
-        job = stop(guest, STALL)
+    with slow_server(lab_dir, path), beside(path) as front:
+        drive = f"file.driver=nbd,file.server.type=unix,file.server.path={front},format=qcow2"
+        with bare_guest(lab_dir, ["-drive", f"{drive},if=none,id=remote"]) as guest:
+            guest.write_later("remote", 0, 1)
+            job = stop(guest, STALL)
     assert (actions(job), job.result) == (["SIGTERM"], Result.EXITED)
 
 
