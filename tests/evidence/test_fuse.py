@@ -590,8 +590,8 @@ def test_the_only_process_that_is_seen(
 def test_a_server_whose_number_of_descriptors_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the search reads the processes with few descriptors, the process has many; while it
-    reads those with many, the process has few."""
+    """The process has many descriptors while the search reads processes with few, and has few while
+    the search reads processes with many."""
     finder = finder_in(tmp_path, 7, 8)
     stat, counts = os.stat, iter((descriptor_search.FEW, 1))
 

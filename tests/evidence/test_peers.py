@@ -202,7 +202,7 @@ def layers_of_servers(directory: Path, *sizes: int) -> Iterator[tuple[str, list[
 
 @contextlib.contextmanager
 def connected_to(path: str) -> Iterator[int]:
-    """Connect to a server; yield the inode of its end."""
+    """Connect to a server; yield the inode of the server's end."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         yield until(lambda: end_of(connection), bool)

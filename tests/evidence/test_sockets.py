@@ -87,7 +87,7 @@ def test_qemu_over_nbd(lab_dir: Path, tcp: bool) -> None:
         reader.refresh()
 
         def connections() -> tuple[Socket, Socket]:
-            """Return the connection to the server, and the monitor's."""
+            """Return the connection to the server, and that to the monitor."""
             found = reader.read(SocketTable())
             assert found is not None
             one, other = sorted(found, key=lambda s: not s.client)

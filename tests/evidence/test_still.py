@@ -29,7 +29,7 @@ from tests.evidence.until import until
 from tests.lab.process import end, spawn
 
 SLEEPER = "import sys; print(flush=True); [print(flush=True) for line in sys.stdin]"
-"""Answers each line with a line."""
+"""A program that answers each line with a line."""
 DEAF = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); " + SLEEPER
 
 

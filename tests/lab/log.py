@@ -58,8 +58,8 @@ class Log:
         """Wait for a match of `pattern` (re.MULTILINE) after the first `since` characters; return
         the match.
 
-        `pidfd` is the writer's. Raises WaitTimeout with the text so far after `timeout` seconds, or
-        if the writer ends without a match.
+        `pidfd` is the writer's pidfd. Raises WaitTimeout with the text so far after `timeout`
+        seconds, or if the writer ends without a match.
         """
         expression = re.compile(pattern, re.MULTILINE)
         return _watch(

@@ -88,8 +88,8 @@ def test_a_descriptor_whose_parent_had_listened(
         )
     try:
         # Until QEMU itself calls listen(2), SO_PEERCRED shows the process that listened first, and
-        # the attempt's connection waits to be accepted. After such attempts, QEMU may not answer
-        # the next one.
+        # the connection of a failed attempt waits to be accepted. QEMU may then not answer the next
+        # attempt.
         until = time.monotonic() + 120
         while True:
             try:

@@ -1,4 +1,4 @@
-"""qkillctl terminate --powerdown for a guest of libvirt: how long it waits."""
+"""How long qkillctl terminate --powerdown waits for a guest of libvirt."""
 
 from __future__ import annotations
 

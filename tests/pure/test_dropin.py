@@ -122,7 +122,7 @@ def test_a_later_drop_in_that_adds_a_line_to_the_stop(text: str, adds: bool) -> 
     wanted = [Change("a reason", (Line("Service", "KillSignal=SIGTERM"),)), *CHANGES]
     found = override("/etc/systemd/system/w.service.d/60-local.conf", text, wanted)
     assert found is not None and found.adds_stop is adds
-    # Now the drop-in belongs to an instance, and ours to the template.
+    # Now this drop-in belongs to an instance, and our drop-in to the template.
     path = "/etc/systemd/system/w@a.service.d/60-local.conf"
     assert overridden_by_template(path, text, wanted) is adds
     if adds:

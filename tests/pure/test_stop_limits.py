@@ -1,4 +1,4 @@
-"""What a unit's settings allow qkilld-stop to do, and what it tells systemd."""
+"""What a unit's settings allow qkilld-stop to do, and what qkilld-stop tells systemd."""
 
 from __future__ import annotations
 

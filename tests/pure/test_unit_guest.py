@@ -77,7 +77,7 @@ def test_the_guest_of_a_unit(
     ("facts", "guests", "unit", "expected"),
     [
         (WEB, [(10, SYSTEMS)], SYSTEMS, 10),
-        (WEB, [(11, SYSTEMS)], SYSTEMS, None),  # It may be the main process.
+        (WEB, [(11, SYSTEMS)], SYSTEMS, None),  # Process 21 may be the guest.
         (WEB, [(11, SYSTEMS)], USERS, 11),
         (WEB, [(11, SYSTEMS)], None, 11),
         (WEB, [], SYSTEMS, None),

@@ -231,7 +231,7 @@ def test_the_others_of_a_main_process_that_is_gone(
     lines: list[str],
     left: set[int],
 ) -> None:
-    """The process that is gone was a shell that ran the others, or a QEMU beside them."""
+    """The process that is gone was a shell that ran the other guests, or a QEMU beside them."""
     options = {"pidfile": A, "gone by name": {"pid": 0}}.get(main, {})
     named_by = {"--pidfile": "pidfile", "--pid": "gone by name"}
     if len(lines) == 2 and named_by[lines[0].split()[0]] != main:
