@@ -371,7 +371,7 @@ def test_a_server_is_searched_for_before_it_is_needed(
 def test_a_search_ends_when_the_kernel_has_named_the_server(
     lab_dir: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise, each new guest on FUSE would cost a search through all processes."""
+    """If the search continued, each new guest on FUSE would cost a search of all processes."""
     with mounted(lab_dir, IMAGE) as store:
         # The server is found first, long before all processes are searched.
         server = store.process.pid
@@ -459,7 +459,7 @@ def test_the_servers_of_the_guest_come_before_those_behind_them(
 
 
 def test_a_search_that_has_not_ended(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM waits for the search."""
+    """SIGTERM is delayed until the search has ended."""
     monkeypatch.setattr(fuse, "SEARCH_S", 0)
     with (
         mounted(lab_dir, IMAGE) as store,

@@ -138,7 +138,8 @@ def inode(of: socket.socket) -> int:
 
 
 def send(client: socket.socket, data: bytes) -> None:
-    """Send over TCP, and wait until it is acknowledged, so that nothing changes afterwards."""
+    """Send data over TCP. Wait until the data is acknowledged, so that nothing changes
+    afterwards."""
     client.send(data)
     until(lambda: fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), lambda queue: queue == bytes(4))
 

@@ -216,7 +216,7 @@ def boot_guest(
 
 
 LARGE: Final = ("-object", "memory-backend-ram,id=m,size=3G,prealloc=on,share=on")
-"""Arguments for start_qemu: so much memory that the kernel needs most of a second to free it."""
+"""Arguments that give a QEMU so much memory that the kernel needs most of a second to free it."""
 
 
 def start_qemu(

@@ -202,7 +202,7 @@ def nbd_server(
 
     room: make the file this large (bytes) first, because a qcow2 grows, but nbdkit grows no files
     filters: more nbdkit filters between the rate and the file ("error", "delay")
-    parameters: for these ("error-pwrite=EIO", "wdelay=5")
+    parameters: parameters of these filters ("error-pwrite=EIO", "wdelay=5")
 
     Raises needs.Missing without nbdkit.
     """

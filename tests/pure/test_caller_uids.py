@@ -121,7 +121,7 @@ def test_a_name_that_is_gone_is_forgotten() -> None:
 
 
 def test_a_name_whose_calls_wait_is_not_forgotten() -> None:
-    """Otherwise the next call of this name would overtake its waiting calls."""
+    """If the name was forgotten, its next call would overtake its waiting calls."""
 
     async def run() -> None:
         bus, server = serve()

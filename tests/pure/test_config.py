@@ -373,7 +373,7 @@ def test_a_complaint_is_one_line_and_fit_to_be_shown(tmp_path: Path, text: str) 
 
 
 def test_a_directory_closed_to_the_reader_is_told(tmp_path: Path) -> None:
-    """Otherwise, the file of the next directory would be used by mistake."""
+    """If the error was ignored, the file of the next directory would be used by mistake."""
     write(tmp_path, LIB, grace(1))
     closed = write(tmp_path, ETC, grace(2)).parent
     closed.chmod(0)

@@ -164,7 +164,7 @@ def test_keys(text: str, keys: list[str]) -> None:
 
 
 def test_nothing_is_called_if_the_terminal_cannot_be_given_away() -> None:
-    """Otherwise, nobody would await the call."""
+    """If the call was made, nobody would await it."""
 
     class LostScreen:
         def suspended(self) -> NoReturn:

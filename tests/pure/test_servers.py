@@ -93,8 +93,8 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
         # A proxy, and the server behind it.
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 90, False),
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 95, True),
-        # The server has its files on FUSE. Only in the first case, the FUSE server is known for
-        # certain.
+        # The server has its files on FUSE. The FUSE server is known for certain only in the first
+        # case.
         (replace(PEER, behind=(OF_FUSE,)), 95, True),
         (replace(PEER, behind=(replace(OF_FUSE, certain=False),)), 95, False),
     ],

@@ -96,8 +96,8 @@ def test_a_server_that_works_may_do_so_for_another_disk() -> None:
 
 @pytest.mark.parametrize("server", [STUCK_SERVER, SERVER], ids=["works", "still"])
 def test_possible_asynchronous_requests_keep_no_connection(server: Peer) -> None:
-    """The kernel does not show whether asynchronous requests are in flight, so a disk with
-    aio=native always looks like this. Only a stuck disk shows that QEMU waits for it."""
+    """The kernel does not show whether asynchronous requests are in flight, so with aio=native,
+    there may always be some. Only a stuck disk shows that QEMU waits for it."""
     sample = replace(
         with_nodes(replace(link("dead"), peer=server), nodes=(DEAD,)),
         direct=True,

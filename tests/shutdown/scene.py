@@ -144,6 +144,6 @@ class Row:
     """What qkilld may do to the guest so that it can be asked to shut down."""
     columns: tuple[str, ...] = EVERYBODY
     by_libvirt: bool = False
-    """Whether libvirt starts the guest in every column, not only in that of virsh."""
+    """Whether libvirt starts the guest in every column, not only in the column of virsh."""
     works_s: float = 0
     """How long (s) the stop keeps a processor busy."""

@@ -117,7 +117,8 @@ def test_force_that_comes_later(
 
 
 def test_an_engine_that_cannot_start_ends_the_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise, the helper would wait for the engine and extend the timeout for ever."""
+    """If the stops did not end, the helper would wait for the engine and extend the timeout for
+    ever."""
 
     def no_loop() -> asyncio.AbstractEventLoop:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -179,8 +179,8 @@ def test_pacman_removes_the_package_during_a_stop(
 
 @pytest.mark.parametrize("package", ["rpm", "arch"])
 def test_a_removed_package_leaves_no_enabled_unit(lab_dir: Path, package: str) -> None:
-    """Otherwise, a later installation would stop guests at once. The removal does not stop guests,
-    either."""
+    """If a unit stayed enabled, a later installation would stop guests at once. The removal does
+    not stop guests, either."""
     units = lab_dir / "usr/lib/systemd"
     for place in ("system", "user"):
         (units / place).mkdir(parents=True)
