@@ -276,7 +276,7 @@ def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
 
 
 def test_the_sample_that_sigkill_waits_for_is_urgent(world: World) -> None:
-    """Otherwise it could wait behind thousands of other samples."""
+    """If the sample was not urgent, it could wait behind thousands of other samples."""
     requests: list[tuple[float, bool]] = []
     take = world.sampler.take_sample
 

@@ -191,7 +191,7 @@ def test_the_main_process_is_forced_in_whatever_scope_unless_the_caller_says_no(
 
 
 def test_the_limits_are_reported_once_force_is_saved(world: World) -> None:
-    """Otherwise a crash after the reply would lose FORCE."""
+    """If the reply came earlier, a crash after it would lose FORCE."""
     store = SlowStore()
     world.registry.saver = JobSaver(store, world.clock)
     service, _ = make_service(world)

@@ -552,7 +552,7 @@ def test_the_end_of_a_job_is_announced_after_the_reply_to_wait(
 def test_a_bus_that_does_not_read_gets_only_the_newest_changes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise unsent signals would fill the memory, as long as the job changes."""
+    """If the bus got every change, unsent signals would fill the memory while the job changes."""
     monkeypatch.setattr(job_signals, "MIN_INTERVAL_S", 0.0)
     bus = FakeBus()
 

@@ -670,7 +670,8 @@ def test_a_connection_that_was_kept_is_gone_on_with() -> None:
 
 
 def test_a_connection_that_was_kept_is_not_lost_if_two_phases_open_it() -> None:
-    """Otherwise systemd's copy would remain, and QEMU would serve no other connection."""
+    """If the connection was lost, systemd's copy would remain, and QEMU would serve no other
+    one."""
     world = asked_world(UP)
     opened: list[object] = []
     link = MonitorLink(FakeProcess(), world.monitors, "", opened.append)
@@ -818,7 +819,7 @@ def test_a_monitor_that_is_lost_is_opened_again() -> None:
 
 
 def test_the_copy_of_a_lost_connection_is_dropped_first() -> None:
-    """Otherwise QEMU would serve the lost connection, and no new one."""
+    """While the copy exists, QEMU serves the lost connection, and no new one."""
     world, process = asked_world(UP), FakeProcess()
     kept: list[str] = []
     store = FakeStore()

@@ -469,7 +469,8 @@ def fields_of(kind: Any, known: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def test_a_new_field_needs_a_new_version() -> None:
-    """Otherwise, jobs that earlier builds have saved are refused, because they lack the field."""
+    """With the old version, jobs that earlier builds saved would be refused, because they lack the
+    field."""
     classes = fields_of(Snapshot, {})
     text = json.dumps({name: sorted(classes[name]) for name in sorted(classes)})
     assert (VERSION, zlib.crc32(text.encode())) == (11, 1212202183), "increase snapshot.VERSION"

@@ -256,7 +256,7 @@ def test_a_search_for_the_image_among_many_processes(
 
 @pytest.mark.usefixtures("patient")
 def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This is true even if a guest uses many file systems."""
+    """One search is enough even if a guest uses many file systems."""
     finder = finder_in(tmp_path, 7, 8)
     links = []
     readlink = os.readlink

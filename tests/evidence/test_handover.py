@@ -53,7 +53,7 @@ def test_an_urgent_one_precedes_those_that_wait() -> None:
 
 @pytest.mark.parametrize("is_expected", [True, False])
 def test_queued_calls_run_even_if_further_calls_block(is_expected: bool) -> None:
-    """This is true even if the calls come later than expected."""
+    """The queued calls run even if they come later than expected."""
 
     async def main() -> None:
         handover, called = Handover(), asyncio.Event()

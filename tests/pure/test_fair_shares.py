@@ -76,7 +76,7 @@ def test_many_subordinate_uids_of_one_user_leave_room_for_others(shares: FairSha
 def test_known_subordinate_uids_count_for_their_user(
     shares: FairShares, subordinate_uids: None
 ) -> None:
-    """So they leave room for other users whose own uids are 65,536 or higher."""
+    """Known subordinate uids leave room for other users whose own uids are 65,536 or higher."""
     assert [fill(shares, uid) for uid in (100_000, 100_001, 1000)] == [5, 0, 0]
     assert [fill(shares, uid) for uid in (200_000, 200_001, 1001, 1002)] == [1, 1, 1, 1]
     assert user_of(0) == 0 and user_of(99_999) == 99_999 and user_of(165_536) == 165_536

@@ -48,8 +48,8 @@ def test_the_load_of_all_threads(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_does_not_count(tmp_path: Path) -> None:
-    """Such a kernel shows zeros. These must not be taken for the times of a thread that did
-    nothing."""
+    """A kernel that does not count the times shows zeros. Zeros must not be taken for the times of
+    a thread that did nothing."""
     (tmp_path / "3").mkdir()
     (tmp_path / "3/schedstat").write_text("0 0 0\n")
     assert VcpuThreads(tmp_path, (3,)).times() == (None, None)

@@ -989,7 +989,7 @@ def test_a_small_share_of_a_processor_may_be_spent_in_a_loop() -> None:
 
 @pytest.mark.parametrize("shared_memory", [False, True])
 def test_a_client_that_connects_to_others_hides_no_activity(shared_memory: bool) -> None:
-    """Such a client is, for example, a backup program to which QEMU exports a disk."""
+    """For example, a backup program to which QEMU exports a disk may connect to other servers."""
     looks = [SERVER] * 4 + [replace(SERVER, behind=(BEHIND,))] * 4
     sockets = [(replace(BACKEND, peer=peer),) for peer in looks]
     samples = [

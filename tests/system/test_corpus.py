@@ -61,7 +61,7 @@ def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
 
 
 def test_a_host_with_six_of_them_powers_off() -> None:
-    """This stops only six units. `make bench-units` stops all."""
+    """This test stops only six units. `make bench-units` stops all."""
     names = ("plain", "sigkill", "sigcont", "loop", "on-nbd")
     wanted = {*(f"{name}.service" for name in names), "100.scope"}
     said: list[str] = []
