@@ -670,8 +670,7 @@ def test_a_connection_that_was_kept_is_gone_on_with() -> None:
 
 
 def test_a_connection_that_was_kept_is_not_lost_if_two_phases_open_it() -> None:
-    """If the connection was lost, systemd's copy would remain, and QEMU would serve no other
-    one."""
+    """If the connection was lost, systemd's copy would stay, and QEMU would serve no other one."""
     world = asked_world(UP)
     opened: list[object] = []
     link = MonitorLink(FakeProcess(), world.monitors, "", opened.append)

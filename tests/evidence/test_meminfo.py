@@ -1,4 +1,4 @@
-"""Reading /proc/meminfo: from tables of texts, and on this host."""
+"""Read /proc/meminfo, from tables of texts and on this host."""
 
 from __future__ import annotations
 

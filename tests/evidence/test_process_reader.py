@@ -1,4 +1,4 @@
-"""The readers of a process and its threads: with tables, and with real processes in every state."""
+"""The readers of a process and its threads read tables, and real processes in every state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Requests in flight on io_uring, and possible ones of Linux AIO: with tables and for real."""
+"""Requests in flight on io_uring, and possible requests of Linux AIO, in tables and in real
+rings."""
 
 from __future__ import annotations
 

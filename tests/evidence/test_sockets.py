@@ -254,7 +254,7 @@ def test_one_by_one_and_all_at_once_are_alike() -> None:
 def test_a_crowded_table_tells_the_same(
     host: str, lab_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user with many sockets must not hide those of others."""
+    """A user with many sockets must not hide the sockets of others."""
     path = str(lab_dir / "s")
     with contextlib.ExitStack() as stack:
         for end in socket.socketpair():

@@ -1,4 +1,4 @@
-"""Wait for values in /proc and /sys, which have no notification."""
+"""Wait for values in /proc and /sys. The kernel does not report when they change."""
 
 from __future__ import annotations
 

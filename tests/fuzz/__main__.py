@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def over(report: Report) -> bool:
-    """Return whether a figure exceeds its limit, which can happen on a busy host."""
+    """Return whether a figure exceeds its limit. On a busy host, this can happen."""
     ours = [one for name, one in report.latency.items() if name.startswith("qkilld")]
     return report.growth > GROWTH or any(one.p99 > P99_S for one in ours)
 

@@ -174,8 +174,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def close_and_reap(pidfds: Mapping[int, int]) -> None:
-    """Close these pidfds (pid → pidfd), and reap those of the processes that have become our
-    children."""
+    """Close these pidfds (pid → pidfd), and reap the processes that have become our children."""
     for pid, pidfd in pidfds.items():
         os.close(pidfd)
         with contextlib.suppress(ChildProcessError):

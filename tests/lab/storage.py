@@ -264,7 +264,7 @@ def _unthrottle(device: Path) -> None:
         directory = Path(line.split()[4])
         if "cgroup" not in line.partition(" - ")[2].split()[0]:
             continue
-        # Groups may disappear meanwhile, which rglob() does not tolerate.
+        # Groups may disappear meanwhile, and then rglob() fails.
         for group, _, _ in os.walk(directory):
             rule = Path(group, "blkio.throttle.write_bps_device")
             with contextlib.suppress(OSError):

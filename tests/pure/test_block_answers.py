@@ -1,4 +1,4 @@
-"""Parsing the monitor's replies about disks: those of QEMU, and garbage."""
+"""Parsing the monitor's replies about disks: real replies of QEMU, and garbage."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def writer(second: int) -> Socket:
 
 
 def unix(second: int) -> Socket:
-    """A client on a unix socket, which does not count bytes."""
+    """A client on a unix socket. The kernel does not count the bytes of such a socket."""
     return replace(CLIENT, family="unix", acked=None, received=None, send_queue=second)
 
 

@@ -1,4 +1,4 @@
-"""Commands as they are written in unit files: split as systemd does, and compared with systemd's
+"""Commands in unit files are split as systemd splits them, and are compared with systemd's
 report."""
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_listeners_that_a_caller_may_connect_to(
     [
         ("-chardev socket,id=m,fd=12,server=on -mon m,mode=control", True),
         ("-chardev socket,id=m,fd=12 -mon m", False),
-        # The descriptor is not that of a TCP socket.
+        # The descriptor is not a TCP socket.
         ("-chardev socket,id=m,fd=13,server=on -mon m,mode=control", False),
         ("-chardev socket,id=m,fd=name,server=on -mon m", False),
         (f"-chardev socket,id=m,fd={'9' * 5000},server=on -mon m", False),

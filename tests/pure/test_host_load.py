@@ -196,7 +196,7 @@ def signing(earlier: Moment, later: Sequence[Moment]) -> Callable[[float, float 
 
 
 def test_a_shutdown_that_hangs_on_a_busy_host() -> None:
-    """The idle guest's processors wait for a processor of the host, which is not progress."""
+    """The idle guest's processors wait for a processor of the host. This is not progress."""
     course = Course(signing(Moment(), STARVED_IDLE)).run(400)
     assert course.end == (61, Conclusion.IGNORED)
 

@@ -42,7 +42,7 @@ def tags(text: str) -> Iterator[str]:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser and those of its commands."""
+    """Yield the parser, and the parsers of its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""Named tuples of ours are like those of typing."""
+"""qkilld's named tuples behave like those of typing."""
 
 from __future__ import annotations
 

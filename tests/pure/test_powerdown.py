@@ -319,7 +319,7 @@ def test_an_ignoring_guest_that_writes_its_log() -> None:
 
 
 def test_a_shutdown_without_an_agent() -> None:
-    """Measured: the guest works in bursts with pauses of some seconds, and then is off."""
+    """As measured, the guest works in bursts with pauses of some seconds, and then powers off."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 9:

@@ -137,7 +137,7 @@ def test_the_protocol_of_a_monitor(text: str, protocol: str) -> None:
          "-mon chardev=charmonitor,id=monitor,mode=control", False),
         ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
          "-mon chardev=charmonitor,id=monitor,mode=control -qmp unix:/a,server=on", False),
-        # The monitor is not libvirt's, or only the path of its socket shows that it is libvirt's.
+        # The monitor does not belong to libvirt, or only the path of its socket shows that it does.
         ("-chardev socket,id=charmonitor,path=/a,server=on -mon charmonitor,mode=control", True),
         ("-chardev socket,id=mine,fd=29,server=on,wait=off -mon mine,mode=control", True),
         ("-readconfig /a", True),

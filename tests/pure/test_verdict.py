@@ -430,7 +430,7 @@ MORE = {
             served(replace(HOLDS, place=("0:8",), io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # One of two such calls returns, which may be for another client
+        # One of two such calls returns. It may be for another client
         (
             served(replace(HOLDS, threads=(ON_MOUNT, ALSO_ON_MOUNT))),
             served(replace(HOLDS, threads=(ON_MOUNT,))),
@@ -663,7 +663,7 @@ MORE = {
         ({"state": "T", "term_pending": True}, {}, Verdict.STOPPED),
         ({"state": "t", "tracer": 9}, {}, Verdict.STOPPED),
         ({"cgroup": replace(OWN, frozen=True)}, {}, Verdict.STOPPED),
-        # The process is dead, but not reaped, because of a debugger
+        # The process is dead, but a debugger keeps its parent from reaping it
         ({"state": "Z"}, {}, Verdict.ZOMBIE),
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
         # The process is exiting. With much memory, this takes long, and no signal makes it faster
@@ -1223,7 +1223,7 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
             {"sockets": (replace(BACKEND, peer=replace(SERVER, behind=(BEHIND_WROTE,))),)},
             Verdict.UNKNOWN,
         ),
-        # The threads of the server cannot be read, such as those of a server with hundreds.
+        # The server's threads cannot be read, for example because it has hundreds.
         *(
             (served(blind), served(replace(blind, devices=SERVED_DISK)), Verdict.UNKNOWN)
             for blind in BLIND_SERVERS

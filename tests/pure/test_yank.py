@@ -81,7 +81,7 @@ def test_after_useless_samples_the_last_usable_one_counts() -> None:
     ids=["frozen", "its disk", "behind a proxy"],
 )
 def test_a_server_that_has_a_request_is_cut_off_first(server: Peer) -> None:
-    """All bytes are acknowledged: the kernel does that for a server of this host."""
+    """All bytes are acknowledged. For a server on this host, the kernel itself does that."""
     dead = replace(link("dead"), peer=server)
     evidence = still(with_nodes(dead, replace(link("well", inode=2), peer=SERVER)))
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]

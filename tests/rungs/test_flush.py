@@ -267,7 +267,7 @@ def test_the_plan_names_what_is_never_flushed_and_what_would_be_cancelled(
 
 
 def server_of(guest: Guest) -> str:
-    """Start another NBD server in QEMU. Return the error, or "" if the start succeeded, which
+    """Start another NBD server in QEMU. Return the error, or "" if the start succeeded. Success
     proves that QEMU had no server."""
     with Qmp(guest) as qmp:
         assert qmp.call("query-status")["status"] == "running"

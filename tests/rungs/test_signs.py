@@ -126,7 +126,7 @@ def test_a_flush_in_one_of_many_threads_is_waited_for(lab_dir: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_dump_of_the_memory_is_waited_for(lab_dir: Path) -> None:
-    """QEMU has opened the file only for writing, which shows that the file is no image."""
+    """QEMU has opened the file only for writing. This shows that the file is no image."""
     files = lab_dir / "files"
     files.mkdir()
     raw(files / "dump", MIB)

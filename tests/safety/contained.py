@@ -115,7 +115,7 @@ class Systemd(ContainerPolicy):
 
 
 class Libvirt(ContainerPolicy):
-    """virsh destroy stops the guest, which libvirtd has started."""
+    """libvirtd starts the guest, and virsh destroy stops it."""
 
     def __init__(self, system: container.Container, options: tuple[str, ...]) -> None:
         super().__init__(system)
@@ -156,7 +156,7 @@ class Libvirt(ContainerPolicy):
 
 
 def _inside(text: str) -> str:
-    """Replace paths of the checkout on the host by those in the system."""
+    """Replace the checkout's paths on the host by its paths in the system."""
     return text.replace(str(TOP), container.CHECKOUT)
 
 

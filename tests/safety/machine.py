@@ -22,7 +22,7 @@ BOOT_TIMEOUT_S: Final = 180
 
 @dataclass(frozen=True)
 class Machine:
-    """A Linux guest with these disks, which are NVMe disks for the guest."""
+    """A Linux guest that sees these disks as NVMe disks."""
 
     directory: Path
     """The directory of the machine, with the log of its serial line."""
