@@ -512,7 +512,7 @@ def test_switches_count_wake_ups_of_threads_that_come_and_go(reader_of: ReaderOf
         tell(b"\n")
         reader = reader_of(process.pid)
         before = read(reader)["switches"]
-        # This wakes the thread, which then sleeps again.
+        # The line wakes the thread, which then sleeps again.
         tell(b"\n")
         more = until(lambda: read(reader)["switches"], lambda switches: switches > before)
         assert tasks() == 2

@@ -151,7 +151,7 @@ class History:
         self.ends += self.world.journal.ids.count(MessageId.JOB_ENDED)
 
     def finish(self) -> None:
-        """Let nothing delay the job any more. It must end, and leave nothing behind."""
+        """Let nothing delay the job any more. The job must end, and leave nothing behind."""
         job = self.job
         assert job is not None
         self.run(("release", 0))

@@ -138,7 +138,7 @@ def test_a_press_that_qemu_takes_late(
                     with pytest.raises(MonitorTimeout):
                         await control.qmp.execute("query-status", timeout_s=0.1)
                 elif fault == "flood":
-                    # It comes after the press, and before the reply.
+                    # The flood comes after the press, and before the reply.
                     assert control.qmp is not None and control.qmp._transport is not None
                     control.qmp._transport.pause_reading()
                     after_event.append(partial(control.qmp.data_received, b" " * (MAX_FLOW + 1)))

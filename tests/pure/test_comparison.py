@@ -103,7 +103,7 @@ ROOTS_IP = Command("/usr/bin/ip", ("ip", "link", "set", "br0", "up"), flags=("pr
     ("facts", "settings", "problem"),
     [
         ({}, {"uncovered": ("/opt/qemu-kvm",)}, "another QEMU in it is /opt/qemu-kvm"),
-        # It is meant to keep running.
+        # The other QEMU is meant to keep running.
         ({"kill_mode": "process"}, {"uncovered": ("/opt/qemu-kvm",)}, ""),
         ({}, {"missing": (STOP.path,)}, "is /usr/bin/qkilld-stop, which does not exist"),
         ({}, {"missing": ("/opt/qkilld-stop",)}, ""),

@@ -326,8 +326,8 @@ def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
 def test_samples_without_a_thread_bring_sigkill_no_nearer(
     missed: bool, max_s: int, expected: int | None
 ) -> None:
-    """If other users block all threads, samples are missing. This proves nothing, but MaxSec= still
-    limits the job."""
+    """If other users block all threads, samples are missing. Missing samples prove nothing, but
+    MaxSec= still limits the job."""
     evidence, promised = None, 0
     policy = replace(Policy(), max=max_s * S)
     for second in range(1, 600):
