@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.connections import Connections
@@ -22,7 +23,8 @@ class Mark:
     at: int
     """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
     switches: int | None = None
-    """Sign.switches when the value was read."""
+    """Sign.switches when the value was read. But if Sign.switches was unreadable then, or the count
+    had begun again, the value of the mark before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,9 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         if mark is not None and _has_moved(sign, mark):
             if sign.is_reply:
                 connections = connections.answered()
-            if sign.sure and (sign.is_reply or not connections.repeats):
+            # With an unreadable mark, it is unknown whether the process has run since then.
+            has_run = sign.switches is None or mark.switches is not None
+            if sign.sure and has_run and (sign.is_reply or not connections.repeats):
                 movement = at, sign.text
             else:
                 doubted = at, sign.text
@@ -134,13 +138,21 @@ def _must_wait(sign: Sign, mark: Mark) -> bool:
 
 
 def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
-    return mark if mark is not None and _stays(mark, sign, at) else _mark(sign, at)
+    if mark is None:
+        return _mark(sign, at)
+    if _stays(mark, sign, at):
+        return mark
+    new = _mark(sign, at)
+    if mark.switches is not None and sign.value < mark.value:
+        # If the process has also run, the reply that made it run is not counted yet.
+        return replace(new, switches=mark.switches)
+    return new
 
 
 def _stays(mark: Mark, sign: Sign, at: int) -> bool:
     """Return whether the next value of the sign is compared with the same mark."""
     grown = sign.value - mark.value
-    if _must_wait(sign, mark):
+    if _must_wait(sign, mark) or (sign.switches is None and mark.switches is not None):
         return grown >= 0
     match sign.kind:
         case SignKind.COUNT:

@@ -70,6 +70,47 @@ def test_the_first_reply_is_progress(
     assert follow(found).progress_at == expected * S
 
 
+@pytest.mark.parametrize("lacking", [range(0), range(9, 10), range(9, 12)])
+def test_a_reply_is_progress_even_if_the_count_begins_again_at_that_time(lacking: range) -> None:
+    """The server's files were closed when QEMU ran. After that, the server works on the next
+    request."""
+    found = []
+    for second in range(30):
+        answered = second >= 9
+        switches = 200 + (second > 14) if answered else 5_000
+        shown = served(replace(SERVER, switches=switches))
+        if second in lacking:
+            shown = {"nodes": (NBD,), "sockets": (UNIX,)}
+        found.append(replace(IDLE, at=second * S, switches=100 + 2 * answered, **shown))
+    assert follow(found).progress_at == 15 * S
+
+
+@pytest.mark.parametrize("unread", [range(0, 200, 8), range(3, 200, 2), range(1, 3)])
+def test_unreadable_counts_of_qemu_prove_no_reply(unread: range) -> None:
+    """QEMU never runs, and the server only repeats a request that fails."""
+    found = [
+        replace(
+            IDLE,
+            at=second * S,
+            switches=None if second in unread else 100,
+            **served(replace(SERVER, switches=1_000 + 5 * second)),
+        )
+        for second in range(200)
+    ]
+    now = follow(found)
+    assert (now.progress_at, now.doubt_at is not None) == (None, True)
+
+
+def test_a_reply_is_progress_even_if_the_count_of_qemu_is_unreadable_at_that_time() -> None:
+    found = []
+    for second in range(30):
+        answered = second >= 9
+        switches = None if 9 <= second < 12 else 100 + 2 * answered
+        shown = served(replace(SERVER, switches=1_000 + 8 * answered))
+        found.append(replace(IDLE, at=second * S, switches=switches, **shown))
+    assert follow(found).progress_at == 12 * S
+
+
 def test_work_of_a_server_without_a_reply_is_no_progress() -> None:
     """QEMU runs once, to handle a reply. After that, the server repeats a request that fails.
     Later, the server is not sampled for a while."""
