@@ -157,8 +157,17 @@ class StorageServers:
 
     @property
     def lasting(self) -> frozenset[int]:
-        """The lasting servers of all nodes and mounts."""
-        return _lasting(self._chain()).union(*(one.lasting for one in self.mounts.values()))
+        """The lasting servers of all nodes and mounts, and those of `unsucceeded`."""
+        others: list[NodeServer | MountServers] = [*self.mounts.values(), *self.unsucceeded]
+        return _lasting(self._chain()).union(*(one.lasting for one in others))
+
+    @property
+    def unsucceeded(self) -> tuple[NodeServer, ...]:
+        """The replaced servers of nodes whose present servers are unknown. If such a replaced
+        server still runs, it may be the present one, for example if it has not accepted the new
+        connection yet."""
+        unknown = [name for name, one in self.connected.items() if one.peer is None]
+        return tuple(old for name in unknown for old in self.replaced.get(name, ()))
 
     @property
     def serving(self) -> frozenset[int]:
@@ -377,14 +386,14 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
     for mount in servers.mounts.values():
         if problem := _end_problem(mount, ends) or _late_end_problem(mount, ends):
             texts.append(f"{mount.title}: {problem}")
-    texts += _replacements(servers, ends.young, is_last=True)
+    texts += _replacements(servers, ends.young, ends.before)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
 def risks_of_replaced(servers: StorageServers, young: frozenset[int]) -> tuple[Risk, ...]:
     """Return the risks of servers that certainly ended during the stop, because others have
     replaced them. QEMU may still run. `young`: as in ServerEnds."""
-    texts = _replacements(servers, young, is_last=False)
+    texts = _replacements(servers, young)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
@@ -411,16 +420,15 @@ def risks_of_ended(
 
 
 def _replacements(
-    servers: StorageServers, young: frozenset[int], *, is_last: bool
+    servers: StorageServers, young: frozenset[int], before: frozenset[int] | None = None
 ) -> Iterator[str]:
-    """Yield a text for each server that was replaced. Without `is_last`, later samples may still
-    find the new servers."""
+    """Yield a text for each server that was replaced. `before`: as in ServerEnds; None if QEMU
+    still runs, so that later samples may find the new servers."""
     for name, server in servers.connected.items():
         title = _title(servers.alike(server.node))
         for old in servers.replaced.get(name, ()):
-            if gone := old.serving - server.serving:
-                if is_last or _is_known(server.peer):
-                    yield f"{title} lost {old.named(gone)} during the stop; {_MAY_BE_LOST}"
+            if gone := _gone(old, server, before):
+                yield f"{title} lost {old.named(gone)} during the stop; {_MAY_BE_LOST}"
             elif old.peer is None and old.node.protocol in _ONE_CONNECTION:
                 text = "lost its connection during the stop; if its server ended"
                 yield f"{title} {text}, {_MAY_BE_LOST}"
@@ -429,6 +437,17 @@ def _replacements(
     for mount in servers.mounts.values():
         if mount.mount.certain and (started := mount.serving & young):
             yield f"{mount.title}: {_start_problem(mount, started)}"
+
+
+def _gone(old: NodeServer, new: NodeServer, before: frozenset[int] | None) -> frozenset[int]:
+    """Return which servers of a lost connection do not serve the new one."""
+    if _is_known(new.peer):
+        return old.serving - new.serving
+    if before is None:
+        return frozenset()
+    if new.peer is None:
+        return (old.serving - old.lasting) | (old.lasting & before)
+    return old.serving - new.serving
 
 
 def _start_problem(server: NodeServer | MountServers, started: frozenset[int]) -> str:

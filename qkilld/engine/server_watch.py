@@ -247,8 +247,10 @@ class ServerWatch:
             nodes = connected.items()
             first = self._closed_first
             unproven = [one for name, one in nodes if not one.outlived(first.get(name))]
-            mounts = () if self._servers is None else self._servers.mounts.values()
-            if any(one.lasting & exits.unwatched for one in (*unproven, *mounts)):
+            servers = self._servers or NO_SERVERS
+            others = [one.lasting for one in servers.mounts.values()]
+            others += [one.lasting for one in (*unproven, *servers.unsucceeded)]
+            if any(pids & exits.unwatched for pids in others):
                 risks += (_UNWATCHED,)
         return risks
 

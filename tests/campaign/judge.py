@@ -13,7 +13,7 @@ from qkilld.model.constants import USEC_PER_SEC, Verdict
 from qkilld.model.sample import Sample
 from qkilld.model.trace import Trace, VerdictRecord, decode
 from tests.campaign.run import Outcome
-from tests.campaign.spec import Spec
+from tests.campaign.spec import Change, Disk, Spec
 from tests.campaign.truth import BOUNDED, RETRY_S, RIGHT, Span, State, Truth, truth
 
 LATE_S: Final = 0.5
@@ -36,6 +36,9 @@ much later than the last movement."""
 _QUOTA_S: Final = 2.0
 """If QEMU has a quota of processor time, it reads the last answers of its storage up to this much
 later."""
+FOUND_S: Final = 2.0
+"""qkilld has found the servers this long (s) after the start of the job. If one ends before that,
+qkilld may not know that it served the guest."""
 MAX_DEPTH: Final = 9
 _BYTES: Final = 512
 """The minimum number of bytes that count as a write of QEMU. Fewer bytes are a keepalive."""
@@ -206,14 +209,35 @@ def _risk(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
         return
     something = outcome.lost > 0 or outcome.bitmap_lost
     broken = any(span.state is State.BROKEN for span in found.spans)
+    end = outcome.seconds - outcome.delay
+    left = [(at - outcome.delay, change) for at, change in outcome.applied if _ends_server(change)]
+    if outcome.result == "exited" and not outcome.at_risk:
+        for at, change in left:
+            if FOUND_S < at < end - LATE_S and _is_followed(found.spec.disks[change.of]):
+                text = f"a server ended at {at:.1f} s, {lost} lost, and no data at risk"
+                yield Finding(WRONG_RISK, text)
+                return
     if something and broken and not outcome.at_risk:
         yield Finding(UNSEEN, f"{lost} lost to errors of the storage, and no data at risk")
     elif something and not outcome.at_risk:
         yield Finding(WRONG_RISK, f"{lost} lost, {outcome.result}, and no data at risk")
     elif killed is not None and not outcome.at_risk and _owes(found.spec):
         yield Finding(WRONG_RISK, "killed with writes outstanding, and no data at risk")
-    if outcome.at_risk and outcome.result == "exited" and not (something or broken):
+    known = something or broken or any(at < end for at, _ in left)
+    if outcome.at_risk and outcome.result == "exited" and not known:
         yield Finding(WRONG_RISK, "exited and lost nothing, but data at risk")
+
+
+def _ends_server(change: Change) -> bool:
+    return change.of >= 0 and change.what == "leave"
+
+
+def _is_followed(disk: Disk) -> bool:
+    """Return whether the end of the disk's server must be reported, whatever QEMU does. If the
+    connection is TCP, the kernel may prove that QEMU had closed it before."""
+    is_named = disk.syntax not in ("added", "mirror")
+    is_local = disk.kind == "nbd" and disk.transport != "tcp"
+    return is_named and (is_local or (disk.kind == "file" and disk.store == "fuse"))
 
 
 def _owes(spec: Spec) -> bool:

@@ -136,6 +136,35 @@ def test_records_refused_by_storage_are_counted_separately() -> None:
     assert kinds(outcome(Change(0, 0, "fail"), lost=1)) == [UNSEEN]
 
 
+FUSE = Disk(store="fuse")
+WAITS = Disk("nbd", reconnect=300)
+BACK = Change(15, 0, "back")
+
+
+@pytest.mark.parametrize("disk", [WAITS, FUSE, Disk("nbd", proxy=True)])
+def test_a_server_that_ends_during_the_job_is_a_risk(disk: Disk) -> None:
+    """Even if no record is lost: the server may have held data."""
+    ends = Change(5, 0, "leave")
+    assert kinds(outcome(ends, BACK), disk) == [WRONG_RISK]
+    assert kinds(outcome(ends, BACK, lost=1), disk) == [WRONG_RISK]
+    assert kinds(outcome(ends, BACK, at_risk=True), disk) == []
+
+
+def test_a_server_that_ended_before_it_was_found_may_be_a_risk() -> None:
+    for ends in (Change(0, 0, "leave"), Change(1, 0, "leave")):
+        assert kinds(outcome(ends, BACK, at_risk=True), WAITS) == []
+        assert kinds(outcome(ends, BACK), WAITS) == []
+        assert kinds(outcome(ends, BACK, lost=1), WAITS) == [WRONG_RISK]
+    after = Change(30, 0, "leave")
+    assert kinds(outcome(after, seconds=29, at_risk=True), WAITS) == [WRONG_RISK]
+
+
+def test_over_tcp_a_server_may_end_after_the_disk_was_closed() -> None:
+    ends, disk = Change(5, 0, "leave"), Disk("nbd", transport="tcp", reconnect=300)
+    for at_risk in (False, True):
+        assert kinds(outcome(ends, BACK, at_risk=at_risk), disk) == []
+
+
 def test_a_run_is_drawn_again_from_its_seed() -> None:
     assert draw(5, 3) == draw(5, 3)
     assert draw(5, 3) != draw(5, 4)

@@ -391,10 +391,24 @@ def test_a_new_connection_to_the_same_server_is_no_risk() -> None:
 def test_a_replaced_server_is_known_when_the_new_one_is() -> None:
     unfound = replace(NEW, peer=None)
     servers = follow(sample(UNIX), sample(unfound))
-    assert early(servers) == "" and LOST in risk(servers)
+    assert early(servers) == "" and LOST in risk(servers, **ENDED)
+    assert "was not found" in risk(servers)
     assert LOST in early(follow(sample(UNIX), sample(unfound), sample(NEW)))
     again = follow(sample(UNIX), sample(unfound), sample(replace(UNIX, inode=8)))
     assert early(again) == risk(again) == ""
+
+
+def test_a_server_that_has_not_accepted_the_new_connection_yet() -> None:
+    """A frozen iSCSI target, for example."""
+    node = Node("disk", "iscsi", reconnect=1 << 30)
+    old, new = replace(TCP, tcp_id=""), replace(FAR, tcp_id="", inode=8)
+    servers = follow(sample(old, node=node), sample(new, node=node))
+    assert servers.lasting == {90}
+    assert early(servers) == risk(servers) == ""
+    assert LOST in risk(servers, **ENDED)
+    # The process that served the old connection certainly does not serve the new one.
+    left = replace(old, peer=replace(PEER, leaves=True))
+    assert LOST in risk(follow(sample(left, node=node), sample(new, node=node)))
 
 
 def test_servers_that_are_replaced_again_and_again() -> None:
