@@ -302,8 +302,6 @@ def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> st
     )
     if is_foreign and (around.manager or not _is_root(facts, command)):
         return "runs as another user than the guest, and so may be unable to stop it"
-    if "--pid" in options and "no-env-expand" in command.flags and program == command.path:
-        return "gets no process id, because of the prefix :"
     if fault := usage_fault(command):
         return fault
     if "--dry-run" in options:
@@ -317,8 +315,16 @@ def helper_fault(facts: UnitFacts, around: Surroundings, command: Command) -> st
         if not names & {unit, f"{unit}.service"}:
             return f"stops the guests of {unit}, another unit"
     path = options.get("--pidfile", "")
-    commands = (*facts.exec_start, *(command for _, command in facts.other_commands))
-    text = " ".join(word for command in commands for word in command.arguments)
+    commands = (
+        *facts.exec_start,
+        *(command for name, command in facts.other_commands if name != "ExecStopPost="),
+    )
+    text = " ".join(
+        word
+        for command in commands
+        if PurePosixPath(command.path).name != "rm"
+        for word in command.arguments
+    )
     if path and path != facts.pid_file and path not in text and started_qemus(facts):
         return f"reads {path}, which no QEMU of the unit writes"
     return ""

@@ -33,34 +33,45 @@ EXCLUSIVE: Final = (
     ("--force", "--no-force"),
     ("--powerdown", "--no-powerdown"),
 )
+_OPTIONS: Final = WITH_VALUE | WITHOUT_VALUE | PRINTING
 _VARIABLE: Final = re.compile(r"\$(?:\w+|\{\w+\})", re.ASCII)
+_WORDS: Final = re.compile(r"\$\w+", re.ASCII)
+"""A variable that systemd expands to any number of words, but only if it is a word by itself."""
+_NUMBER: Final = re.compile(r"-\d+|-\d*\.\d+")
+_MAIN_PID: Final = ("$MAINPID", "${MAINPID}")
 
 
 def usage_fault(command: Command) -> str:
     """Return why this line of qkilld-stop stops nothing, as a clause without a subject; "" if its
     arguments are valid, or if that depends on a variable."""
     in_shell = helper_program(command) != command.path
+    expands = in_shell or "no-env-expand" not in command.flags
     words, given = list(helper_words(command)), set()
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
         if word in PRINTING:
             return f"stops nothing, because of {word}"
-        if _VARIABLE.fullmatch(word) and word.strip("${}") != "MAINPID":
-            continue  # The variable may contain any options, or nothing.
+        if expands and _VARIABLE.fullmatch(word) and word not in _MAIN_PID:
+            # The variable may contain any options, or nothing. The next word may be its value.
+            if words and not _is_option(words[0]):
+                words.pop(0)
+            continue
         if name not in WITH_VALUE | WITHOUT_VALUE or (equals and name in WITHOUT_VALUE):
             return f"stops nothing, because it does not accept {word}"
         given.add(name)
         if name in WITHOUT_VALUE:
             continue
         if not equals:
-            if words and not words[0].startswith("-"):
+            if words and not _is_option(words[0]):
                 value = words.pop(0)
             elif name != "--pid":
                 return f"stops nothing, because {name} has no value"
-        elif word == "--pid=$MAINPID" and not in_shell:
-            return f"stops nothing, because systemd does not expand {word}. Write --pid $MAINPID"
-        if name in SPANS and "$" not in value and not _is_span(value):
+        elif expands and not in_shell and _WORDS.fullmatch(value):
+            return f"stops nothing, because systemd does not expand {word}. Write {name} {value}"
+        if name == "--pid" and "$" in value and not expands:
+            return "gets no process id, because of the prefix :"
+        if name in SPANS and not (expands and "$" in value) and not _is_span(value):
             return f"stops nothing, because {name} {value} is not a time"
     for group in EXCLUSIVE:
         if len(both := [name for name in group if name in given]) > 1:
@@ -68,6 +79,15 @@ def usage_fault(command: Command) -> str:
     if "--json" in given and "--dry-run" not in given:
         return "stops nothing, because it accepts --json only with --dry-run"
     return ""
+
+
+def _is_option(word: str) -> bool:
+    """Return whether argparse takes the word for an option, and not for the value of one."""
+    if not word.startswith("-") or word == "-":
+        return False
+    if word.partition("=")[0] in _OPTIONS or word.startswith("-h"):
+        return True
+    return " " not in word and _NUMBER.fullmatch(word) is None
 
 
 def _is_span(text: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -55,19 +57,25 @@ def test_the_options_are_those_of_the_program() -> None:
         ("--force --no-force", False),
         ("--powerdown --no-powerdown", False),
         ("-f", False),
+        ("--reason -5", True),
+        ("--reason '-stop now'", True),
+        ("--reason -stop", False),
+        ("--reason '--max=3 s'", False),
+        ("--pidfile -", True),
+        ("--socket '-x y'", True),
     ],
 )
 def test_what_the_program_accepts(
     capsys: pytest.CaptureFixture[str], words: str, is_valid: bool
 ) -> None:
     try:
-        parse(words.split())
+        parse(shlex.split(words))
         accepted = True
     except SystemExit as error:
         assert error.code == 2
         accepted = False
     assert accepted is is_valid
-    assert (not usage_fault(line(*words.split()))) is is_valid
+    assert (not usage_fault(line(*shlex.split(words)))) is is_valid
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,12 @@ def test_what_the_program_accepts(
         ("--pid=${MAINPID}", ""),
         ("--pid", ""),
         ("$OPTIONS --max $MAX", ""),
+        ("$OPTION 5min", ""),
+        ("${OPTION} 5min --force", ""),
+        ("--max ${MAX}", ""),
+        ("--max=${MAX}", ""),
+        ("--max=$MAX", "does not expand --max=$MAX. Write --max $MAX"),
+        ("--pidfile=$FILE", "does not expand --pidfile=$FILE"),
     ],
 )
 def test_variables(words: str, fault: str) -> None:
@@ -90,3 +104,17 @@ def test_variables(words: str, fault: str) -> None:
     if words == "--pid=$MAINPID":  # A shell expands it.
         shell = Command("/bin/sh", ("sh", "-c", f"exec qkilld-stop {words}"))
         assert usage_fault(shell) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("--max ${MAX}", "--max ${MAX} is not a time"),
+        ("$OPTIONS", "does not accept $OPTIONS"),
+        ("--pid $MAINPID", "gets no process id"),
+        ("--pidfile /run/a.pid", ""),
+    ],
+)
+def test_a_line_in_which_systemd_expands_nothing(words: str, fault: str) -> None:
+    command = replace(line(*words.split()), flags=("no-env-expand",))
+    assert fault in usage_fault(command) if fault else not usage_fault(command)

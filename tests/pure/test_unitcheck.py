@@ -440,6 +440,10 @@ def test_a_line_for_a_guest_of_another_setting() -> None:
     stops = Command("/usr/bin/qkilld-stop", ("qkilld-stop", "--pidfile", path)), STOP
     assert "helper-target" in found(replace(SAFE, exec_stop=stops))
     assert "helper-target" not in found(replace(SAFE, exec_stop=stops, other_commands=(second,)))
+    # A line that removes the pidfile does not write it.
+    for setting in ("ExecStartPre=", "ExecStopPost="):
+        removes = (setting, Command("/bin/rm", ("rm", "-f", path)))
+        assert "helper-target" in found(replace(SAFE, exec_stop=stops, other_commands=(removes,)))
 
 
 @pytest.mark.parametrize(
