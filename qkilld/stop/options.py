@@ -6,6 +6,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qkilld.model.policy import Policy
+
 
 class Options:
     """With these defaults, qkilld-stop stops the main process of the unit that systemd is
@@ -46,11 +48,14 @@ class Options:
         self.json = json
         self.debug = debug
 
-    def forget_limits(self) -> None:
-        """Stop further guests as configured, because these options are only for the guest that the
-        command line names."""
-        self.force = self.powerdown = None
-        self.spans = {}
+    def spare_others(self, configured: Policy) -> None:
+        """Prepare to stop guests that the command line does not name: be at least as patient as for
+        the named one, and as configured."""
+        self.force = None if self.force else self.force
+        self.powerdown = self.powerdown or None
+        self.spans = {
+            name: max(usec, getattr(configured, name)) for name, usec in self.spans.items()
+        }
 
     @property
     def names_one(self) -> bool:

@@ -130,7 +130,6 @@ class StopRun:
             others = self.targets.left_to_us(
                 others,
                 main_was_qemu=not shelled,
-                named_is_gone=self._options.names_one and len(self._stops) == 1,
                 fails=any(stop.code for stop in self._stops),
             )
         if others:
@@ -143,7 +142,9 @@ class StopRun:
         codes = [stop.code for stop in self._stops if stop.code is not None]
         if len(codes) < len(self._stops) and self._departure is not None:
             return self._departure
-        codes += [] if self._targets is None else self._targets.codes()
+        if self._targets is not None:
+            self._notifier.extend(FIRST)  # It may ask systemd.
+            codes += self._targets.codes()
         if not any(codes):
             return 0
         from qkilld.model.exits import worst
@@ -453,8 +454,7 @@ class StopRun:
 
     def _handle_exit(self, stop: GuestStop) -> None:
         """Handle a process that is gone or exiting, and so no longer reacts to signals."""
-        named = self._options.pidfile is not None
-        others = self.targets.left_to_us(self._substitutes(), named_is_gone=named)
+        others = self.targets.left_to_us(self._substitutes())
         if not stop.process.exited():
             # The kernel still finishes the I/O of the process.
             del self._stopper_of[stop]

@@ -4,10 +4,10 @@ units of other guests."""
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable
-from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from qkilld.debug_log import ignore, note
@@ -22,12 +22,9 @@ from qkilld.stop.process import ProcessHandle
 if TYPE_CHECKING:
     from qkilld.bus.connection import Connection
     from qkilld.stop.finder import OutsideGuest
-    from qkilld.stop.options import Options
 
 CONNECT_TIMEOUT_S: Final = 2.0
 TIMEOUT_S: Final = 2.0
-
-_REPEATING: Final = re.compile(r"\b(?:for|while|until|xargs)\b")
 
 T = TypeVar("T")
 
@@ -77,49 +74,46 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     return facts if facts is not None and being_stopped(facts) else None
 
 
-class LaterLines(Enum):
-    """Whether a later line of ExecStop= will stop other guests of the unit."""
+def later_line_stops(facts: UnitFacts, *, fails: bool) -> bool:
+    """Return whether it is certain that a later line of ExecStop= stops the other guests of the
+    unit. `fails`: the running line fails. systemd then runs no later line, unless the running line
+    has the prefix `-`."""
+    from qkilld.unitcheck.helper_usage import stops_own_unit
 
-    NONE = 0
-    UNLESS_FAILED = 1
-    """If this line fails, systemd runs no later line."""
-    ALWAYS = 2
-    UNKNOWN = 3
-    """A script runs qkilld-stop and may run it again, or systemd has been reloaded and does not
-    know which line is running."""
+    lines = _running_line(facts)
+    if not lines or (fails and not lines[0].ignores_failure):
+        return False
+    return any(map(stops_own_unit, lines[1:]))
 
 
-def later_lines(facts: UnitFacts, options: Options) -> LaterLines:
-    """`options`: the options of the line that runs now."""
-    if not options.names_one:
-        return LaterLines.NONE
+def is_only_line(facts: UnitFacts) -> bool:
+    """Return whether the unit has a single line of ExecStop=, which runs this program directly."""
+    return len(facts.exec_stop) == 1 and _running_line(facts) == facts.exec_stop
+
+
+def _running_line(facts: UnitFacts) -> tuple[Command, ...]:
+    """Return the line that runs this program directly, and the lines after it; nothing if that is
+    unknown."""
+    from qkilld.unitcheck.command import helper_words, is_helper
+
     after = tuple(each for name, each in facts.other_commands if name == "ExecStopPost=")
-    for commands in (facts.exec_stop, after):
-        for number, command in enumerate(commands, 1):
-            if command.pid and command.pid == facts.control_pid:
-                if _stops_of(command) != 1:
-                    return LaterLines.UNKNOWN
-                if not any(map(_stops_of, commands[number:])):
-                    return LaterLines.NONE
-                return LaterLines.ALWAYS if command.ignores_failure else LaterLines.UNLESS_FAILED
-    is_only_line = sum(map(_stops_of, (*facts.exec_stop, *after))) == 1
-    return LaterLines.NONE if is_only_line else LaterLines.UNKNOWN
+    lines = [each[n:] for each in (facts.exec_stop, after) for n in range(len(each))]
+    for line in lines:
+        if line[0].pid and line[0].pid == facts.control_pid:
+            return line if is_helper(line[0]) else ()
+    if facts.control_pid != os.getpid():
+        return ()
+    # After a daemon-reload, systemd does not know which line is running.
+    like = [line for line in lines if is_helper(line[0]) and _may_be_ours(helper_words(line[0]))]
+    return like[0] if len(like) == 1 else ()
 
 
-def _stops_of(command: Command) -> int:
-    """Return how often a line of ExecStop= appears to run qkilld-stop for guests of its unit: 0, 1,
-    or 2 for twice or more."""
-    from qkilld.unitcheck.command import helper_options, is_helper
-
-    if is_helper(command):
-        others = ("--unit", "--all", "--dry-run")
-        return int(helper_options(command).keys().isdisjoint(others))
-    from qkilld.unitcheck.stop_act import ActKind
-    from qkilld.unitcheck.stop_line import read_line
-
-    count = sum(each.kind is ActKind.HELPER for each in read_line(command).acts)
-    repeats = _REPEATING.search(" ".join(command.arguments)) is not None
-    return 2 if count and repeats else min(count, 2)
+def _may_be_ours(words: Iterable[str]) -> bool:
+    """Return whether our command line may be these words of a unit file. A variable may stand for
+    anything."""
+    fixed = re.split(r"\0?\$[^\0]*", "".join(f"\0{word}" for word in words))
+    ours = "".join(f"\0{word}" for word in sys.argv[1:])
+    return re.fullmatch(".*".join(map(re.escape, fixed)), ours, re.DOTALL) is not None
 
 
 def started_as_qemu(facts: UnitFacts, globs: Iterable[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qkilld.adapters import open_files, procfs
 from qkilld.debug_log import ignore, note
 from qkilld.model.constants import ExitCode
-from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, QkilldError
 from qkilld.model.policy import Config
 from qkilld.model.text import printable
 from qkilld.stop.configuration import configuration
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qkilld.model.unit import UnitFacts
 
 OUTSIDE_TIMEOUT_S = 2.0
+LEFT = "a later line of ExecStop= stops the guests of the unit"
 
 
 class GuestElsewhere(QkilldError):
@@ -46,8 +47,8 @@ class Targets:
         self._config: Config | None = None
         self._failures: list[int] = []
         """An exit code for each reason why a guest may still run although it should not."""
-        self._left_to_line = False
-        """Whether all other guests of our own unit were left to a later line of ExecStop=."""
+        self._has_pidfile = False
+        """Whether a pidfile names a guest that this program stops."""
         self._said = ""
         """The reason, already printed, why the last search for substitutes failed."""
 
@@ -86,37 +87,17 @@ class Targets:
     def _choose(self) -> list[ProcessHandle]:
         try:
             if (named := self.finder.named()) is not None:
+                self._has_pidfile = self._options.pidfile is not None
                 return [named]
-        except NoSuchProcess:
-            # Look for other QEMUs in the unit, because the process may have been a shell that ran a
-            # QEMU.
-            if others := self.substitutes(()):
-                others = self.left_to_us(others)
-            else:
-                self.check_elsewhere()
-            if not others:
-                raise
-            return others
         except QkilldError as error:
-            # The pidfile is unusable, but systemd is about to stop the guests of the unit anyway.
-            others = self.substitutes(())
-            ours = self.left_to_us(others)
-            if self._left_to_line:
-                say(str(error))
-                raise NoSuchProcess(
-                    "a later line of ExecStop= stops the guests of the unit"
-                ) from None
-            if not ours:
-                raise
-            if len(ours) == len(others):
-                say(f"{error}. Therefore, every QEMU of the unit is stopped")
-            else:  # The guest with this pidfile may be meant to keep running.
-                say(f"{error}. Only the main process of the unit is stopped")
-                self._failures.append(error.exit_code)
-            return ours
+            return self._instead_of_named(error)
         if self._options.all_guests:
             return self._unattended()
-        if processes := self.finder.in_unit(self._executables):
+        try:
+            processes = self.finder.in_unit(self._executables)
+        except Failed as error:
+            raise self._failed_search(error) from None
+        if processes:
             # If systemd reports an exit code, the unit had a main process. With `--pid $MAINPID`,
             # guests are left to later lines even if the unit never had a main process.
             had_main = "EXIT_CODE" in os.environ or self._options.names_one
@@ -131,6 +112,28 @@ class Targets:
             on_bus(lambda connection: check_unit(connection, name), user=self.user)
         self.check_elsewhere()
         raise NoSuchProcess("no QEMU runs in the unit")
+
+    def _instead_of_named(self, error: QkilldError) -> list[ProcessHandle]:
+        """Return the QEMUs of our own unit to stop, at least one, because the process that is named
+        cannot be found. It may have been a shell that ran them, or one of them has the unusable
+        pidfile. systemd is about to stop them anyway.
+
+        Raises `error`, or NoSuchProcess if they are left to a later line of ExecStop=.
+        """
+        is_gone = isinstance(error, NoSuchProcess)
+        others = self.substitutes(())
+        if not others and is_gone:
+            self.check_elsewhere()
+        ours = self.left_to_us(others, missing=None if is_gone else error)
+        if not ours:
+            if is_gone or self._failures or not others:
+                raise error
+            say(str(error))
+            raise NoSuchProcess(LEFT)
+        if not is_gone:
+            which = "Only the main process" if self._failures else "Therefore, every QEMU"
+            say(f"{error}. {which} of the unit is stopped")
+        return ours
 
     def check_elsewhere(self) -> None:
         """Raise GuestElsewhere if the QEMU that our own unit has started runs in another unit.
@@ -152,8 +155,8 @@ class Targets:
         """Return the QEMU processes of our own unit, except those in `excluded_pids`. Call this if
         the main process of the unit is gone or not a QEMU (for example, a shell).
 
-        Raises Failed if `excluded_pids` is empty, no QEMU is found, and a process cannot be
-        identified.
+        Raises what `_failed_search` returns if `excluded_pids` is empty, no QEMU is found, and a
+        process cannot be identified.
         """
         if not self.finder.in_own_unit:
             return []
@@ -161,7 +164,7 @@ class Targets:
             processes = self.finder.in_unit(self._executables)
         except Failed as error:
             if (self.finder.unidentified or self.finder.denied) and not excluded_pids:
-                raise
+                raise self._failed_search(error) from None
             if (text := str(error)) != self._said:
                 self._said = text
                 say(text)
@@ -183,18 +186,24 @@ class Targets:
         if not self.finder.unidentified:
             return self._failures
         say(str(self.finder.unknown_identity()))
-        # Do not fail if a later line will search again, because systemd would not run that line
-        # after a failure.
-        if self._runs_before_another_line():
+        if self._leaves_others(self._own_facts()):  # As in _failed_search.
             return self._failures
         return [*self._failures, ExitCode.FAILURE]
+
+    def _failed_search(self, error: Failed) -> QkilldError:
+        """Return the error to raise if a search failed. Do not fail if a later line will search
+        again, because systemd would not run that line after a failure."""
+        if not self._leaves_others(self._own_facts()):
+            return error
+        say(str(error))
+        return NoSuchProcess(LEFT)
 
     def left_to_us(
         self,
         others: Sequence[ProcessHandle],
         *,
         main_was_qemu: bool = False,
-        named_is_gone: bool = False,
+        missing: QkilldError | None = None,
         fails: bool = False,
     ) -> list[ProcessHandle]:
         """Of these QEMU processes of our own unit, return those that are ours to stop, and close
@@ -202,21 +211,21 @@ class Targets:
 
         Processes are not ours in two cases. If the main process is a QEMU and the unit has
         KillMode=process or none, all other processes outlive the unit. If an option names a
-        process, and ExecStop= has a later line for the others, they are left to that line.
+        process, the others are left to a later line of ExecStop= if it is certain that it stops
+        them. Otherwise, they may have a line of their own, so our options must not harm them.
 
         `main_was_qemu`: the main process is known to have been a QEMU, not a shell that ran QEMUs.
-        `named_is_gone`: the guest that an option names has been stopped. `fails`: this line of
-        ExecStop= fails.
+        `missing`: why the guest that an option names was not found, although it may be one of
+        `others`. `fails`: this line of ExecStop= fails.
         """
-        self._left_to_line = False
         if not others:
             return []
-        from qkilld.stop.systemd_units import LaterLines, later_lines, started_as_qemu
+        from qkilld.stop.systemd_units import is_only_line, started_as_qemu
 
         facts = self._own_facts()
         ours = list(others)
         if facts is None:
-            if main_was_qemu or named_is_gone:
+            if main_was_qemu or self._has_pidfile:
                 say(
                     "another QEMU of the unit is not stopped, because KillMode= cannot be read."
                     " Write + before the path in ExecStop="
@@ -226,27 +235,16 @@ class Targets:
                 if not self._options.names_one:
                     self._failures.append(ExitCode.SURVIVED)
                 ours = []
-            elif self._options.pidfile is not None:
-                self._options.forget_limits()
-        else:
-            if facts.kill_mode in ("process", "none") and (
-                main_was_qemu or started_as_qemu(facts, self._executables)
-            ):
-                ours = [other for other in others if other.pid == facts.main_pid]
-            later = later_lines(facts, self._options)
-            runs = later is LaterLines.ALWAYS or (later is LaterLines.UNLESS_FAILED and not fails)
-            if not ours or later is LaterLines.NONE:
-                pass
-            elif runs or (later is LaterLines.UNKNOWN and named_is_gone):
-                self._left_to_line = runs and len(ours) == len(others)
-                if not runs:
-                    say(
-                        "another QEMU of the unit is not stopped, because a later call of"
-                        " qkilld-stop may be for it. Write a line of ExecStop= for each call"
-                    )
-                ours = []
-            elif fails or self._options.pidfile is not None:
-                self._options.forget_limits()
+        elif facts.kill_mode in ("process", "none") and (
+            main_was_qemu or started_as_qemu(facts, self._executables)
+        ):
+            ours = [other for other in others if other.pid == facts.main_pid]
+        if missing is not None and len(ours) < len(others):
+            self._failures.append(missing.exit_code)  # Nobody stops the others.
+        if self._leaves_others(facts, fails=fails or bool(self._failures)):
+            ours = []
+        elif facts is None or not is_only_line(facts):
+            self._options.spare_others(self._configuration.policy_for(None))
         for other in others:
             if other not in ours:
                 other.close()
@@ -259,16 +257,14 @@ class Targets:
             return on_bus(own_facts, user=self.user)
         return None
 
-    def _runs_before_another_line(self) -> bool:
-        """Return whether a later line of ExecStop= is known to stop other guests of our own unit.
-        Asks systemd."""
-        if not (self.finder.in_own_unit and self._options.names_one):
+    def _leaves_others(self, facts: UnitFacts | None, *, fails: bool = False) -> bool:
+        """Return whether the other guests of our own unit are left to a later line of ExecStop=.
+        `facts`: the unit's settings, None if unknown. `fails`: this line fails."""
+        if facts is None or not (self.finder.in_own_unit and self._options.names_one):
             return False
-        from qkilld.stop.systemd_units import LaterLines, later_lines
+        from qkilld.stop.systemd_units import later_line_stops
 
-        facts = self._own_facts()
-        known = LaterLines.UNLESS_FAILED, LaterLines.ALWAYS
-        return facts is not None and later_lines(facts, self._options) in known
+        return later_line_stops(facts, fails=fails)
 
     def is_in_own_unit(self, pid: int) -> bool:
         """Return False if that is unknown."""
@@ -304,18 +300,18 @@ class Targets:
         among `others`. The code is 0 if the process may be a shell that runs the `others`. If there
         are no `others`, but the QEMU that our unit has started runs in another unit, print which
         unit that is."""
+        self._has_pidfile = False
+        if others and _is_uncovered(pid):
+            say(f"{message}, and is left to systemd")
+            is_main = str(pid) == os.environ.get("MAINPID")
+            others = self.left_to_us(others, main_was_qemu=is_main, fails=True)
+            return ExitCode.NOT_QEMU, others
         if others:
-            if _is_uncovered(pid):
-                say(f"{message}, and is left to systemd")
-                is_main = str(pid) == os.environ.get("MAINPID")
-                others = self.left_to_us(others, main_was_qemu=is_main, fails=True)
-                return ExitCode.NOT_QEMU, others
             if self._options.names_one:
-                others = self.left_to_us(others)
-            if others or self._left_to_line:
-                return ExitCode.OK, others
-            say(message)
-            return ExitCode.NOT_QEMU, []
+                others = self.left_to_us(others, missing=NotQemu(message))
+            if self._failures:
+                say(message)
+            return ExitCode.OK, others
         unknown = self.finder.unidentified or self.finder.denied
         own = self.finder.in_own_unit and not unknown
         say(f"{message}{', and its unit has no other QEMU' if own else ''}")
@@ -337,10 +333,14 @@ class Targets:
         return processes
 
     @property
-    def _executables(self) -> tuple[str, ...]:
+    def _configuration(self) -> Config:
         if self._config is None:
             self._config = configuration()
-        return self._config.executables
+        return self._config
+
+    @property
+    def _executables(self) -> tuple[str, ...]:
+        return self._configuration.executables
 
 
 def _is_uncovered(pid: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Final
 from qkilld.model import timespan
 from qkilld.model.policy import JOB_SPANS
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import helper_program, helper_words
+from qkilld.unitcheck.command import helper_options, helper_program, helper_words, is_helper
 
 SPANS: Final = frozenset(span.argument for span in JOB_SPANS)
 WITH_VALUE: Final = SPANS | {"--pid", "--pidfile", "--unit", "--reason", "--socket"}
@@ -33,12 +33,30 @@ EXCLUSIVE: Final = (
     ("--force", "--no-force"),
     ("--powerdown", "--no-powerdown"),
 )
+OTHER_TARGETS: Final = frozenset(["--unit", "--all", "--dry-run"])
+"""With these options, qkilld-stop does not stop the guests of its unit."""
 _OPTIONS: Final = WITH_VALUE | WITHOUT_VALUE | PRINTING
 _VARIABLE: Final = re.compile(r"\$(?:\w+|\{\w+\})", re.ASCII)
 _WORDS: Final = re.compile(r"\$\w+", re.ASCII)
 """A variable that systemd expands to any number of words, but only if it is a word by itself."""
 _NUMBER: Final = re.compile(r"-\d+|-\d*\.\d+")
 _MAIN_PID: Final = ("$MAINPID", "${MAINPID}")
+
+
+def stops_own_unit(command: Command) -> bool:
+    """Return whether it is certain that a line of ExecStop= runs qkilld-stop directly, and that it
+    stops guests of its own unit."""
+    if not is_helper(command) or usage_fault(command):
+        return False
+    options = helper_options(command)
+    pid, pidfile = options.get("--pid", ""), options.get("--pidfile", "")
+    if pid not in ("", *_MAIN_PID) or _WORDS.fullmatch(pidfile) or options.keys() & OTHER_TARGETS:
+        return False
+    # Other variables may contain anything, for example another target.
+    words = (
+        word.removeprefix("--pid=").removeprefix("--pidfile=") for word in helper_words(command)
+    )
+    return not any("$" in word for word in words if word not in (pid, pidfile))
 
 
 def usage_fault(command: Command) -> str:

@@ -11,7 +11,7 @@ import pytest
 from qkilld.model.unit import Command
 from qkilld.stop.arguments import build_parser, parse
 from qkilld.unitcheck import helper_usage
-from qkilld.unitcheck.helper_usage import usage_fault
+from qkilld.unitcheck.helper_usage import stops_own_unit, usage_fault
 
 
 def line(*words: str) -> Command:
@@ -118,3 +118,37 @@ def test_variables(words: str, fault: str) -> None:
 def test_a_line_in_which_systemd_expands_nothing(words: str, fault: str) -> None:
     command = replace(line(*words.split()), flags=("no-env-expand",))
     assert fault in usage_fault(command) if fault else not usage_fault(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "certain"),
+    [
+        ("", True),
+        ("--force --reason x --max 3s", True),
+        ("--pid $MAINPID", True),
+        ("--pid=${MAINPID}", True),
+        ("--pidfile /run/b.pid", True),
+        ("--pidfile ${DIRECTORY}/b.pid", True),
+        ("--pidfile=${FILE}", True),
+        ("--pidfile $FILE", False),
+        ("--pidfile=$FILE", False),
+        ("--pid 7", False),
+        ("--unit web", False),
+        ("--all", False),
+        ("--dry-run", False),
+        ("$OPTIONS", False),
+        ("${OPTIONS} --pidfile /run/b.pid", False),
+        ("--max $MAX", False),
+        ("--pid $MAINPID $OPTIONS", False),
+        ("--version", False),
+        ("--max soon", False),
+    ],
+)
+def test_a_line_that_certainly_stops_guests_of_its_unit(words: str, certain: bool) -> None:
+    assert stops_own_unit(line(*words.split())) is certain
+    assert stops_own_unit(Command("/bin/sh", ("sh", "-c", f"qkilld-stop {words} || x"))) is False
+    if "$" not in words:
+        shell = Command("/bin/sh", ("sh", "-c", f"exec qkilld-stop {words}"))
+        assert stops_own_unit(shell) is certain
+    wrapped = Command("/usr/bin/timeout", ("timeout", "60", "qkilld-stop", *words.split()))
+    assert not stops_own_unit(wrapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -10,8 +11,10 @@ from unittest.mock import Mock
 import pytest
 
 from qkilld.adapters import procfs
-from qkilld.model.errors import InvalidArgs, NoSuchProcess
+from qkilld.model.constants import INFINITY
+from qkilld.model.errors import InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.model.guest import Unit
+from qkilld.model.policy import Config, Policy
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.stop import run as stop_run
 from qkilld.stop import systemd_units
@@ -20,7 +23,6 @@ from qkilld.stop.log import Log
 from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
 from qkilld.stop.run import StopRun
-from qkilld.stop.systemd_units import LaterLines
 from qkilld.stop.targets import Targets
 from qkilld.unitcheck.command import HELPER
 from tests.stop.fakes import FakeHandle, stop_of
@@ -73,21 +75,20 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile ${UNSET}a", "--pidfile b"], False, 0),
         ("control-group", A, ["--pidfile a", "--pidfile b", "--pidfile a"], False, 0),
         ("control-group", A, ["--pidfile a", "--pidfile b", "> --pidfile a"], True, 0),
-        # A later line may run qkilld-stop through another program.
-        ("control-group", A, ["--pidfile a", "/bin/sh -c qkilld-stop --pidfile b || x"], False, 0),
-        ("control-group", A, ["--pidfile a", "/bin/timeout 9 qkilld-stop --pidfile b"], False, 0),
+        # It is not certain that these lines stop other guests of the unit.
+        ("control-group", A, ["--pidfile a", "/opt/stop-b"], True, 0),
+        ("control-group", A, ["--pidfile a", "/bin/sh -c qkilld-stop --pidfile b || x"], True, 0),
+        ("control-group", A, ["--pidfile a", "/bin/timeout 9 qkilld-stop --pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "/bin/timeout 9 qkilld-stop --unit b"], True, 0),
         ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --unit b"], True, 0),
-        ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a || echo"], True, 0),
-        # The script that runs now may run qkilld-stop, too.
-        ("control-group", A, ["/opt/stop"], False, 0),
-        ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a; qkilld-stop"], False, 0),
-        (
-            "control-group",
-            A,
-            ["/bin/sh -c for i in a b; do qkilld-stop --pidfile $i; done"],
-            False,
-            0,
-        ),
+        ("control-group", A, ["--pidfile a", "$OPTS"], True, 0),
+        ("control-group", A, ["--pidfile a", "--pidfile $FILE"], True, 0),
+        ("control-group", A, ["--pidfile a", "--max soon"], True, 0),
+        ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --pidfile b"], False, 0),
+        # It is unknown what a script does later, and whether it fails.
+        ("control-group", A, ["/opt/stop"], True, 0),
+        ("control-group", A, ["/opt/stop", "--pidfile b"], True, 0),
+        ("control-group", A, ["/bin/sh -c qkilld-stop --pidfile a; qkilld-stop"], True, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID", "--pidfile b"], False, 0),
         ("control-group", {"pid": 4}, ["--pid $MAINPID"], True, 0),
         ("process", A, ["--pidfile a"], False, 0),
@@ -104,7 +105,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
 ) -> None:
     monkeypatch.setenv("MAINPID", "4")
     monkeypatch.setenv("NAME", "a")
-    run = StopRun(Options(**options), Notifier(""), Log())
+    run = StopRun(Options(**options, force=True), Notifier(""), Log())
     run._stops_unit = True
     processes = FakeHandle(4), FakeHandle(5)
     run._stops.append(stop_of(processes[0]))
@@ -118,6 +119,7 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
     assert run._stop_others() is stopped
     assert len(run._stops) == 1 + stopped
     for stop in run._stops[1:]:
+        assert stop.forced is (len(lines) == 1 and not lines[0].startswith("/"))
         stop.code = 0
     assert run.code == code
     assert (processes[1].pidfd == -1) is not stopped
@@ -126,18 +128,34 @@ def test_another_guest_of_the_unit_that_may_have_to_stay(
 
 
 @pytest.mark.parametrize(
-    ("lines", "later"),
+    ("ours", "lines", "is_left"),
     [
-        (["--pidfile a"], LaterLines.NONE),
-        (["--pidfile a", "--pidfile b"], LaterLines.UNKNOWN),
-        (["--pidfile a", "/bin/logger x"], LaterLines.NONE),
-        (["/opt/stop"], LaterLines.UNKNOWN),
+        ("--pidfile a", ["--pidfile a", "--pidfile b"], True),
+        ("--pidfile b", ["--pidfile a", "--pidfile b"], False),
+        ("--pidfile a --max 3", ["--pidfile a $OPTIONS", "--pidfile b"], True),
+        ("--pidfile a", ["--pidfile a $OPTIONS", "--pidfile b"], True),
+        ("--pidfile a", ["--pidfile ${DIR}a", "--pidfile b"], True),
+        ("--pid 4", ["--pid $MAINPID", "--pidfile b"], True),
+        ("--pidfile a", ["/opt/stop", "--pidfile b"], False),
+        # Each of the first two lines may be the running one.
+        ("--pidfile a", ["--pidfile a", "--pidfile a", "--pidfile b"], False),
     ],
 )
-def test_a_line_that_systemd_forgot_in_a_reload(lines: list[str], later: LaterLines) -> None:
-    facts = stopping(*lines, control_pid=999)
-    assert systemd_units.later_lines(facts, Options(**A)) is later
-    assert systemd_units.later_lines(facts, Options()) is LaterLines.NONE
+def test_a_line_that_systemd_forgot_in_a_reload(
+    monkeypatch: pytest.MonkeyPatch, ours: str, lines: list[str], is_left: bool
+) -> None:
+    facts = stopping(*lines, control_pid=os.getpid())
+    monkeypatch.setattr(sys, "argv", [HELPER, *ours.split()])
+    assert systemd_units.later_line_stops(facts, fails=False) is is_left
+    assert not systemd_units.is_only_line(facts)
+    assert not systemd_units.later_line_stops(replace(facts, control_pid=999), fails=False)
+
+
+def test_the_only_line() -> None:
+    assert systemd_units.is_only_line(stopping("--pidfile a"))
+    assert systemd_units.is_only_line(stopping("/bin/sh -c exec qkilld-stop --pidfile a"))
+    for lines in (["/opt/stop"], ["--pidfile a", "/bin/logger x"], ["/bin/logger x", "> --max 3"]):
+        assert not systemd_units.is_only_line(stopping(*lines))
 
 
 def test_a_line_of_exec_stop_post() -> None:
@@ -146,49 +164,73 @@ def test_a_line_of_exec_stop_post() -> None:
         for name, pid in (("a", 999), ("b", 0))
     ]
     facts = stopping("--pidfile a", "--pidfile b", control_pid=999)
-    for given, later in ((lines, LaterLines.UNLESS_FAILED), (lines[:1], LaterLines.NONE)):
+    for given, is_left in ((lines, True), (lines[:1], False)):
         facts = replace(facts, other_commands=tuple(given))
-        assert systemd_units.later_lines(facts, Options(**A)) is later
+        assert systemd_units.later_line_stops(facts, fails=False) is is_left
+        assert not systemd_units.later_line_stops(facts, fails=True)
 
 
 @pytest.mark.parametrize(
-    ("lines", "stopped"), [(["--pidfile a", "--pidfile b"], True), (["--pidfile a"], True)]
+    ("lines", "fails", "is_own"),
+    [
+        (["--pidfile a"], False, True),
+        (["--pidfile a"], True, True),
+        # The other guest has a line of its own, which systemd will not run.
+        (["--pidfile a", "--pidfile b"], True, False),
+        # Its own line did not find it.
+        (["--pidfile b", "> --pidfile a"], False, False),
+        (["--pidfile a", "/opt/stop-b"], False, False),
+        (["/opt/stop"], False, False),
+        (None, False, False),
+    ],
 )
-def test_a_line_that_fails_does_not_pass_on_its_limits(
-    monkeypatch: pytest.MonkeyPatch, lines: list[str], stopped: bool
+def test_the_options_for_guests_that_a_line_does_not_name(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str] | None, fails: bool, is_own: bool
 ) -> None:
-    """The other guest has a line of its own, which systemd will not run."""
-    options = Options(**A, force=True, powerdown=False, spans={"max": 1})
-    targets, other = Targets(options), FakeHandle(5)
-    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: stopping(*lines))
-    assert targets.left_to_us([other], fails=True) == [other]
-    given = (options.force, options.powerdown, options.spans)
-    assert given == ((None, None, {}) if len(lines) == 2 else (True, False, {"max": 1}))
-    other.close()
+    facts = None if lines is None else stopping(*lines)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    configured = Config(Policy(grace=5, stall=9), guests={"b": Policy(grace=5, stall=20)})
+    for force, powerdown in ((True, False), (False, True), (None, None)):
+        spans = {"grace": 9, "stall": 10, "max": 1}
+        options = Options(**A, force=force, powerdown=powerdown, spans=spans, reason="x")
+        targets, other = Targets(options), FakeHandle(5)
+        targets._config = configured
+        assert targets.left_to_us([other], fails=fails) == [other]
+        if is_own:
+            assert (options.force, options.powerdown) == (force, powerdown)
+            assert options.spans == spans
+        else:
+            assert options.force is (None if force else force)
+            assert options.powerdown is (powerdown or None)
+            assert options.spans == {"grace": 9, "stall": 20, "max": INFINITY}
+        assert options.reason == "x"
+        other.close()
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [(A, [4]), (A, [4, 6]), ({}, [4]), ({"pid": 4}, [4])]
+    ("options", "is_missing", "stopped"),
+    [(A, False, False), (A, True, True), ({}, False, True), ({"pid": 4}, False, False)],
 )
 def test_a_guest_beside_the_main_process_if_systemd_cannot_be_asked(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], named: list[int]
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_missing: bool, stopped: bool
 ) -> None:
-    """The line is for a guest beside the main process, which systemd stops. But several stops mean
-    that the line named a shell, and that the guests belong to this shell."""
+    """The line is for a guest beside the main process, which systemd stops. But if the pidfile is
+    missing, every guest may be the one that the line is for."""
     monkeypatch.setenv("MAINPID", "9")
     monkeypatch.setattr(stop_run, "RESTART_S", 0)
     run = StopRun(Options(**options), Notifier(""), Log())
-    run._stops_unit = run.targets.finder.stops_unit = True
-    other = FakeHandle(5)
-    run._stops += [stop_of(FakeHandle(pid)) for pid in named]
-    for stop in run._stops:
-        stop.code = 0
-    monkeypatch.setattr(run.targets, "substitutes", lambda pids: [other])
+    targets, first, other = run.targets, FakeHandle(4), FakeHandle(5)
+    run._stops_unit = targets.finder.stops_unit = True
+    gone = NoSuchProcess("gone") if is_missing else None
+    monkeypatch.setattr(targets.finder, "named", Mock(side_effect=gone, return_value=first))
+    monkeypatch.setattr(targets, "substitutes", lambda pids: [other] if pids else [first])
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: None)
     monkeypatch.setattr(run, "_start", Mock())
-    assert run._stop_others() is (not options or len(named) == 2)
-    for stop in run._stops:
-        stop.process.close()
+    assert targets.choose() == [first]
+    run._stops.append(stop_of(first))
+    run._stops[0].code = 0
+    assert run._stop_others() is stopped
+    first.close()
     other.close()
 
 
@@ -204,6 +246,33 @@ def test_a_guest_that_cannot_be_identified_before_the_line_that_names_it(
         facts = stopping(*lines)
         monkeypatch.setattr(systemd_units, "on_bus", lambda what, user, facts=facts: facts)
         assert targets.codes() == codes
+
+
+def test_the_time_for_the_last_questions() -> None:
+    """systemd may be asked, and may answer late."""
+    run, notifier = StopRun(Options(), Mock(), Log()), Mock()
+    run._notifier, notifier.targets.codes = notifier, Mock(return_value=[1])
+    run._targets = notifier.targets
+    assert run.code == 1
+    assert [call[0] for call in notifier.mock_calls] == ["extend", "targets.codes"]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_guest_that_cannot_be_identified_if_nothing_else_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by_name: bool
+) -> None:
+    targets = Targets(Options(**A) if by_name else Options(pid=0))
+    targets.finder.stops_unit = True
+    named = Mock(side_effect=NoSuchProcess("gone")) if by_name else Mock(return_value=None)
+    monkeypatch.setattr(targets.finder, "named", named)
+    monkeypatch.setattr(targets.finder, "in_unit", Mock(side_effect=UnknownIdentity("process 6")))
+    targets.finder.unidentified = [6]
+    for lines, error in (("--pidfile a", "--pidfile b"), NoSuchProcess), (("",), UnknownIdentity):
+        facts = stopping(*lines)
+        monkeypatch.setattr(systemd_units, "on_bus", lambda what, user, facts=facts: facts)
+        with pytest.raises(error):
+            targets.choose()
+        assert ("process 6" in capsys.readouterr().err) is (error is NoSuchProcess)
 
 
 @pytest.mark.parametrize("main", ["pidfile", "main process", "gone at the start", "gone by name"])
@@ -344,11 +413,14 @@ def test_a_main_process_that_is_a_qemu_which_executables_does_not_cover(
         ("mixed", ["--pidfile a", "--pidfile b"], set(), 0),
         # The guest with this pidfile may be the one that stays.
         ("process", ["--pidfile a"], {4}, 2),
-        ("process", ["--pidfile a", "--pid $MAINPID"], set(), 2),
-        # A script may have other calls with other limits.
+        # systemd runs no later line after a failure.
+        ("process", ["--pidfile a", "--pid $MAINPID"], {4}, 2),
+        ("process", ["- --pidfile a", "--pid $MAINPID"], set(), 2),
         ("mixed", ["/opt/stop"], {4, 5}, 0),
+        ("mixed", [], {4, 5}, 0),  # systemd cannot be asked.
     ],
 )
+@pytest.mark.parametrize("force", [True, False])
 def test_an_unusable_pidfile(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -356,13 +428,14 @@ def test_an_unusable_pidfile(
     lines: list[str],
     left: set[int],
     code: int,
+    force: bool,
 ) -> None:
     """If the helper gave up, systemd would end the guests of the unit with SIGTERM and SIGKILL."""
-    options = Options(**A, force=True, spans={"max": 1})
+    options = Options(**A, force=force, spans={"max": INFINITY})
     targets, processes = Targets(options), [FakeHandle(4), FakeHandle(5)]
     monkeypatch.setattr(targets.finder, "named", Mock(side_effect=InvalidArgs("a is no pidfile")))
     monkeypatch.setattr(targets.finder, "in_unit", lambda globs: list(processes))
-    facts = stopping(*lines, kill_mode=kill_mode, main_pid=4)
+    facts = stopping(*lines, kill_mode=kill_mode, main_pid=4) if lines else None
     monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
     with pytest.raises(InvalidArgs):
         targets.choose()  # Not started by systemd.
@@ -371,12 +444,42 @@ def test_an_unusable_pidfile(
         assert {process.pid for process in targets.choose()} == left
         assert targets.codes() == ([code] if code else [])
         assert "a is no pidfile" in capsys.readouterr().err
-        assert bool(options.force) is (lines != ["/opt/stop"])
+        assert options.force is (None if force and lines != ["--pidfile a"] else force)
+        assert options.spans == {"max": INFINITY}
     else:
         with pytest.raises(InvalidArgs if code else NoSuchProcess):
             targets.choose()
         # If the error itself is raised, the caller prints it.
         assert ("a is no pidfile" in capsys.readouterr().err) is (code == 0)
+    for process in processes:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "left", "code"),
+    [
+        (["--pidfile a"], {4}, 5),
+        (["--pidfile a", "--pid $MAINPID"], {4}, 5),
+        (["- --pidfile a", "--pid $MAINPID"], set(), 5),
+        (["/opt/stop"], {4}, 5),
+    ],
+)
+def test_a_pidfile_of_another_program_with_kill_mode_process(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lines: list[str],
+    left: set[int],
+    code: int,
+) -> None:
+    targets, processes = Targets(Options(**A)), [FakeHandle(4), FakeHandle(5)]
+    targets.finder.stops_unit = True
+    facts = stopping(*lines, kill_mode="process", main_pid=4)
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    monkeypatch.setattr(procfs, "read_executable", lambda pid: ("/bin/sleep", False))
+    _, others = targets.judge_not_qemu(7, "Process 7 is not a QEMU", list(processes))
+    assert {process.pid for process in others} == left
+    assert targets.codes() == [code]
+    assert "Process 7 is not a QEMU" in capsys.readouterr().err
     for process in processes:
         process.close()
 
