@@ -14,7 +14,7 @@ from typing import Final
 
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
-from qkilld.model.sample import Device, Io, Mount, Peer, Sample, Socket, Thread
+from qkilld.model.sample import FLUSH_CALLS, Device, Io, Mount, Peer, Sample, Socket, Thread
 
 WINDOW: Final = 6 * USEC_PER_SEC
 """The time (µs) over which traffic is counted. Disks write data back in bursts that are up to 5 s
@@ -51,11 +51,8 @@ _STORAGE_WCHAN: Final = (
 """Parts of names of kernel functions in which a thread waits for storage."""
 
 
-_WRITES: Final = frozenset(
-    (
-        *("write", "writev", "pwrite64", "pwritev", "pwritev2", "fsync", "fdatasync"),
-        *("sync_file_range", "fallocate", "ftruncate", "close"),
-    )
+_WRITES: Final = FLUSH_CALLS.union(
+    ("write", "writev", "pwrite64", "pwritev", "pwritev2", "fallocate", "ftruncate", "close")
 )
 """Calls that write, and seldom need to read from the storage."""
 _SERVER: Final = "peer:"

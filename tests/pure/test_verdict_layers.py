@@ -9,7 +9,7 @@ import pytest
 from qkilld.decision.verdict import assess
 from qkilld.model.codec import from_json, to_json
 from qkilld.model.constants import Verdict
-from qkilld.model.sample import Device, Peer, Thread
+from qkilld.model.sample import FLUSH_CALLS, Device, Peer, Thread
 from tests.pure.test_verdict import FDATASYNC, IDLE, NO_IO, S, served, verdict
 
 UPPER = Device("7:0", "loop0", 10, 0, 500, 1, depth=0, accounting=True)
@@ -88,3 +88,13 @@ def test_an_older_trace_does_not_tell_whether_a_device_counts() -> None:
         del document[new]
     device = from_json(Device, {**document, "counts": False}, "a device")
     assert (device.accounting, device.only_reads, device.hides_flush) == (None, False, False)
+
+
+@pytest.mark.parametrize("call", sorted(FLUSH_CALLS))
+def test_reads_of_others_are_no_progress_of_a_flush(call: str) -> None:
+    now = None
+    for second in range(30):
+        device = Device("8:0", "sda", 100, 0, 9 * second, 1, accounting=True)
+        thread = replace(WRITES, call=call, disks=("8:0",))
+        now = assess(now, replace(IDLE, at=second * S, threads=(thread,), devices=(device,)))
+    assert now is not None and now.progress_at is None
