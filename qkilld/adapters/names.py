@@ -210,8 +210,7 @@ class NameReader:
                 queue.reading.discard(key)
                 queue.read += 1
                 self._results.append((key, names))
-        # A blocked read may return so late that the loop is closed. Then nobody waits for the
-        # names.
+        # A blocked read may return after the loop was closed. Then nobody waits for the names.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._wake.set)
 

@@ -402,9 +402,9 @@ def risks_of_ended(
 ) -> tuple[Risk, ...]:
     """Return the risks of the servers that had `ended` before the guest closed its disks.
 
-    `sample`: the newest sample, which may be older than the ends. Then leave out the servers for
-    which the kernel may later prove that the guest closed the connection first, or which QEMU had
-    perhaps closed. If None, the guest had closed nothing at the time of the ends.
+    `sample`: the newest sample; None if the guest had closed nothing when the servers ended. A
+    sample may be older than that. So leave out a server if QEMU had perhaps closed its connection
+    first, or if the kernel may later prove that it did.
     """
     shown = None if sample is None else {socket.inode for socket in sample.sockets or ()}
     ends = ServerEnds(before=ended, guest_started=0, guest_ended=0)

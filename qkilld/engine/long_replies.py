@@ -40,9 +40,9 @@ class Pace:
 
 
 class LongReplies:
-    """Limits how many long replies are prepared at a time: one for each user without limits, and
-    one for all other users together. If several calls of a user wait, only one of them at a time is
-    in line for a turn."""
+    """Limits how many long replies are prepared at a time. Each user without limits may have one.
+    All other users share one. Of several waiting calls of such a user, only one at a time stands in
+    line with the calls of others."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         self._unlimited = unlimited

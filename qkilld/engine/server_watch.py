@@ -106,7 +106,7 @@ class ServerWatch:
         self._young: set[int] = set()
         """The servers that started after the job."""
         self._was_flushed = False
-        """Whether all disks had been flushed for good before the last sample."""
+        """Whether a flush had already proven at the last sample that all data is safe."""
         self._samples, self._retry = 0, RETRY
         self._timer: Timer | None = None
         self._has_failed = False

@@ -1,4 +1,4 @@
-"""Decide which guests' files stay open from one sample to the next.
+"""Decide for which guests this program keeps files open between samples.
 
 The limit for the files of all guests is two thirds of this program's descriptors, minus PER_JOB for
 each job, and minus the descriptors that watch the servers of guests (server_exits.py). The last

@@ -32,8 +32,8 @@ class Io:
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that waits: in uninterruptible sleep, in a call that waits for something other than
-    events, or stopped although the first thread is not."""
+    """A thread that waits. It is in uninterruptible sleep, or in a system call that waits for
+    something other than events, or it is stopped while the first thread of its process is not."""
 
     tid: int
     name: str

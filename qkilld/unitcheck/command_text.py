@@ -99,7 +99,7 @@ def _is_source(text: str, command: Command) -> bool:
 
 
 def _may_become(text: str, resolved: str) -> bool:
-    """Return whether the text becomes `resolved` with some values for its specifiers."""
+    """Return whether there are values for the text's specifiers that turn it into `resolved`."""
     literal, *more = _literals(text)
     if not more:
         return literal == resolved

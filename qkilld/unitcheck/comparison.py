@@ -74,7 +74,7 @@ class Comparison:
     """What the owner should do: a sentence without its full stop; "" for nothing."""
     other_unit: str = ""
     writes: bool = False
-    """adopt has lines to write or a guard to start, and no stop gets worse."""
+    """`adopt` has lines to write or a guard to start, and makes no stop worse."""
     has_guest: bool = True
     """The unit runs or would run a QEMU that qkilld recognises, and is not a manager of guests."""
 

@@ -45,12 +45,12 @@ def encode(value: Mapping[str, Any]) -> bytes:
 
 
 def encode_list(name: str, elements: Iterable[bytes], more: Mapping[str, Any]) -> bytes:
-    """Encode an object that has a list `name` of encoded elements, and the members of `more`."""
+    """Encode an object: the list `name`, whose elements are encoded already, and all of `more`."""
     return join_encoded(b'"%b":[%b]' % (name.encode(), b",".join(elements)), more)
 
 
 def join_encoded(member: bytes, more: Mapping[str, Any]) -> bytes:
-    """Encode an object from an encoded member and the members of `more`."""
+    """Encode an object: a member that is encoded already, and all of `more`."""
     return b"{%b,%b" % (member, encode(more)[1:]) if more else b"{%b}" % member
 
 

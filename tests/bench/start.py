@@ -79,8 +79,8 @@ def _floor() -> tuple[float, float]:
     process = spawn([sys.executable, *_FLOOR.split()[1:3], "pass"])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    # Measure the memory of another Python, because ru_maxrss of the first one includes the memory
-    # that it shared with this process before execve(2).
+    # A second Python shows the memory. The ru_maxrss of the first one is too high: it includes
+    # memory that the first one shared with this process before execve(2).
     waiting = "print(flush=True); input()"
     process = spawn(
         [sys.executable, *_FLOOR.split()[1:3], waiting],

@@ -1,4 +1,4 @@
-"""Read /proc/meminfo, from tables of texts and on this host."""
+"""The reader of /proc/meminfo reads a table of texts, and the file of this host."""
 
 from __future__ import annotations
 

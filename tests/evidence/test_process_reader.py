@@ -541,7 +541,7 @@ def test_a_thread_that_a_debugger_holds_alone(reader_of: ReaderOf) -> None:
         tracer = trace([other])
         assert until(held, bool) == [other]
         process.send_signal(signal.SIGSTOP)
-        # Now all threads are stopped: the process counts as stopped, and no thread counts as held.
+        # Now SIGSTOP stops all threads, so the whole process is stopped. No thread counts as held.
         until(lambda: read(reader)["state"], lambda state: state == "T")
         assert held() == []
         process.send_signal(signal.SIGCONT)

@@ -291,7 +291,7 @@ def test_rings(text: bytes) -> None:
     assert found is None or found.in_flight >= found.timers >= 0
 
 
-# ---- command lines and files of QEMU's ----
+# ---- QEMU's command lines and configuration files ----
 
 
 @given(argv)

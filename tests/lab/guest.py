@@ -166,12 +166,16 @@ def boot_guest(
     uid: int | None = None,
     wait: bool = True,
 ) -> Guest:
-    """Boot Linux in a real QEMU (tcg). With `wait`, wait until the guest does its job (2 s).
+    """Boot Linux in a real QEMU (tcg). With `wait`, return when it has begun its job (2 s).
 
-    job      idle; busy (uses one processor); writer: `records` records of 4 KiB with O_DIRECT, see
-             initramfs/writer.c for `stride` (bytes) and `passes`, prints ACK N after each; power:
-             reacts to its power button. `append` says how: lab.power=off, reboot, nothing, or work
-             (write for lab.seconds=N, then power off); with lab.busy=1 it computes meanwhile.
+    job      what the guest does:
+             idle    It does nothing.
+             busy    It uses one processor.
+             writer  It writes `records` records of 4 KiB with O_DIRECT, and prints ACK N after
+                     each. initramfs/writer.c explains `stride` (bytes) and `passes`.
+             power   It reacts to its power button as `append` says: lab.power=off, reboot, nothing,
+                     or work (write for lab.seconds=N, then power off). With lab.busy=1, it also
+                     uses one processor all the time.
     disk     a file, or any value of -drive file= (nbd://...); the guest sees it as NVMe. A writer's
              default is a new qcow2 of 1 GiB in the guest's directory (disk.qcow2).
     memory   MiB

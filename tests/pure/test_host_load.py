@@ -14,8 +14,7 @@ from tests.pure.test_powerdown import Course, Moment
 
 @pytest.mark.parametrize("waiting", [0.9, 0.6])
 def test_a_busy_guest_that_ignores_it_on_a_host_that_becomes_less_busy(waiting: float) -> None:
-    """The guest makes more requests because the host provides more, not because the guest shuts
-    down."""
+    """The guest makes more requests because the host is less busy. It does not shut down."""
 
     def works(now: float, since: float | None) -> Moment:
         if since is None or since < 20:

@@ -137,7 +137,7 @@ class Row:
     at_risk: tuple[str, ...] = ()
     """The codes that qkilld's receipt must contain."""
     asked: str = "deaf"
-    """The result of asking the guest in qkilld's column."""
+    """The expected `guest_asked` of qkilld's job: how the guest reacted when it was asked."""
     note: str = ""
     """A remark that RecordCount.notes must contain after qkilld's stop."""
     help: tuple[GuestOrder, ...] = ()

@@ -63,8 +63,8 @@ def test_a_result_that_is_not_what_was_predicted_is_taken_back(installed: Contai
     wanted = ("ExecStop", "KillSignal", "NotifyAccess", "TimeoutStopUSec")
     with unit(installed) as name:
         settings = shown(installed, name, *wanted)
-        # systemd has not loaded this drop-in, so the prediction does not include it. But the
-        # daemon-reload of adopt loads it.
+        # The prediction leaves out this drop-in, because systemd has not loaded it yet. When adopt
+        # reloads systemd, the drop-in takes effect.
         later = f"{DIRECTORY}/{name}.d/90-site.conf"
         installed.write(later, "[Service]\nExecStop=\nExecStop=/bin/kill -9 $MAINPID\n")
         before = files(installed)
