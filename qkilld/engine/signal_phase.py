@@ -192,7 +192,9 @@ class SignalPhase:
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())
-        return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
+        earlier = len(snapshot.risks)
+        rungs = (*snapshot.rungs, rung)
+        return replace(snapshot, rungs=rungs, risks=self._risks(), earlier_risks=earlier)
 
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.

@@ -22,13 +22,13 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 11
+VERSION: Final = 12
 """Earlier versions can be read, too. Version 1 lacks `control`. Version 2 lacks `error_name`,
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
-and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Any version may
-lack `forced`.
+and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Version 11
+lacks `earlier_risks`. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"
@@ -85,6 +85,8 @@ class Snapshot:
     """The labels of the monitor connection that systemd keeps; () if it keeps none."""
     started: int
     ended: int | None
+    earlier_risks: int = 0
+    """If SIGKILL was about to be sent: how many of `risks`, from the first on, are older."""
     forced: bool = False
     """Whether a caller was promised SIGKILL, whatever the ladder decides."""
     storage: NetworkStorage = NetworkStorage()
@@ -174,7 +176,8 @@ class Snapshot:
     def without_kill(self) -> Snapshot:
         """Return the snapshot without its last rung, which is a SIGKILL that was not sent. If
         SIGKILL was forced, it stays forced."""
-        risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
+        known, of_kill = self.risks[: self.earlier_risks], self.risks[self.earlier_risks :]
+        risks = (*known, *(risk for risk in of_kill if risk.code not in CODES_OF_KILL))
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 
     def sent_at(self, signal: Signals) -> int | None:
@@ -285,6 +288,8 @@ def _problem(snapshot: Snapshot) -> str:
         return "the job's number is impossible"
     if snapshot.guest.identity.pid <= 0:
         return "the process id is impossible"
+    if snapshot.earlier_risks < 0:
+        return "the number of risks is impossible"
     if snapshot.phase is Phase.REAP and not snapshot.rungs:
         return "the job has not sent a signal"
     if not ended == (snapshot.phase is Phase.DONE) == (snapshot.ended is not None):

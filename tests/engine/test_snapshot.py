@@ -17,7 +17,7 @@ from qkilld.engine.snapshot import VERSION, Snapshot, SnapshotError, decode
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
 from qkilld.model.event import MessageId
-from qkilld.model.job import Control, Request
+from qkilld.model.job import Control, Request, Risk
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Io, Mount, Peer, Sample, Socket, Thread
 
@@ -429,6 +429,9 @@ def test_a_good_one_is_not_refused() -> None:
 
 
 def test_those_of_the_versions_before_are_not_refused() -> None:
+    document = changed("version", 11)
+    del document["earlier_risks"]
+    assert decode(document).earlier_risks == 0
     document = changed("version", 10)
     del document["assessment"]["idle_at"], document["assessment"]["idle_unsampled"]
     evidence = decode(document).assessment
@@ -457,6 +460,15 @@ def test_those_of_the_versions_before_are_not_refused() -> None:
     assert decode(document).control == Control()
 
 
+def test_a_kill_that_was_not_sent_leaves_the_earlier_risks() -> None:
+    ended, stuck = Risk("unknown", "its server ended"), Risk("unknown", "unread")
+    snapshot = replace(decode(good()), risks=(ended, stuck, Risk("killed-io", "x")))
+    assert snapshot.without_kill().risks == ()
+    assert replace(snapshot, earlier_risks=1).without_kill().risks == (ended,)
+    with pytest.raises(SnapshotError):
+        decode(changed("earlier_risks", -1))
+
+
 def fields_of(kind: Any, known: dict[str, list[str]]) -> dict[str, list[str]]:
     """Return the names of the fields of all classes in a type."""
     for inner in typing.get_args(kind):
@@ -473,7 +485,7 @@ def test_a_new_field_needs_a_new_version() -> None:
     field."""
     classes = fields_of(Snapshot, {})
     text = json.dumps({name: sorted(classes[name]) for name in sorted(classes)})
-    assert (VERSION, zlib.crc32(text.encode())) == (11, 1212202183), "increase snapshot.VERSION"
+    assert (VERSION, zlib.crc32(text.encode())) == (12, 2951032022), "increase snapshot.VERSION"
 
 
 def test_a_wait_that_version_7_has_saved(world: World) -> None:
