@@ -43,6 +43,8 @@ _MAX_NAMES: Final = 4
 _MAX_REPLACED: Final = 2
 """So many different servers that a node has lost are remembered. At least one of them is not the
 present server."""
+MAX_MOUNTS: Final = 64
+"""So many FUSE file systems of one guest are followed."""
 _ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
 """The protocols for which a lost connection may mean a lost server, even if the server is unknown.
 Clients of other protocols, such as rbd, have many connections, and close some of them at times."""
@@ -143,6 +145,8 @@ class StorageServers:
     """The servers whose connections were lost while QEMU ran, keyed by the node's name."""
     mounts: Mapping[str, MountServers] = field(default_factory=dict)
     """Keyed by Mount.number."""
+    incomplete: bool = False
+    """Whether more servers were found than are remembered."""
 
     @property
     def unfound(self) -> bool:
@@ -192,7 +196,11 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if servers is None:
         return None
     mounts = _follow_mounts(servers.mounts, sample)
-    return servers if mounts == servers.mounts else replace(servers, mounts=mounts)
+    if mounts == servers.mounts:
+        return servers
+    incomplete = servers.incomplete or len(mounts) > MAX_MOUNTS
+    mounts = dict(list(mounts.items())[:MAX_MOUNTS])
+    return replace(servers, mounts=mounts, incomplete=incomplete)
 
 
 def _follow_mounts(known: Mapping[str, MountServers], sample: Sample) -> dict[str, MountServers]:
@@ -239,6 +247,7 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
         groups=groups,
         replaced=replaced,
         mounts=before.mounts,
+        incomplete=before.incomplete,
     )
 
 
@@ -432,7 +441,9 @@ def _replacements(
             elif old.peer is None and old.node.protocol in _ONE_CONNECTION:
                 text = "lost its connection during the stop; if its server ended"
                 yield f"{title} {text}, {_MAY_BE_LOST}"
-        if started := server.serving & young:
+        # If an earlier server is known, it is reported instead. So there is one text for each node.
+        is_first = all(old.peer is None for old in servers.replaced.get(name, ()))
+        if is_first and (started := server.serving & young):
             yield f"{title}: {_start_problem(server, started)}"
     for mount in servers.mounts.values():
         if mount.mount.certain and (started := mount.serving & young):

@@ -62,6 +62,9 @@ MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
 """The time limit (µs) for asking the kernel which end of each connection was closed first. Each
 connection takes 20 µs, but up to 20 ms while other threads use the same interface of the kernel.
 For connections that are not reached in this time, the answer is unknown."""
+MAX_RISKS: Final = 16
+"""If a running job has so many risks, no further ended servers are added: a server behind another
+one may be replaced every second."""
 _SLACK: Final = 20_000
 """A server that started less than this time (µs) before the job counts as started after it, because
 the kernel gives start times in steps of 10 ms."""
@@ -189,7 +192,8 @@ class ServerWatch:
             risks += risks_of_ended(servers, ended, sample)
         if not self._was_flushed:
             known = self._job.risks
-            self._job.risks = (*known, *(risk for risk in risks if risk not in known))
+            new = tuple(risk for risk in risks if risk not in known)
+            self._job.risks = (*known, *new[: max(MAX_RISKS - len(known), 0)])
         self._was_flushed = self._job.flush.proven
 
     def note_exit(self) -> bool:
@@ -243,7 +247,9 @@ class ServerWatch:
                 title = f"{node.protocol} node {node.name}"
                 text = f"it is not known whether {title} had its server until QEMU closed it"
                 risks += (Risk("unknown", text),)
-        if exits.unwatched:
+        if self._servers is not None and self._servers.incomplete:
+            risks += (_UNWATCHED,)
+        elif exits.unwatched:
             nodes = connected.items()
             first = self._closed_first
             unproven = [one for name, one in nodes if not one.outlived(first.get(name))]

@@ -7,10 +7,12 @@ from signal import SIGTERM
 
 import pytest
 
+from qkilld.decision.servers import MAX_MOUNTS
 from qkilld.engine.job import Job
+from qkilld.engine.server_watch import MAX_RISKS
 from qkilld.model.constants import Result
 from qkilld.model.job import FlushReport
-from qkilld.model.sample import ImagePlace, Mount, Peer
+from qkilld.model.sample import ImagePlace, Mount, Peer, Sample
 from tests.engine.conftest import IDLE, FakeProcess, S
 from tests.engine.test_server_watch import (
     CONNECTED,
@@ -25,7 +27,8 @@ from tests.engine.test_server_watch import (
     sample_arrives,
 )
 
-OTHER = replace(SOCKET, inode=8, peer=Peer(SERVER + 1, "nbdkit", (), 0, None, ()))
+NEW = Peer(SERVER + 1, "nbdkit", (), 0, None, ())
+OTHER = replace(SOCKET, inode=8, peer=NEW)
 REPLACED = replace(CONNECTED, sockets=(OTHER,))
 BEHIND = Peer(95, "qemu-nbd", (), 0, None, ())
 LOST = "nbd node d lost its server nbdkit (process 90) during the stop"
@@ -157,3 +160,39 @@ def test_an_ended_fuse_server_is_remembered_across_a_restart_of_the_daemon() -> 
     _, process, job = resumed(world, process)
     process.die()
     assert FUSE_ENDED in job.risks[0].text
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_a_server_that_is_replaced_every_second_is_not_reported_every_time(is_behind: bool) -> None:
+    world, _, job = begun()
+
+    def shows(now: int) -> Sample:
+        pid = SERVER + now // S
+        world.exits.starts[pid] = now
+        world.exits.before |= {pid - 1}
+        peer = replace(NEW, pid=pid)
+        if is_behind:
+            socket = replace(SOCKET, peer=Peer(SERVER, "nbdkit", (), 0, None, (), behind=(peer,)))
+        else:
+            socket = replace(SOCKET, inode=pid, peer=peer)
+        return replace(CONNECTED, at=now, sockets=(socket,))
+
+    world.sampler.shows = shows
+    for _ in range(25):
+        world.clock.advance(1)
+    assert job.running and 0 < len(job.risks) <= (MAX_RISKS if is_behind else 4)
+
+
+def test_at_most_64_fuse_file_systems_are_followed() -> None:
+    numbers = [f"0:{i}" for i in range(MAX_MOUNTS + 1)]
+    many = replace(
+        ON_FUSE,
+        mounts=tuple(replace(MOUNT, number=number, certain=True) for number in numbers),
+        images=tuple(ImagePlace((), number) for number in numbers),
+    )
+    world, process = ServedWorld(lambda now: many), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    assert job.running and job.risks == ()
+    (text,) = end(world, process, job)
+    assert "could not watch" in text

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qkilld.decision.servers import (
+    MAX_MOUNTS,
     ServerEnds,
     StorageServers,
     follow_servers,
@@ -523,3 +524,17 @@ def test_a_server_that_ended_while_qemu_used_it(shown: Sample, is_risk: bool) ->
     assert bool(risks_of_ended(servers, ended, shown)) is is_risk
     assert risks_of_ended(servers, ended, None)
     assert not risks_of_ended(servers, frozenset({99}), None)
+
+
+def test_the_number_of_mounts_that_are_followed_is_limited() -> None:
+    mounts = [replace(MOUNT, number=f"0:{i}") for i in range(1000)]
+    images = [ImagePlace((), mount.number) for mount in mounts]
+    shown = [
+        replace(ON_FUSE, mounts=(mount,), images=(image,))
+        for mount, image in zip(mounts, images, strict=True)
+    ]
+    few = follow(*shown[:MAX_MOUNTS])
+    many = follow(*shown)
+    assert len(few.mounts) == len(many.mounts) == MAX_MOUNTS == 64
+    assert many.incomplete and not few.incomplete
+    assert follow(*shown, SHOWN).incomplete
