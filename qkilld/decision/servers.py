@@ -45,6 +45,8 @@ _MAX_REPLACED: Final = 2
 present server."""
 MAX_MOUNTS: Final = 64
 """So many FUSE file systems of one guest are followed."""
+_MAX_CANDIDATES: Final = 16
+"""If it is uncertain which process serves a file system, so many that may do so are remembered."""
 _ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
 """The protocols for which a lost connection may mean a lost server, even if the server is unknown.
 Clients of other protocols, such as rbd, have many connections, and close some of them at times."""
@@ -117,6 +119,14 @@ class MountServers:
     def serving(self) -> frozenset[int]:
         """The servers of the file system, and those behind them."""
         return _serving(_chain(self.mount.servers or ()))
+
+    @property
+    def limited(self) -> MountServers:
+        """The same with at most _MAX_CANDIDATES servers."""
+        servers = self.mount.servers or ()
+        if len(servers) <= _MAX_CANDIDATES:
+            return self
+        return MountServers(replace(self.mount, servers=servers[:_MAX_CANDIDATES]))
 
     @property
     def title(self) -> str:
@@ -198,9 +208,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     mounts = _follow_mounts(servers.mounts, sample)
     if mounts == servers.mounts:
         return servers
-    incomplete = servers.incomplete or len(mounts) > MAX_MOUNTS
-    mounts = dict(list(mounts.items())[:MAX_MOUNTS])
-    return replace(servers, mounts=mounts, incomplete=incomplete)
+    known = {number: one.limited for number, one in list(mounts.items())[:MAX_MOUNTS]}
+    return replace(servers, mounts=known, incomplete=servers.incomplete or known != mounts)
 
 
 def _follow_mounts(known: Mapping[str, MountServers], sample: Sample) -> dict[str, MountServers]:
@@ -208,10 +217,17 @@ def _follow_mounts(known: Mapping[str, MountServers], sample: Sample) -> dict[st
     mounts = dict(known)
     for mount in sample.mounts or ():
         is_held = sample.images is None or mount.number in held
+        if not (mount.number and mount.servers and is_held):
+            continue
         old = mounts.get(mount.number)
-        is_better = old is None or (mount.certain and not old.mount.certain)
-        if mount.number and mount.servers and is_held and is_better:
+        if old is None or (mount.certain and not old.mount.certain):
             mounts[mount.number] = MountServers(mount)
+        elif not (mount.certain or old.mount.certain):
+            # The server need not have been among the processes that earlier samples showed.
+            known_pids = {server.pid for server in old.mount.servers or ()}
+            others = tuple(one for one in mount.servers if one.pid not in known_pids)
+            servers = (*(old.mount.servers or ()), *others)
+            mounts[mount.number] = MountServers(replace(old.mount, servers=servers))
     return mounts
 
 

@@ -538,3 +538,16 @@ def test_the_number_of_mounts_that_are_followed_is_limited() -> None:
     assert len(few.mounts) == len(many.mounts) == MAX_MOUNTS == 64
     assert many.incomplete and not few.incomplete
     assert follow(*shown, SHOWN).incomplete
+
+
+def test_all_processes_that_may_be_a_fuse_server_are_remembered() -> None:
+    def unsure(*pids: int) -> Sample:
+        servers = tuple(replace(PEER, pid=pid) for pid in pids)
+        return replace(ON_FUSE, mounts=(replace(MOUNT, servers=servers, certain=False),))
+
+    servers = follow(unsure(61), unsure(61, 60), unsure(61))
+    assert servers.lasting == {60, 61} and not servers.incomplete
+    assert "process 60) ended" in risk(servers, before=frozenset({60}))
+    many = follow(*(unsure(pid) for pid in range(60, 160)))
+    assert many.lasting == set(range(60, 76)) and many.incomplete
+    assert follow(unsure(61), ON_FUSE, unsure(62)).lasting == {90}
