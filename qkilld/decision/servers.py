@@ -19,8 +19,10 @@ a risk of another node in its group.
 A server may also hold data that it has acknowledged, but not flushed. If it ends during the stop,
 and QEMU reconnects to a new server, the old data is lost. This is a risk even if QEMU can reconnect
 (reconnect-delay), because QEMU keeps only its unanswered requests. How the server ended is unknown,
-so a clean end is a risk, too. A connection to another process proves that a server was replaced.
-So does a server that has started after the job, because the node had its data before.
+so a clean end is a risk, too. A server that was replaced is watched until the guest ends, because
+it may still run: for example, a proxy may choose another server for a new connection. If no earlier
+server is known, a server that has started after the job proves that another one ended, because the
+node had its data before.
 
 The servers of FUSE file systems that contain writable images are followed in the same way.
 """
@@ -40,9 +42,8 @@ SETTLE: Final = USEC_PER_SEC * 3 // 10
 """If a server still runs this long (µs) after the guest's end, it was not being stopped when the
 guest ended. An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
 _MAX_NAMES: Final = 4
-_MAX_REPLACED: Final = 2
-"""So many different servers that a node has lost are remembered. At least one of them is not the
-present server."""
+_MAX_REPLACED: Final = 8
+"""At most so many servers that a node has left are remembered."""
 MAX_MOUNTS: Final = 64
 """So many FUSE file systems of one guest are followed."""
 _MAX_CANDIDATES: Final = 16
@@ -152,7 +153,8 @@ class StorageServers:
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of each group, keyed by Node.group."""
     replaced: Mapping[str, tuple[NodeServer, ...]] = field(default_factory=dict)
-    """The servers whose connections were lost while QEMU ran, keyed by the node's name."""
+    """The earlier servers of each node, whose connections ended while QEMU ran, keyed by the node's
+    name."""
     mounts: Mapping[str, MountServers] = field(default_factory=dict)
     """Keyed by Mount.number."""
     incomplete: bool = False
@@ -171,22 +173,20 @@ class StorageServers:
 
     @property
     def lasting(self) -> frozenset[int]:
-        """The lasting servers of all nodes and mounts, and those of `unsucceeded`."""
-        others: list[NodeServer | MountServers] = [*self.mounts.values(), *self.unsucceeded]
+        """The lasting servers of all nodes and mounts, and the earlier ones of nodes."""
+        others: list[NodeServer | MountServers] = [*self.mounts.values(), *self.earlier]
         return _lasting(self._chain()).union(*(one.lasting for one in others))
 
     @property
-    def unsucceeded(self) -> tuple[NodeServer, ...]:
-        """The replaced servers of nodes whose present servers are unknown. If such a replaced
-        server still runs, it may be the present one, for example if it has not accepted the new
-        connection yet."""
-        unknown = [name for name, one in self.connected.items() if one.peer is None]
-        return tuple(old for name in unknown for old in self.replaced.get(name, ()))
+    def earlier(self) -> tuple[NodeServer, ...]:
+        """The replaced servers of all nodes."""
+        return tuple(old for olds in self.replaced.values() for old in olds)
 
     @property
     def serving(self) -> frozenset[int]:
-        """The serving processes of all nodes and mounts."""
-        return _serving(self._chain()).union(*(one.serving for one in self.mounts.values()))
+        """The serving processes of all nodes and mounts, and the earlier ones of nodes."""
+        others: list[NodeServer | MountServers] = [*self.mounts.values(), *self.earlier]
+        return _serving(self._chain()).union(*(one.serving for one in others))
 
     def _chain(self) -> Iterator[Peer]:
         return _chain(one.peer for one in self.connected.values())
@@ -248,6 +248,7 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
             sockets.setdefault(group_of[socket.node], []).append(socket)
     for name, nodes in groups.items():
         _follow_group(known, replaced, nodes, sockets.get(name, ()), sample.at)
+    is_full = any(len(olds) >= _MAX_REPLACED for olds in replaced.values())
     nodes_now = {node.name: node for nodes in groups.values() for node in nodes}
     if before is None:
         before = StorageServers(unchecked=tuple(nodes_now.values()))
@@ -263,7 +264,7 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
         groups=groups,
         replaced=replaced,
         mounts=before.mounts,
-        incomplete=before.incomplete,
+        incomplete=before.incomplete or is_full,
     )
 
 
@@ -381,7 +382,8 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
     if servers is None:
         return False
     known = servers.connected
-    return bool(servers.mounts) or any(
+    watched: list[NodeServer | MountServers] = [*servers.mounts.values(), *servers.earlier]
+    return any(one.lasting for one in watched) or any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
     )
 
@@ -411,14 +413,18 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
     for mount in servers.mounts.values():
         if problem := _end_problem(mount, ends) or _late_end_problem(mount, ends):
             texts.append(f"{mount.title}: {problem}")
-    texts += _replacements(servers, ends.young, ends.before)
+    # A replaced server that is being stopped when the guest ends may have been killed before.
+    ended = ends.before | ends.after | ends.stopping
+    texts += _replacements(servers, ends.young, ended, runs=False)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
-def risks_of_replaced(servers: StorageServers, young: frozenset[int]) -> tuple[Risk, ...]:
-    """Return the risks of servers that certainly ended during the stop, because others have
-    replaced them. QEMU may still run. `young`: as in ServerEnds."""
-    texts = _replacements(servers, young)
+def risks_of_replaced(
+    servers: StorageServers, young: frozenset[int], ended: frozenset[int]
+) -> tuple[Risk, ...]:
+    """Return the risks of servers that others have replaced, and that certainly ended during the
+    stop. QEMU may still run. `young`: as in ServerEnds. `ended`: the processes that have ended."""
+    texts = _replacements(servers, young, ended, runs=True)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
@@ -445,36 +451,35 @@ def risks_of_ended(
 
 
 def _replacements(
-    servers: StorageServers, young: frozenset[int], before: frozenset[int] | None = None
+    servers: StorageServers, young: frozenset[int], ended: frozenset[int], *, runs: bool
 ) -> Iterator[str]:
-    """Yield a text for each server that was replaced. `before`: as in ServerEnds; None if QEMU
-    still runs, so that later samples may find the new servers."""
+    """Yield at most one text for each node and mount of which a server was replaced. `runs`:
+    whether QEMU may still run, so that later samples may find the new servers."""
     for name, server in servers.connected.items():
         title = _title(servers.alike(server.node))
-        for old in servers.replaced.get(name, ()):
-            if gone := _gone(old, server, before):
-                yield f"{title} lost {old.named(gone)} during the stop; {_MAY_BE_LOST}"
-            elif old.peer is None and old.node.protocol in _ONE_CONNECTION:
-                text = "lost its connection during the stop; if its server ended"
-                yield f"{title} {text}, {_MAY_BE_LOST}"
-        # If an earlier server is known, it is reported instead. So there is one text for each node.
-        is_first = all(old.peer is None for old in servers.replaced.get(name, ()))
-        if is_first and (started := server.serving & young):
+        replaced = servers.replaced.get(name, ())
+        texts = (_loss(old, server, ended, runs=runs) for old in replaced)
+        if text := next(filter(None, texts), ""):
+            yield f"{title} lost {text} {_MAY_BE_LOST}"
+        elif all(old.peer is None for old in replaced) and (started := server.serving & young):
             yield f"{title}: {_start_problem(server, started)}"
     for mount in servers.mounts.values():
         if mount.mount.certain and (started := mount.serving & young):
             yield f"{mount.title}: {_start_problem(mount, started)}"
 
 
-def _gone(old: NodeServer, new: NodeServer, before: frozenset[int] | None) -> frozenset[int]:
-    """Return which servers of a lost connection do not serve the new one."""
-    if _is_known(new.peer):
-        return old.serving - new.serving
-    if before is None:
-        return frozenset()
-    if new.peer is None:
-        return (old.serving - old.lasting) | (old.lasting & before)
-    return old.serving - new.serving
+def _loss(old: NodeServer, new: NodeServer, ended: frozenset[int], *, runs: bool) -> str:
+    """Name what was lost with the connection to `old`; "" if nothing was lost."""
+    # A present server is judged with its own connection.
+    gone = (old.lasting - new.lasting) & ended
+    if _is_known(new.peer) or not runs:
+        # If a server serves only one connection, nothing shows how long it runs.
+        gone |= old.serving - old.lasting - new.serving
+    if gone:
+        return f"{old.named(gone)} during the stop;"
+    if old.peer is None and old.node.protocol in _ONE_CONNECTION:
+        return "its connection during the stop; if its server ended,"
+    return ""
 
 
 def _start_problem(server: NodeServer | MountServers, started: frozenset[int]) -> str:

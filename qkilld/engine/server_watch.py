@@ -187,7 +187,7 @@ class ServerWatch:
         """Add the risks of the servers that certainly ended while QEMU used them, unless QEMU had
         nothing to lose any more."""
         ended = frozenset(pid for pid in servers.lasting if exits.has_ended(pid))
-        risks = risks_of_replaced(servers, frozenset(self._young))
+        risks = risks_of_replaced(servers, frozenset(self._young), ended)
         if ended:
             risks += risks_of_ended(servers, ended, sample)
         if not self._was_flushed:
@@ -255,7 +255,7 @@ class ServerWatch:
             unproven = [one for name, one in nodes if not one.outlived(first.get(name))]
             servers = self._servers or NO_SERVERS
             others = [one.lasting for one in servers.mounts.values()]
-            others += [one.lasting for one in (*unproven, *servers.unsucceeded)]
+            others += [one.lasting for one in (*unproven, *servers.earlier)]
             if any(pids & exits.unwatched for pids in others):
                 risks += (_UNWATCHED,)
         return risks

@@ -45,15 +45,29 @@ def begun() -> tuple[ServedWorld, FakeProcess, Job]:
 def test_a_server_that_was_replaced_is_a_risk_at_once() -> None:
     world, process, job = begun()
     world.sampler.shows = lambda now: REPLACED
+    world.exits.before = frozenset({SERVER})
     world.clock.advance(1)
     assert job.running and LOST in job.risks[0].text
     (text,) = end(world, process, job)
     assert LOST in text
 
 
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_a_replaced_server_that_still_runs_is_watched(is_watched: bool) -> None:
+    world, process, job = begun()
+    world.sampler.shows = lambda now: REPLACED
+    world.clock.advance(1)
+    assert world.exits.watched == {SERVER, SERVER + 1}
+    assert job.running and job.risks == ()
+    world.exits.unwatched = frozenset() if is_watched else frozenset({SERVER})
+    texts = end(world, process, job)
+    assert len(texts) == (not is_watched) and all("could not watch" in text for text in texts)
+
+
 def test_a_replaced_server_is_remembered_across_a_restart_of_the_daemon() -> None:
     world, process, _ = begun()
     world.sampler.shows = lambda now: REPLACED
+    world.exits.before = frozenset({SERVER})
     world.clock.advance(1)
     (text,) = end(*resumed(world, process))
     assert LOST in text

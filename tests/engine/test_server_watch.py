@@ -408,7 +408,7 @@ def test_an_exit_before_the_watch_began_is_a_risk() -> None:
     assert (job.result, [risk.text for risk in job.risks]) == (Result.EXITED, [UNREAD])
 
 
-def test_only_servers_of_present_connections_are_watched() -> None:
+def test_only_the_present_server_and_the_first_ones_are_watched() -> None:
     world, process = ServedWorld(), client()
     world.stop(process, FORCE)
     world.clock.advance(0)
@@ -418,7 +418,7 @@ def test_only_servers_of_present_connections_are_watched() -> None:
             CONNECTED, sockets=(other,)
         )
         world.clock.advance(1)
-        assert world.exits.watched == {pid}
+        assert world.exits.watched == {SERVER, *range(100, min(pid + 1, 107)), pid}
 
 
 def test_the_loop_does_not_ask_for_long_which_end_closed_the_connections() -> None:
