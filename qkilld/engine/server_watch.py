@@ -128,6 +128,7 @@ class ServerWatch:
 
     def begin(self) -> None:
         """If needed, search for the servers, and call the job's `advance` when they are found."""
+        self._was_flushed = self._job.flush.proven  # An earlier daemon may have flushed the disks.
         if self.is_needed and self._parts.server_exits is not None:
             self._is_late = is_stopping(self._job)
             with self._failures():

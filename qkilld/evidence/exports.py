@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,7 @@ _MAX_DEPTH: Final = 8
 # a word if only options without arguments come before them.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
 _NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
+_NBDKIT_EXITLAST: Final = re.compile(r"--fi[a-z]*[= ](.*/nbdkit-)?exitlast(-filter\.so)?")
 _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
 
 
@@ -101,8 +103,9 @@ def leaves_with_client(argv: Sequence[str]) -> bool:
     """Return whether a server exits when its only client disconnects.
 
     This is true of nbdkit --single, of qemu-nbd without --persistent, and of socat, which serves
-    one connection in each process. It is also true of nbdkit --run, whose client is the command
-    that it runs: when the command exits, nbdkit kills the server (nbdkit-captive(1)).
+    one connection in each process. It is also true of nbdkit's filter exitlast, and of nbdkit
+    --run, whose client is the command that it runs: when the command exits, nbdkit kills the server
+    (nbdkit-captive(1)).
     """
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
@@ -111,8 +114,11 @@ def leaves_with_client(argv: Sequence[str]) -> bool:
             long = any(word.startswith("--pe") for word in words)
             return not long and not any(map(_QEMU_NBD_PERSISTENT.match, words))
         case "nbdkit":
-            short = any(map(_NBDKIT_SINGLE.fullmatch, words))
-            return short or "--single" in words or any(map(_NBDKIT_CAPTIVE.fullmatch, words))
+            # The value of an option may be the next word.
+            pairs = [*words, *map(" ".join, pairwise(words))]
+            leaving = (_NBDKIT_SINGLE, _NBDKIT_EXITLAST, _NBDKIT_CAPTIVE)
+            is_single = "--single" in words
+            return is_single or any(one.fullmatch(word) for one in leaving for word in pairs)
         case "socat":
             return True
     return False

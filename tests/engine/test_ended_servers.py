@@ -127,6 +127,21 @@ def test_only_a_server_that_ended_before_the_flush_is_a_risk(is_before: bool) ->
     assert bool(job.risks) is is_before
 
 
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_daemon_that_was_restarted_knows_the_flush(is_flushed: bool) -> None:
+    world, process, job = begun()
+    if is_flushed:
+        job.flush = FlushReport("complete", "", proven=True)
+        job.note_flush()
+    (past,) = (job.snapshot() for job in world.registry)
+    after = ServedWorld()
+    after.exits.starts = {SERVER: past.started + S}
+    after.clock.advance((world.clock.now() - after.clock.now()) / S + 5)
+    job = after.registry.resume(process, past)
+    after.clock.advance(0)
+    assert bool(end(after, process, job)) is not is_flushed
+
+
 MOUNT = Mount("fuse.sshfs", None, None, "0:9", servers=(Peer(SERVER, "sshfs", (), 0, None, ()),))
 ON_FUSE = replace(IDLE, mounts=(replace(MOUNT, certain=True),), images=(ImagePlace((), "0:9"),))
 FUSE_ENDED = "fuse.sshfs file system 0:9: its server sshfs (process 90) ended before the guest"
