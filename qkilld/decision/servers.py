@@ -24,7 +24,10 @@ it may still run: for example, a proxy may choose another server for a new conne
 server is known, a server that has started after the job proves that another one ended, because the
 node had its data before.
 
-The servers of FUSE file systems that contain writable images are followed in the same way.
+The servers of FUSE file systems that contain writable images are followed in the same way. If it is
+uncertain which process is the server, the end of each process that may be counts as a risk. A flush
+that succeeds later proves nothing: if a FUSE server does not implement fsync, the kernel answers
+fsync itself, even after the server's end (fuse_fsync in fs/fuse/file.c).
 """
 
 from __future__ import annotations
