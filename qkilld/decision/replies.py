@@ -8,10 +8,17 @@ client, or may repeat a request that fails.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Final
 
 from qkilld.decision.signs import KEEPALIVE_PROTOCOLS, SERVES, Sign
-from qkilld.model.sample import Peer, Sample
+from qkilld.model.sample import Node, Peer, Sample, Socket
+
+_IDLE_WITHOUT_CONNECTION: Final = frozenset({"http", "https", "ftp", "ftps", "vhost-user"})
+"""Protocols whose nodes do not make QEMU run while they have no connection. QEMU connects to a web
+or FTP server only for a request. A vhost-user device is connected again only by QEMU's main loop,
+which does not run while QEMU finishes its disks."""
 
 
 def reply_signs(
@@ -31,12 +38,26 @@ def reply_signs(
 
 def runs_without_replies(sample: Sample) -> bool:
     """Return whether the process may run although no server replies: to keep a connection alive, to
-    connect to a lost server again, or for a connection of unknown use, such as that of a client."""
+    connect to a lost server again, or for a connection of unknown use, such as that of a client or
+    of storage that was added later."""
     sockets, nodes = sample.sockets or (), sample.nodes or ()
     connected = {socket.node for socket in sockets}
     # It is unknown which node of a group a connection belongs to.
     connected |= {node.group for node in nodes if node.group and node.name in connected}
-    return any(socket.role == "unknown" for socket in sockets) or any(
-        node.protocol in KEEPALIVE_PROTOCOLS or connected.isdisjoint((node.name, node.group))
-        for node in nodes
+    return any(socket.role == "unknown" and not _is_pair(socket) for socket in sockets) or any(
+        node.protocol in KEEPALIVE_PROTOCOLS or _connects_again(node, connected) for node in nodes
     )
+
+
+def _is_pair(socket: Socket) -> bool:
+    """Return whether the connection comes from socketpair(2), as that to an emulated TPM or the
+    second one to a vhost-user backend. A client of an export, or storage that sends keepalives,
+    does not have such a connection."""
+    return socket.family == "unix" and not socket.client and not socket.accepted
+
+
+def _connects_again(node: Node, connected: Collection[str]) -> bool:
+    """Return whether QEMU may be trying to connect to the node's server. `connected`: the names of
+    the nodes and groups that have connections."""
+    is_lost = node.name not in connected and node.group not in connected
+    return is_lost and node.protocol not in _IDLE_WITHOUT_CONNECTION

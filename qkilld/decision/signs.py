@@ -415,7 +415,7 @@ def _may_hang(peer: Peer, before: Peer | None) -> bool:
     the last sample."""
     if peer.unread and _may_store(peer):
         now = (peer.unread, peer.switches)
-        if before is None or now == (before.unread, before.switches):
+        if before is None or (None not in now and now == (before.unread, before.switches)):
             return True
     if peer.shared is not False:
         # Its calls may be for other clients.

@@ -8,6 +8,7 @@ looks like a dead one. So only one group of connections is cut off, the first th
   server, or a request had no reply before SIGTERM.
 - The server waits for its own storage, perhaps on behalf of another disk of the guest.
 - The connection does not move.
+- Only doubtful signs of the connection move, so perhaps the server replies.
 
 If QEMU certainly waits for a local disk, too, only the first group is cut off. A wrong choice loses
 less than the next rung, SIGKILL, would.
@@ -56,14 +57,14 @@ def choose(
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     sample = evidence.seen  # `waits` comes from this sample, too.
     nodes = {node.name: node for node in sample.nodes or ()}
-    suspects, working, others = [], [], []
+    suspects, working, others, doubtful = [], [], [], []
     for instance in instances:
         if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
             continue
         titles = _titles(instance, known.disks)
         names = [name for name in nodes if _is_of(name, instance, titles)]
         node_waits = [waits[_NODE + name] for name in names if _NODE + name in waits]
-        if any(_has_moved(wait, still_since) for wait in node_waits):
+        if any(_is_after(still_since, wait.moved_at) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
         owes = any(_owes(nodes[name], sample) for name in names)
@@ -71,6 +72,8 @@ def choose(
             suspects.append(candidate)
         elif any(_works(nodes[name], sample) for name in names):
             working.append(candidate)
+        elif any(_is_after(still_since, wait.doubted_at) for wait in node_waits):
+            doubtful.append(candidate)
         elif node_waits or (instance.kind == "block-node" and not names):
             others.append((candidate, bool(node_waits)))
     if suspects:
@@ -81,8 +84,9 @@ def choose(
     if working:
         return tuple(working)
     connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
-    all_still = not any(_has_moved(wait, still_since) for wait in connections)
-    return tuple(candidate for candidate, known in others if known or all_still)
+    all_still = not any(_is_after(still_since, wait.moved_at) for wait in connections)
+    still = [candidate for candidate, known in others if known or all_still]
+    return tuple(still or doubtful)
 
 
 def _titles(instance: YankInstance, disks: Sequence[NetworkDisk]) -> tuple[str, ...]:
@@ -96,8 +100,8 @@ def _is_of(name: str, instance: YankInstance, titles: Sequence[str]) -> bool:
     return name == instance.name or name in titles
 
 
-def _has_moved(wait: OpenWait, since: int) -> bool:
-    return wait.moved_at is not None and wait.moved_at > since
+def _is_after(since: int, at: int | None) -> bool:
+    return at is not None and at > since
 
 
 def _owes(node: Node, sample: Sample) -> bool:

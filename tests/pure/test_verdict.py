@@ -516,6 +516,15 @@ MORE = {
             two_nodes(replace(SHARED, io=WROTE), replace(PROXY, shared=True, behind=(UNREAD,))),
             Verdict.UNKNOWN,
         ),
+        # It is unknown whether the server behind has run since it got the request
+        *(
+            (
+                served(replace(PROXY, behind=(replace(UNREAD, switches=before),))),
+                served(replace(PROXY, behind=(replace(UNREAD, switches=now),), io=WROTE)),
+                Verdict.UNKNOWN if now else Verdict.FLUSHING,
+            )
+            for before, now in ((None, None), (1_000, 1_000))
+        ),
         # A server's progress does not explain a pipe that nobody reads
         (
             {**served(SHARED), "threads": (FULL_PIPE,)},

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from qkilld.model.constants import Verdict
+from qkilld.decision.ladder import JobFacts, kill_due
+from qkilld.decision.verdict import assess
+from qkilld.model.constants import Flag, Verdict
+from qkilld.model.policy import Policy
 from qkilld.model.sample import Node, Socket
 from tests.pure.test_verdict import (
     IDLE,
@@ -171,6 +174,44 @@ def test_a_qemu_that_runs_for_other_reasons_may_get_no_reply(
     now = follow(found)
     assert (now.verdict, now.progress_at) == (Verdict.UNKNOWN, None)
     assert now.doubt_at is not None and now.doubt_at > 50 * S
+
+
+RUNS_ONLY_FOR_REPLIES: list[tuple[tuple[Node, ...], tuple[Socket, ...]]] = [
+    # The data connection of an emulated TPM
+    ((), (Socket(98, "unix", client=False, send_queue=0, receive_queue=0),)),
+    # A CD on a web server that has closed the idle connection
+    ((Node("cd", "https", read_only=True),), ()),
+    # A network device whose backend has ended
+    ((Node("net (vhost-user-net)", "vhost-user"),), ()),
+]
+
+
+@pytest.mark.parametrize(("nodes", "sockets"), RUNS_ONLY_FOR_REPLIES)
+def test_connections_that_do_not_wake_qemu_make_no_reply_doubtful(
+    nodes: tuple[Node, ...], sockets: tuple[Socket, ...]
+) -> None:
+    """The server answers every 13 s."""
+    now = None
+    for second in range(1, 900):
+        replies = second // 13
+        peer = replace(SERVER, switches=1_000 + 6 * replies)
+        sample = replace(IDLE, at=second * S, switches=100 + 2 * replies)
+        all_sockets = (replace(UNIX, peer=peer), *sockets)
+        now = assess(now, replace(sample, nodes=(NBD, *nodes), sockets=all_sockets))
+        facts = JobFacts(flags=Flag.FORCE, policy=Policy(), started=S, term_at=S, assessment=now)
+        assert kill_due(facts) > now.last.at
+        assert now.progress_at == (replies * 13 * S or None)
+
+
+def test_a_client_that_qemu_accepted_may_wake_it() -> None:
+    """Perhaps an export of QEMU serves this client."""
+    client = Socket(98, "unix", client=False, send_queue=0, receive_queue=0, accepted=True)
+    found = []
+    for second in range(10):
+        peer = replace(SERVER, switches=1_000 + 2 * second)
+        sample = replace(IDLE, at=second * S, switches=100 + second, nodes=(NBD,))
+        found.append(replace(sample, sockets=(replace(UNIX, peer=peer), client)))
+    assert (follow(found).progress_at, follow(found).doubt_at) == (None, 9 * S)
 
 
 def test_nodes_with_the_same_server_are_all_connected() -> None:

@@ -130,6 +130,20 @@ def test_a_moving_connection_is_not_cut_off() -> None:
     assert chosen(seen(*moving), node("dead"), node("well")) == ["dead"]
 
 
+def test_a_server_that_may_have_replied_is_cut_off_last() -> None:
+    """QEMU also runs for its iSCSI disk, so it is doubtful whether the server has replied."""
+    lun = replace(link("lun", inode=3), family="tcp", acked=9_000, received=9_000)
+    nodes = (DEAD, WELL, Node("lun", "iscsi"))
+    samples = []
+    for at in range(70):
+        well = replace(link("well", inode=2), peer=replace(SERVER, switches=1_000 + at))
+        sample = with_nodes(link("dead"), well, lun, nodes=nodes)
+        samples.append(replace(sample, switches=100 + at))
+    evidence = seen(*samples)
+    assert chosen(evidence, node("dead"), node("well")) == ["dead"]
+    assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
+
+
 def test_an_idle_server_is_left_alone_while_a_local_disk_is_stuck() -> None:
     thread = Thread(1, "worker", "D", 74, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",))
     evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), threads=(thread,)))
