@@ -186,6 +186,12 @@ class StorageServers:
         return tuple(old for olds in self.replaced.values() for old in olds)
 
     @property
+    def has_left(self) -> bool:
+        """Whether a node has left a server that may still run."""
+        nodes = self.replaced.items()
+        return any(old.lasting - self.connected[one].lasting for one, olds in nodes for old in olds)
+
+    @property
     def serving(self) -> frozenset[int]:
         """The serving processes of all nodes and mounts, and the earlier ones of nodes."""
         others: list[NodeServer | MountServers] = [*self.mounts.values(), *self.earlier]

@@ -297,7 +297,7 @@ class Job:
             result=self.result,
             error=self.error,
             error_name=self.error_name,
-            risks=self.risks,
+            risks=self._servers.risks_to_save,
             guest_asked=self.guest_asked,
             flush=self.flush,
             processors_stopped=self.processors_stopped,

@@ -126,6 +126,15 @@ class ServerWatch:
         can = self._parts.sampler is not None and self._parts.server_exits is not None
         return can and self._job.guest.label.remote and self._job.by_evidence
 
+    @property
+    def risks_to_save(self) -> tuple[Risk, ...]:
+        """The risks that the next daemon needs to know. It cannot know which servers were replaced
+        and still run, so it cannot watch them."""
+        servers, job = self._servers, self._job
+        if servers is None or job.risks or job.flush.proven or not job.running:
+            return job.risks
+        return (_UNWATCHED,) if servers.has_left or servers.incomplete else ()
+
     def begin(self) -> None:
         """If needed, search for the servers, and call the job's `advance` when they are found."""
         self._was_flushed = self._job.flush.proven  # An earlier daemon may have flushed the disks.

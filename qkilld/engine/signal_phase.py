@@ -192,9 +192,9 @@ class SignalPhase:
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())
-        earlier = len(snapshot.risks)
-        rungs = (*snapshot.rungs, rung)
-        return replace(snapshot, rungs=rungs, risks=self._risks(), earlier_risks=earlier)
+        known, of_kill = snapshot.risks, self._risks_of_kill()
+        rungs, risks = (*snapshot.rungs, rung), (*known, *of_kill)
+        return replace(snapshot, rungs=rungs, risks=risks, earlier_risks=len(known))
 
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.
@@ -235,7 +235,7 @@ class SignalPhase:
             self._kill_at = now
             job.deadline = min(now + job.policy.reap, INFINITY)
             job.phase = Phase.KILL
-            job.risks = self._risks()
+            job.risks = (*job.risks, *self._risks_of_kill())
             self._intent = _Intent.NONE
         elif number == SIGCONT:
             self._continued_at = now
@@ -300,12 +300,11 @@ class SignalPhase:
             self._intent = _Intent.NONE
             self._job.enter(Phase.TERMINATE)
 
-    def _risks(self) -> tuple[Risk, ...]:
-        """Return the job's risks if SIGKILL is sent now."""
+    def _risks_of_kill(self) -> tuple[Risk, ...]:
+        """Return the risks of a SIGKILL that is sent now."""
         job = self._job
-        if job.flush.proven:
-            return job.risks
-        return (*job.risks, *risks_of_kill(job.assessment if job.by_evidence else None))
+        evidence = job.assessment if job.by_evidence else None
+        return () if job.flush.proven else risks_of_kill(evidence)
 
     def _try_again(self, number: Signals, error: UnknownIdentity) -> None:
         job, now = self._job, self._clock.now()

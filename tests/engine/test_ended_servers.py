@@ -73,6 +73,25 @@ def test_a_replaced_server_is_remembered_across_a_restart_of_the_daemon() -> Non
     assert LOST in text
 
 
+@pytest.mark.parametrize("is_other", [True, False])
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_replaced_server_that_ran_when_the_daemon_was_restarted(
+    is_other: bool, is_flushed: bool
+) -> None:
+    """The next daemon does not know which server to watch."""
+    world, process, job = begun()
+    shown = REPLACED if is_other else replace(CONNECTED, sockets=(replace(SOCKET, inode=8),))
+    world.sampler.shows = lambda now: shown
+    world.clock.advance(1)
+    if is_flushed:
+        job.flush = FlushReport("complete", "", proven=True)
+        job.note_flush()
+    texts = end(*resumed(world, process))
+    assert job.risks == ()
+    assert len(texts) == (is_other and not is_flushed)
+    assert all("could not watch" in text for text in texts)
+
+
 def test_a_server_that_was_replaced_while_no_daemon_ran() -> None:
     """The new server is younger than the job, which shows that another one ended."""
     world, process, _ = begun()
