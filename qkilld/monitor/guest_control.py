@@ -410,7 +410,7 @@ class GuestControl:
 
     async def press(self) -> None:
         """Raises MonitorError if the button is not pressed. After a timeout, QEMU still executes a
-        QMP command, but drops a line of the human monitor (measured, 7.2)."""
+        QMP command. QEMU 7.2 drops a line of the human monitor, later versions may execute it."""
         await self.begin_watch()
         if self.qmp is not None:
             await self.qmp.send("system_powerdown", timeout_s=ORDER_S)

