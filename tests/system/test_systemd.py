@@ -83,6 +83,7 @@ def test_everything_of_a_service(container: Container) -> None:
             "arguments": ["/bin/true", "one", "two three"],
             "ignores_failure": True,
             "flags": ["privileged"],
+            "pid": 0,
         }
     ]
     assert "basic.target" in facts["after"]
