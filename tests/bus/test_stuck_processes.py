@@ -18,6 +18,7 @@ import pytest
 
 from qkilld.ctl.process_stats import ProcessStats, executable, process_stats
 from tests.evidence.until import until
+from tests.lab import needs
 from tests.lab.bus import Bus, CallError, Client, Daemon
 from tests.lab.guest import Guest, own_qemus
 from tests.lab.process import OTHER_UID, TOP, communicate, end, spawn, wait_gone
@@ -222,6 +223,7 @@ def test_qkilld_stop_needs_no_thread_without_the_daemon(
 ) -> None:
     """qkilld-stop needs no thread to sample the guest, either. Without samples, a guest that hangs
     would never get SIGKILL."""
+    needs.readable_by_others(TOP)
     guest = fake_qemu(uid=OTHER_UID, stubborn=stubborn)
     spans = ("--grace=1s", "--stall=1s", "--storage-stall=4s")
     options = ("--force", *spans, f"--socket={lab_dir}/none")

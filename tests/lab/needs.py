@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 
@@ -27,3 +28,10 @@ def root(what: str) -> None:
     """Raise Missing if this process is not root. `what` is the action that needs root."""
     if os.geteuid() != 0:
         raise Missing(f"{what} needs root")
+
+
+def readable_by_others(path: Path) -> None:
+    """Raise Missing if other users cannot enter this directory."""
+    for directory in (path, *path.parents):
+        if not directory.stat().st_mode & stat.S_IXOTH:
+            raise Missing(f"other users cannot enter {directory}: move this checkout elsewhere")

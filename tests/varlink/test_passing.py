@@ -17,6 +17,7 @@ import pytest
 
 from tests.bus.test_stop_asking import stop
 from tests.evidence.until import until
+from tests.lab import needs
 from tests.lab.bus import Daemon
 from tests.lab.guest import Guest, make_disk
 from tests.lab.netns import NetworkNamespace
@@ -245,6 +246,7 @@ def test_qkilld_stop_uses_it_itself_without_a_daemon(
 
 
 def test_a_helper_of_the_guests_user_passes_it(service: VarlinkService, linux_guest: Start) -> None:
+    needs.readable_by_others(TOP)
     guest = linux_guest(job="power", append="lab.power=off", arguments=on_tcp(), uid=OTHER_UID)
     monitor_of(guest)
     may_read = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
