@@ -46,11 +46,11 @@ SETTLE: Final = USEC_PER_SEC * 3 // 10
 guest ended. An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
 _MAX_NAMES: Final = 4
 _MAX_REPLACED: Final = 8
-"""At most so many servers that a node has left are remembered."""
+"""At most this many servers that a node has left are remembered."""
 MAX_MOUNTS: Final = 64
-"""So many FUSE file systems of one guest are followed."""
+"""At most this many FUSE file systems of one guest are followed."""
 _MAX_CANDIDATES: Final = 16
-"""If it is uncertain which process serves a file system, so many that may do so are remembered."""
+"""If it is uncertain which process serves a file system, at most this many are remembered."""
 _ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
 """The protocols for which a lost connection may mean a lost server, even if the server is unknown.
 Clients of other protocols, such as rbd, have many connections, and close some of them at times."""

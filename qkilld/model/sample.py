@@ -166,7 +166,7 @@ class Peer:
     found, the connections were unreadable, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
     """If this peer is in another peer's `behind`: the FUSE file systems (MAJOR:MINOR) that it
-    serves to that peer; () if there are none, or if several peers use this one."""
+    serves to that peer. () if it serves none, or if several peers use this one."""
     certain: bool = True
     """If this peer is in another peer's `behind`: whether it certainly works for that peer. This is
     uncertain if the kernel does not show which process serves a file system, or if it is only known

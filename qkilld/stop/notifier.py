@@ -14,7 +14,7 @@ _HIDDEN = frozenset({errno.EAFNOSUPPORT, errno.ENOENT, errno.EACCES, errno.EPERM
 
 
 class Notifier:
-    """The notification socket. If there is none, calls do nothing. Never blocks.
+    """The notification socket. Without a socket, calls do nothing. Calls never block.
 
     A control process gets $NOTIFY_SOCKET only with NotifyAccess=exec or =all (systemd,
     src/core/service.c, service_exec_needs_notify_socket).

@@ -27,7 +27,7 @@ from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
-from qkilld.model.sample import Io, Sample
+from qkilld.model.sample import Io, Sample, Thread
 
 S = 1_000_000
 NO_FLAGS = Flag(0)
@@ -210,6 +210,24 @@ IDLE = Sample(
     sockets=(),
 )
 """A process that has nothing to do, with every field readable."""
+
+ON_PIPE = replace(
+    IDLE,
+    threads=(
+        Thread(
+            7,
+            "qemu",
+            "S",
+            2,
+            io_call=False,
+            wchan="pipe_write",
+            call="write",
+            descriptor=2,
+            target="pipe",
+        ),
+    ),
+)
+"""A sample of a process that waits to write to a full pipe."""
 
 
 class FakeSampler:

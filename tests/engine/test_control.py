@@ -12,28 +12,12 @@ from qkilld.model.constants import INFINITY, Flag, Result
 from qkilld.model.errors import Failed
 from qkilld.model.event import MessageId
 from qkilld.model.policy import Config, Policy
-from qkilld.model.sample import Io, Sample, Thread
+from qkilld.model.sample import Io, Sample
 
-from .conftest import IDLE, FakeProcess, S, World
+from .conftest import IDLE, ON_PIPE, FakeProcess, S, World
 
 FORCE, FIXED = Flag.FORCE, Flag.FIXED
 ADMIN = Steerer(1001, Rank.AUTHORIZED)
-WAITS_FOR_PIPE = replace(
-    IDLE,
-    threads=(
-        Thread(
-            7,
-            "qemu",
-            "S",
-            2,
-            io_call=False,
-            wchan="pipe_write",
-            call="write",
-            descriptor=2,
-            target="pipe",
-        ),
-    ),
-)
 
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
@@ -220,7 +204,7 @@ def test_another_request_does_not_revoke_a_hold_or_extension(world: World, held:
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_wait_that_ends_late_starts_the_time_again(world: World, holds: bool) -> None:
     """QEMU writes to a full pipe. The wait ends right before the hold or the extension ends."""
-    world.sampler.shows = lambda now: WAITS_FOR_PIPE
+    world.sampler.shows = lambda now: ON_PIPE
     process = FakeProcess()
     job = world.stop(process, FORCE)
     world.clock.advance(5)

@@ -77,7 +77,7 @@ GIVES_UP = "gives up in 7s unless it can be asked"
         ({"deadline": NOW + 90 * S}, "gives up in 1min 30s"),
         ({"deadline": INFINITY}, "waits without limit"),
         ({"held": True}, "held"),
-        # The job was extended, and the daemon has not decided anew since.
+        # The job was extended after the daemon's last decision.
         ({"flags": Flag.FORCE, "not_before": NOW + 60 * S}, "no SIGKILL for 1min"),
         ({"not_before": NOW + 60 * S}, "gives up in 1min"),
         ({"flags": Flag.FORCE, "not_before": NOW + 2 * S}, "SIGKILL in 7s"),

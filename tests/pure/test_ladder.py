@@ -23,8 +23,8 @@ from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
-from qkilld.model.sample import Cgroup, Sample, Thread
-from tests.engine.conftest import IDLE
+from qkilld.model.sample import Cgroup, Sample
+from tests.engine.conftest import IDLE, ON_PIPE
 
 S = 1_000_000
 NONE, FORCE, NOWAIT, FIXED = Flag(0), Flag.FORCE, Flag.NOWAIT, Flag.FIXED
@@ -401,22 +401,6 @@ def test_unreadable_samples_do_not_start_the_time_again(
     assert kill_second(lambda second: bad if second % 8 < length else good) == expected
 
 
-ON_PIPE = replace(
-    IDLE,
-    threads=(
-        Thread(
-            7,
-            "qemu",
-            "S",
-            2,
-            io_call=False,
-            wchan="pipe_write",
-            call="write",
-            descriptor=2,
-            target="pipe",
-        ),
-    ),
-)
 STARVED = replace(IDLE, running=1)
 
 

@@ -37,7 +37,7 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
     and a command of a shell.
 
     If a line begins with "- ", a failure is ignored. The line that begins with "> " runs now. If
-    there is none, the first line runs now.
+    no line begins with it, the first line runs now.
     """
     start = Command("/usr/bin/qemu-system-x86_64", ())
     given: dict[str, Any] = {"type": "simple", "exec_start": (start,)}
