@@ -1,8 +1,8 @@
 """The end of a guest's process.
 
-decision.risk and decision.servers decide which data this end puts at risk. If the guest has storage
-on a network, the job ends a little after the process (decision.servers.SETTLE), to find out whether
-the servers were also being stopped.
+decision.risk and decision.server_risks decide which data this end puts at risk. If the guest has
+storage on a network, the job ends a little after the process (decision.server_risks.SETTLE), to
+find out whether the servers were also being stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qkilld.decision.risk import risks_of_death, risks_of_exit
-from qkilld.decision.servers import SETTLE
+from qkilld.decision.server_risks import SETTLE
 from qkilld.engine.server_watch import ServerWatch
 from qkilld.engine.signal_phase import SignalPhase
 from qkilld.model.job import Risk

@@ -1,9 +1,9 @@
 """Watch the servers of a guest's network disks while a job stops the guest.
 
-decision.servers decides what the end of a server means. The servers must be known before the guest
-gets SIGTERM, because QEMU exits in a few milliseconds if it has lost its disks. So SIGTERM waits
-until the servers are found, but at most TIMEOUT. This is done only for guests whose command line
-names storage on a network.
+decision.server_risks decides what the end of a server means. The servers must be known before the
+guest gets SIGTERM, because QEMU exits in a few milliseconds if it has lost its disks. So SIGTERM
+waits until the servers are found, but at most TIMEOUT. This is done only for guests whose command
+line names storage on a network.
 
 On a busy host or after a restart of the daemon, QEMU may have been told to exit before the first
 usable sample. A node without a connection then proves nothing: QEMU may have closed the connection,
@@ -27,16 +27,14 @@ from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.debug_log import note_once
-from qkilld.decision.servers import (
-    NO_SERVERS,
+from qkilld.decision.server_risks import (
     ServerEnds,
-    StorageServers,
-    follow_servers,
     needs_settling,
     risks_of_ended,
     risks_of_replaced,
     risks_of_servers,
 )
+from qkilld.decision.servers import NO_SERVERS, StorageServers, follow_servers
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.sampling import JobSampler

@@ -10,7 +10,7 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 
-from qkilld.decision.servers import SETTLE
+from qkilld.decision.server_risks import SETTLE
 from qkilld.engine.job import Job
 from qkilld.engine.ports import Process, ServerExits
 from qkilld.engine.registry import Registry

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 
-from qkilld.decision.servers import (
-    MAX_MOUNTS,
+from qkilld.decision.server_risks import (
     ServerEnds,
-    StorageServers,
-    follow_servers,
     needs_settling,
     risks_of_ended,
     risks_of_replaced,
     risks_of_servers,
 )
+from qkilld.decision.servers import MAX_MOUNTS, StorageServers, follow_servers
 from qkilld.model.sample import ImagePlace, Mount, Node, Peer, Sample, Socket
 
 S = 1_000_000
