@@ -8,7 +8,7 @@ client, or may repeat a request that fails.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import replace
 from typing import Final
 
@@ -41,7 +41,7 @@ def runs_without_replies(sample: Sample) -> bool:
     connect to a lost server again, or for a connection of unknown use, such as that of a client or
     of storage that was added later."""
     sockets, nodes = sample.sockets or (), sample.nodes or ()
-    connected = {socket.node for socket in sockets}
+    connected = {socket.node for socket in sockets if socket.node}
     # It is unknown which node of a group a connection belongs to.
     connected |= {node.group for node in nodes if node.group and node.name in connected}
     return any(socket.role == "unknown" and not _is_pair(socket) for socket in sockets) or any(
@@ -56,8 +56,8 @@ def _is_pair(socket: Socket) -> bool:
     return socket.family == "unix" and not socket.client and not socket.accepted
 
 
-def _connects_again(node: Node, connected: Collection[str]) -> bool:
+def _connects_again(node: Node, connected: Set[str]) -> bool:
     """Return whether QEMU may be trying to connect to the node's server. `connected`: the names of
     the nodes and groups that have connections."""
-    is_lost = node.name not in connected and node.group not in connected
+    is_lost = connected.isdisjoint((node.name, node.group))
     return is_lost and node.protocol not in _IDLE_WITHOUT_CONNECTION

@@ -17,6 +17,7 @@ from tests.pure.test_verdict import (
     ISCSI,
     NBD,
     OF_ISCSI,
+    QMP,
     SERVER,
     STRANGER,
     UNIX,
@@ -154,6 +155,8 @@ RUNS_ANYWAY: list[tuple[tuple[Node, ...], tuple[Socket, ...]]] = [
     ((ISCSI,), (OF_ISCSI,)),
     # Attempts to connect again; the server may be on another host
     ((LOST,), ()),
+    # The same, and a monitor
+    ((LOST,), (QMP,)),
     # Perhaps a client, or storage that was added later
     ((), (STRANGER,)),
 ]
