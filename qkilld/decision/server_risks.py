@@ -20,11 +20,11 @@ fsync, the kernel answers fsync itself, even after the server's end (fuse_fsync 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from typing import Final
 
-from qkilld.decision.servers import MAX_NAMES, MountServers, NodeServer, StorageServers
+from qkilld.decision.servers import MountServers, NodeServer, StorageServers, title_of
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job import Risk
@@ -33,9 +33,6 @@ from qkilld.model.sample import Node, Sample
 SETTLE: Final = USEC_PER_SEC * 3 // 10
 """If a server still runs this long (µs) after the guest's end, it was not being stopped when the
 guest ended. An idle QEMU or qemu-nbd exits a few ms after it has closed its connections."""
-_ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
-"""The protocols for which a lost connection may mean a lost server, even if the server is unknown.
-Clients of other protocols, such as rbd, have many connections, and close some of them at times."""
 _MAY_BE_LOST: Final = "data that it had acknowledged may be lost"
 
 
@@ -70,8 +67,7 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
     if servers is None:
         return False
     known = servers.connected
-    watched: list[NodeServer | MountServers] = [*servers.mounts.values(), *servers.earlier]
-    return any(one.lasting for one in watched) or any(
+    return bool(servers.left or servers.mounts) or any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
     )
 
@@ -89,7 +85,7 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
     for node in servers.disconnected:
         nodes = servers.alike(node)
         if not _was_kept(nodes, ends.guest_started, ends.guest_ended):
-            texts.append(f"{_title(nodes)} had no connection to its server")
+            texts.append(f"{title_of(nodes)} had no connection to its server")
     for name, server in servers.connected.items():
         nodes = servers.alike(server.node)
         was_kept = _was_kept(nodes, server.at, ends.guest_ended)
@@ -97,29 +93,21 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
         if not (problem or was_kept):
             problem = _connection_problem(server, ends, ends.closed_first.get(name))
         if problem:
-            texts.append(f"{_title(nodes)}: {problem}")
+            texts.append(f"{title_of(nodes)}: {problem}")
     for mount in servers.mounts.values():
         if problem := _end_problem(mount, ends) or _late_end_problem(mount, ends):
             texts.append(f"{mount.title}: {problem}")
-    # A replaced server that is being stopped when the guest ends may have been killed before.
+    # A server that was left may have been killed before, even if it ends only now.
     ended = ends.before | ends.after | ends.stopping
-    texts += _replacements(servers, ends.young, ended, runs=False)
+    texts += _losses(servers, ends.young, ended)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
-def risks_of_replaced(
-    servers: StorageServers, young: frozenset[int], ended: frozenset[int]
+def risks_so_far(
+    servers: StorageServers, young: frozenset[int], ended: frozenset[int], sample: Sample | None
 ) -> tuple[Risk, ...]:
-    """Return the risks of servers that others have replaced, and that certainly ended during the
-    stop. QEMU may still run. `young`: as in ServerEnds. `ended`: the processes that have ended."""
-    texts = _replacements(servers, young, ended, runs=True)
-    return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
-
-
-def risks_of_ended(
-    servers: StorageServers, ended: frozenset[int], sample: Sample | None
-) -> tuple[Risk, ...]:
-    """Return the risks of the servers that had `ended` before the guest closed its disks.
+    """Return the risks of the servers that certainly `ended` before the guest closed its disks.
+    QEMU may still run. `young`: as in ServerEnds.
 
     `sample`: the newest sample; None if the guest had closed nothing when the servers ended. A
     sample may be older than that. So leave out a server if QEMU had perhaps closed its connection
@@ -131,43 +119,32 @@ def risks_of_ended(
     for server in servers.connected.values():
         is_open = shown is None or (server.inode in shown and not server.outlived(True))
         if is_open and (problem := _end_problem(server, ends)):
-            texts.append(f"{_title(servers.alike(server.node))}: {problem}")
+            texts.append(f"{title_of(servers.alike(server.node))}: {problem}")
     for mount in servers.mounts.values():
         if problem := _end_problem(mount, ends):
             texts.append(f"{mount.title}: {problem}")
+    texts += _losses(servers, young, ended)
     return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
-def _replacements(
-    servers: StorageServers, young: frozenset[int], ended: frozenset[int], *, runs: bool
-) -> Iterator[str]:
-    """Yield at most one text for each node and mount of which a server was replaced. `runs`:
-    whether QEMU may still run, so that later samples may find the new servers."""
+def _losses(servers: StorageServers, young: frozenset[int], ended: frozenset[int]) -> Iterator[str]:
+    """Yield at most one text for each node and mount of which a server was replaced."""
+    lost = {
+        place: f"{text} during the stop; if its server ended,"
+        for place, text in servers.lost.items()
+    }
+    for pid, left in servers.left.items():
+        # A present server is judged with its own connection.
+        if pid in ended and not servers.serves(pid, left.place):
+            lost.setdefault(left.place, f"{left.text} during the stop;")
+    yield from (f"{text} {_MAY_BE_LOST}" for text in lost.values())
+    known = {left.place for left in servers.left.values()}
     for name, server in servers.connected.items():
-        title = _title(servers.alike(server.node))
-        replaced = servers.replaced.get(name, ())
-        texts = (_loss(old, server, ended, runs=runs) for old in replaced)
-        if text := next(filter(None, texts), ""):
-            yield f"{title} lost {text} {_MAY_BE_LOST}"
-        elif all(old.peer is None for old in replaced) and (started := server.serving & young):
-            yield f"{title}: {_start_problem(server, started)}"
+        if name not in known and (started := server.origins & young):
+            yield f"{title_of(servers.alike(server.node))}: {_start_problem(server, started)}"
     for mount in servers.mounts.values():
-        if mount.mount.certain and (started := mount.serving & young):
+        if mount.mount.certain and (started := mount.origins & young):
             yield f"{mount.title}: {_start_problem(mount, started)}"
-
-
-def _loss(old: NodeServer, new: NodeServer, ended: frozenset[int], *, runs: bool) -> str:
-    """Name what was lost with the connection to `old`; "" if nothing was lost."""
-    # A present server is judged with its own connection.
-    gone = (old.lasting - new.lasting) & ended
-    if new.is_known or not runs:
-        # If a server serves only one connection, nothing shows how long it runs.
-        gone |= old.serving - old.lasting - new.serving
-    if gone:
-        return f"{old.named(gone)} during the stop;"
-    if old.peer is None and old.node.protocol in _ONE_CONNECTION:
-        return "its connection during the stop; if its server ended,"
-    return ""
 
 
 def _start_problem(server: NodeServer | MountServers, started: frozenset[int]) -> str:
@@ -225,13 +202,3 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes
     )
-
-
-def _title(nodes: Sequence[Node]) -> str:
-    protocol = nodes[0].protocol
-    if len(nodes) == 1:
-        return f"{protocol} node {nodes[0].name}"
-    names = [node.name for node in nodes[:MAX_NAMES]]
-    more = " and others" if len(nodes) > MAX_NAMES else ""
-    kind = f"{protocol} nodes" if all(node.protocol == protocol for node in nodes) else "nodes"
-    return f"one of the {kind} {', '.join(names)}{more}"

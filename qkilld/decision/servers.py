@@ -12,8 +12,8 @@ If several nodes use one server (Node.group), it is unknown which connection bel
 Each connection is assigned to an arbitrary one of these nodes, so a risk of one node may really be
 a risk of another node in its group.
 
-A server that was replaced is watched until the guest ends, because it may still run: for example, a
-proxy may choose another server for a new connection.
+A server that the guest has left (Left) is watched until the guest ends, because it may still run:
+for example, a proxy may choose another server for a new connection.
 
 The servers of FUSE file systems that contain writable images are followed in the same way. If it is
 uncertain which process is the server, all processes that may be are followed.
@@ -23,18 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from itertools import islice
 from typing import Final
 
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Mount, Node, Peer, Sample, Socket
 
-MAX_NAMES: Final = 4
-_MAX_REPLACED: Final = 8
-"""At most this many servers that a node has left are remembered."""
+_MAX_NAMES: Final = 4
+MAX_LEFT: Final = 32
+"""At most this many servers that a guest has left are remembered."""
 MAX_MOUNTS: Final = 64
 """At most this many FUSE file systems of one guest are followed."""
 _MAX_CANDIDATES: Final = 16
 """If it is uncertain which process serves a file system, at most this many are remembered."""
+_ONE_CONNECTION: Final = frozenset({"nbd", "iscsi"})
+"""The protocols for which a lost connection may mean a lost server, even if the server is unknown.
+Clients of other protocols, such as rbd, have many connections, and close some of them at times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,10 @@ class NodeServer:
         return _serving(_chain([self.peer]))
 
     @property
-    def is_known(self) -> bool:
-        """Whether all processes between the guest and the storage are known."""
-        return _is_known(self.peer)
+    def origins(self) -> frozenset[int]:
+        """Like `serving`, but instead of a process that was forked for the connection, its
+        parent."""
+        return _origins(_chain([self.peer]))
 
     @property
     def behind_unknown(self) -> bool:
@@ -105,22 +110,22 @@ class MountServers:
     def lasting(self) -> frozenset[int]:
         """The processes that should continue to run until the guest ends. If the mount is not
         `certain`, these are all processes that may be the server."""
-        servers = self.mount.servers or ()
-        behind = (other for server in servers for other in server.behind if other.certain)
-        return _serving(servers) | _lasting(_chain(behind if self.mount.certain else ()))
+        return _serving(self.mount.servers or ()) | _lasting(self._behind())
 
     @property
     def serving(self) -> frozenset[int]:
         """The servers of the file system, and those behind them."""
-        return _serving(_chain(self.mount.servers or ()))
+        return _serving(self.mount.servers or ()) | _serving(self._behind())
 
     @property
-    def limited(self) -> MountServers:
-        """The same with at most _MAX_CANDIDATES servers."""
-        servers = self.mount.servers or ()
-        if len(servers) <= _MAX_CANDIDATES:
-            return self
-        return MountServers(replace(self.mount, servers=servers[:_MAX_CANDIDATES]))
+    def origins(self) -> frozenset[int]:
+        """As in NodeServer."""
+        return _serving(self.mount.servers or ()) | _origins(self._behind())
+
+    def _behind(self) -> Iterator[Peer]:
+        """Yield the servers behind those of the file system, if the mount is `certain`."""
+        servers = (self.mount.servers or ()) if self.mount.certain else ()
+        return _chain(other for server in servers for other in server.behind if other.certain)
 
     @property
     def title(self) -> str:
@@ -130,6 +135,26 @@ class MountServers:
         """Name the servers that are in `pids`."""
         named = _named(self.mount.servers or (), pids)
         return named if self.mount.certain else f"what may be {named}"
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A process that has served a disk or file system of the guest, but does not any more."""
+
+    place: str
+    """The node's name, or Mount.number."""
+    text: str
+    """What was lost: for example, "nbd node disk lost its server qemu-nbd (process 90)"."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedServer:
+    """A process that the next daemon watches as if the guest had left it."""
+
+    pid: int
+    started: int
+    """When the process started; CLOCK_MONOTONIC, µs."""
+    left: Left
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +169,15 @@ class StorageServers:
     """Like `disconnected`, but it is unknown whether the nodes should be connected. Only
     samples with detail show whether their servers listen."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
-    """All nodes of each group, keyed by Node.group."""
-    replaced: Mapping[str, tuple[NodeServer, ...]] = field(default_factory=dict)
-    """The earlier servers of each node, whose connections ended while QEMU ran, keyed by the node's
-    name."""
+    """All nodes of each group, keyed by Node.group; for a node without a group, by its name."""
     mounts: Mapping[str, MountServers] = field(default_factory=dict)
     """Keyed by Mount.number."""
+    left: Mapping[int, Left] = field(default_factory=dict)
+    """The processes that the guest has left, keyed by process id. They may still run, or serve the
+    guest again."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """For each node that has lost its connection to a server that was not found: what was lost.
+    Keyed by the node's name."""
     incomplete: bool = False
     """Whether more servers were found than are remembered."""
 
@@ -158,38 +186,49 @@ class StorageServers:
         """Whether another sample may show more: a local server was not found yet, it is not known
         yet whether a server exits with its client, or servers behind a server are missing."""
         missing = any(one.local for one in self.connected.values() if one.peer is None)
-        return missing or not _are_known(_chain(one.peer for one in self.connected.values()))
+        return missing or not _are_known(self._chain())
 
     def alike(self, node: Node) -> tuple[Node, ...]:
         """Return the nodes in the group of `node` (Node.group), including `node` itself."""
         return self.groups.get(node.group, (node,))
 
     @property
-    def earlier(self) -> tuple[NodeServer, ...]:
-        """The replaced servers of all nodes."""
-        return tuple(old for olds in self.replaced.values() for old in olds)
-
-    @property
-    def has_left(self) -> bool:
-        """Whether a node has left a server that may still run."""
-        nodes = self.replaced.items()
-        return any(old.lasting - self.connected[one].lasting for one, olds in nodes for old in olds)
-
-    @property
     def lasting(self) -> frozenset[int]:
-        """The lasting servers of all nodes and mounts, and the earlier ones of nodes."""
-        return frozenset[int]().union(*(one.lasting for one in self._all))
+        """The processes that should continue to run until the guest ends, and those that it has
+        left."""
+        mounts = (one.lasting for one in self.mounts.values())
+        return _lasting(self._chain()).union(self.left, *mounts)
 
     @property
     def serving(self) -> frozenset[int]:
-        """The serving processes of all nodes and mounts, and the earlier ones of nodes."""
-        return frozenset[int]().union(*(one.serving for one in self._all))
+        """The processes between the guest and the storage."""
+        mounts = (one.serving for one in self.mounts.values())
+        return _serving(self._chain()).union(*mounts)
 
     @property
-    def _all(self) -> Iterator[NodeServer | MountServers]:
-        yield from self.connected.values()
-        yield from self.mounts.values()
-        yield from self.earlier
+    def to_save(self) -> dict[int, Left]:
+        """What the next daemon should know: the processes in `lasting` as if the guest had left
+        them all."""
+        servers: dict[str, NodeServer | MountServers] = {**self.connected, **self.mounts}
+        present = {
+            pid: _left(place, self._title(server), server, pid)
+            for place, server in servers.items()
+            for pid in server.lasting
+        }
+        return {**present, **self.left}
+
+    def serves(self, pid: int, place: str) -> bool:
+        """Return whether a process is between the guest and this node or mount."""
+        server = self.connected.get(place) or self.mounts.get(place)
+        return server is not None and pid in server.serving | server.lasting
+
+    def _title(self, server: NodeServer | MountServers) -> str:
+        if isinstance(server, MountServers):
+            return server.title
+        return title_of(self.alike(server.node))
+
+    def _chain(self) -> Iterator[Peer]:
+        return _chain(one.peer for one in self.connected.values())
 
 
 NO_SERVERS: Final = StorageServers()
@@ -205,30 +244,49 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     servers = _follow_nodes(before, sample)
     if servers is None:
         return None
-    mounts = _follow_mounts(servers.mounts, sample)
-    if mounts == servers.mounts:
+    servers = _follow_mounts(servers, sample)
+    if len(servers.left) <= MAX_LEFT and len(servers.mounts) <= MAX_MOUNTS:
         return servers
-    known = {number: one.limited for number, one in list(mounts.items())[:MAX_MOUNTS]}
-    return replace(servers, mounts=known, incomplete=servers.incomplete or known != mounts)
+    return replace(
+        servers,
+        left=dict(islice(servers.left.items(), MAX_LEFT)),
+        mounts=dict(islice(servers.mounts.items(), MAX_MOUNTS)),
+        incomplete=True,
+    )
 
 
-def _follow_mounts(known: Mapping[str, MountServers], sample: Sample) -> dict[str, MountServers]:
+def _follow_mounts(servers: StorageServers, sample: Sample) -> StorageServers:
     held = {image.mount for image in sample.images or ()}
-    mounts = dict(known)
+    mounts, left, incomplete = dict(servers.mounts), dict(servers.left), servers.incomplete
     for mount in sample.mounts or ():
         is_held = sample.images is None or mount.number in held
         if not (mount.number and mount.servers and is_held):
             continue
-        old = mounts.get(mount.number)
-        if old is None or (mount.certain and not old.mount.certain):
-            mounts[mount.number] = MountServers(mount)
-        elif not (mount.certain or old.mount.certain):
+        old, new = mounts.get(mount.number), MountServers(mount)
+        if old is not None and not _is_better_mount(mount, old.mount):
+            continue
+        if old is not None and mount.certain and old.mount.certain:
+            left |= _what_was_left(mount.number, new.title, old, new)
+        elif old is not None and not mount.certain:
             # The server need not have been among the processes that earlier samples showed.
-            known_pids = {server.pid for server in old.mount.servers or ()}
-            others = tuple(one for one in mount.servers if one.pid not in known_pids)
-            servers = (*(old.mount.servers or ()), *others)
-            mounts[mount.number] = MountServers(replace(old.mount, servers=servers))
-    return mounts
+            known = {server.pid: server for server in (*(old.mount.servers or ()), *mount.servers)}
+            new = MountServers(replace(mount, servers=tuple(known.values())[:_MAX_CANDIDATES]))
+            incomplete = incomplete or len(known) > _MAX_CANDIDATES
+        mounts[mount.number] = new
+    if mounts == servers.mounts and incomplete is servers.incomplete:
+        return servers
+    return replace(servers, mounts=mounts, left=left, incomplete=incomplete)
+
+
+def _is_better_mount(mount: Mount, old: Mount) -> bool:
+    """Return whether the newest sample may show more servers of a mount than `old`."""
+    if mount.certain is not old.certain:
+        return mount.certain
+    pids, old_pids = ({one.pid for one in m.servers or ()} for m in (mount, old))
+    if not mount.certain:
+        return bool(pids - old_pids)
+    pairs = zip(mount.servers or (), old.servers or (), strict=False)
+    return pids == old_pids and any(_is_better(*pair) for pair in pairs)
 
 
 def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServers | None:
@@ -239,32 +297,35 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
         return NO_SERVERS
     if sample.sockets is None:
         return before
-    known = dict(before.connected) if before is not None else {}
-    replaced = dict(before.replaced) if before is not None else {}
     group_of = {node.name: name for name, nodes in groups.items() for node in nodes}
     sockets: dict[str, list[Socket]] = {}
     for socket in sample.sockets:
         if socket.node in group_of:
             sockets.setdefault(group_of[socket.node], []).append(socket)
-    for name, nodes in groups.items():
-        _follow_group(known, replaced, nodes, sockets.get(name, ()), sample.at)
-    is_full = any(len(olds) >= _MAX_REPLACED for olds in replaced.values())
     nodes_now = {node.name: node for nodes in groups.values() for node in nodes}
     if before is None:
         before = StorageServers(unchecked=tuple(nodes_now.values()))
+    known, left, lost = dict(before.connected), dict(before.left), dict(before.lost)
+    for name, nodes in groups.items():
+        for old, new in _follow_group(known, nodes, sockets.get(name, ()), sample.at):
+            title = title_of(nodes)
+            left |= _what_was_left(new.node.name, title, old, new)
+            if old.peer is None and old.inode != new.inode and old.node.protocol in _ONE_CONNECTION:
+                lost[new.node.name] = f"{title} lost its connection"
     unchecked = [nodes_now.get(node.name, node) for node in before.unchecked]
-    lost = {node.name: node for node in unchecked if _should_be_connected(node, sample)}
-    unchecked = [one for one in unchecked if one.served is None and one.name not in lost]
+    unserved = {node.name: node for node in unchecked if _should_be_connected(node, sample)}
+    unchecked = [one for one in unchecked if one.served is None and one.name not in unserved]
     return StorageServers(
         connected=known,
         disconnected=tuple(
-            node for node in (*before.disconnected, *lost.values()) if node.name not in known
+            node for node in (*before.disconnected, *unserved.values()) if node.name not in known
         ),
         unchecked=tuple(node for node in unchecked if node.name not in known),
         groups=groups,
-        replaced=replaced,
         mounts=before.mounts,
-        incomplete=before.incomplete or is_full,
+        left=left,
+        lost=lost,
+        incomplete=before.incomplete,
     )
 
 
@@ -278,13 +339,10 @@ def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, .
 
 
 def _follow_group(
-    known: dict[str, NodeServer],
-    replaced: dict[str, tuple[NodeServer, ...]],
-    nodes: Sequence[Node],
-    sockets: Sequence[Socket],
-    at: int,
-) -> None:
-    """Add the connections of one group to `known`, and those that they replace to `replaced`."""
+    known: dict[str, NodeServer], nodes: Sequence[Node], sockets: Sequence[Socket], at: int
+) -> Iterator[tuple[NodeServer, NodeServer]]:
+    """Add the connections of one group to `known`. Yield each entry that was replaced, and the new
+    one."""
     names = {node.name: node for node in nodes}
     inodes = {socket.inode for socket in sockets}
     users = {known[name].inode: name for name in names if name in known}
@@ -300,16 +358,25 @@ def _follow_group(
             del free_names[name]
         old = known.get(name)
         if old is None or old.inode != socket.inode:
-            new = _node_server(names[name], socket, at)
+            known[name] = _node_server(names[name], socket, at)
         elif _is_better(socket.peer, old.peer):
-            new = _node_server(names[name], socket, old.at)
+            known[name] = _node_server(names[name], socket, old.at)
         else:
             continue
-        if old is not None and (old.inode != new.inode or old.serving - new.serving):
-            others = replaced.get(name, ())
-            if len(others) < _MAX_REPLACED and all(o.serving != old.serving for o in others):
-                replaced[name] = (*others, old)
-        known[name] = new
+        if old is not None:
+            yield old, known[name]
+
+
+def _what_was_left(
+    place: str, title: str, old: NodeServer | MountServers, new: NodeServer | MountServers
+) -> dict[int, Left]:
+    """Return the processes that served the place before, and do not any more."""
+    pids = (old.lasting | old.serving) - (new.lasting | new.serving)
+    return {pid: _left(place, title, old, pid) for pid in sorted(pids)}
+
+
+def _left(place: str, title: str, server: NodeServer | MountServers, pid: int) -> Left:
+    return Left(place, f"{title} lost {server.named(frozenset({pid}))}")
 
 
 def _is_better(peer: Peer | None, old: Peer | None) -> bool:
@@ -344,7 +411,11 @@ def _are_known(peers: Iterable[Peer]) -> bool:
 
 
 def _lasting(peers: Iterable[Peer]) -> frozenset[int]:
-    return frozenset(peer.parent or peer.pid for peer in peers if not peer.leaves)
+    return _origins(peer for peer in peers if not peer.leaves)
+
+
+def _origins(peers: Iterable[Peer]) -> frozenset[int]:
+    return frozenset(peer.parent or peer.pid for peer in peers)
 
 
 def _serving(peers: Iterable[Peer]) -> frozenset[int]:
@@ -385,8 +456,19 @@ def _named(servers: Sequence[Peer], pids: frozenset[int]) -> str:
             behind = "it" if names else f"its server {_process(servers[0])}"
             name = f"{peer.command} (process {pid})"
             names.append(f"its server {name}" if is_direct else f"{name} behind {behind}")
-    return " and ".join(names[:MAX_NAMES])
+    return " and ".join(names[:_MAX_NAMES])
 
 
 def _process(peer: Peer) -> str:
     return f"{peer.command} (process {peer.pid})"
+
+
+def title_of(nodes: Sequence[Node]) -> str:
+    """Name a group of nodes."""
+    protocol = nodes[0].protocol
+    if len(nodes) == 1:
+        return f"{protocol} node {nodes[0].name}"
+    names = [node.name for node in nodes[:_MAX_NAMES]]
+    more = " and others" if len(nodes) > _MAX_NAMES else ""
+    kind = f"{protocol} nodes" if all(node.protocol == protocol for node in nodes) else "nodes"
+    return f"one of the {kind} {', '.join(names)}{more}"

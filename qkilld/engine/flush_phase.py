@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.decision import early_flush, flush_plan
 from qkilld.decision.early_flush import EarlyFlush
@@ -27,8 +27,10 @@ from qkilld.model.job import FlushReport, Risk
 from qkilld.model.sample import Sample
 
 if TYPE_CHECKING:
+    from qkilld.engine.collaborators import Collaborators
     from qkilld.engine.ladder_job import LadderJob
-    from qkilld.engine.ports import Clock, GuestMonitor, Journal, Process, Sampler, Timer
+    from qkilld.engine.ports import GuestMonitor, Process, Timer
+    from qkilld.engine.server_watch import ServerWatch
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
 """Timeout (µs) for opening the monitor and taking a sample. When any timeout of this phase expires,
@@ -63,16 +65,14 @@ class FlushPhase:
         self,
         job: LadderJob,
         process: Process,
-        clock: Clock,
-        journal: Journal,
+        parts: Collaborators[Any],
         link: MonitorLink,
-        when_saved: Callable[[Callable[[], None]], None],
-        sampler: Sampler | None,
+        servers: ServerWatch,
     ) -> None:
-        """`when_saved` calls back when the job's current state is saved."""
-        self._job, self._process, self._clock = job, process, clock
-        self._journal, self._link, self._when_saved = journal, link, when_saved
-        self._sampler = JobSampler(job, process, sampler, clock)
+        self._job, self._process, self._clock = job, process, parts.clock
+        self._journal, self._link, self._servers = parts.journal, link, servers
+        self._when_saved = parts.when_saved
+        self._sampler = JobSampler(job, process, parts.sampler, parts.clock)
         self._evidence: Assessment | None = None
         """The assessment of the process, from samples of this phase."""
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
@@ -119,11 +119,8 @@ class FlushPhase:
             self._open()
 
     def lasts(self, not_before: int) -> bool:
-        """Return whether SIGTERM must wait. This call may end the job.
-
-        `not_before`: SIGTERM waits until this time (µs, CLOCK_MONOTONIC), but not longer than
-        MaxSec= allows. If a flush has proven that all data is safe, this time does not matter.
-        """
+        """Return whether SIGTERM must wait. This call may end the job. `not_before`: SIGTERM waits
+        until this time (µs, CLOCK_MONOTONIC), but not longer than MaxSec= allows."""
         job, now = self._job, self._clock.now()
         if self._process.exited():
             job.note_gone()
@@ -137,7 +134,7 @@ class FlushPhase:
             job.wait_until(min(job.deadline, job.control.held_until), job.control.held_until)
             return True
         not_before = min(not_before, latest)
-        if self._is_over and now < not_before and not job.flush.proven:
+        if self._is_over and now < not_before:
             job.wait_until(not_before, not_before)
             return True
         if self._is_over:
@@ -225,6 +222,7 @@ class FlushPhase:
 
         def sampled(sample: Sample) -> None:
             if self._is_current(step):
+                self._servers.note_sample(sample)
                 self._is_early_flush = early_flush.may_hang(sample)
                 self._read_disks()
 
@@ -274,6 +272,7 @@ class FlushPhase:
         wanted, self._on_sample = self._on_sample, None
         if wanted is None or not self._is_current(wanted[0]):
             return
+        self._servers.note_sample(sample)
         before = self._evidence
         self._evidence = after = assess(before, sample)
         wanted[1](before is not None and after.progress_at != before.progress_at)
@@ -539,7 +538,7 @@ class FlushPhase:
     def _record_flush(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
         self._add_risks(risks)
         self._job.flush = report
-        self._job.note_flush()
+        self._servers.note_flush()
         self._journal.write(events.disks_flushed(self._job))
 
     def _add_risks(self, risks: tuple[Risk, ...]) -> None:

@@ -100,15 +100,8 @@ class Job:
             process, collaborators.monitors, request.qmp_socket, self._keep_monitor
         )
         self._powerdown = PowerdownPhase(self, process, collaborators, self._link)
-        self._flush_phase = FlushPhase(
-            self,
-            process,
-            clock,
-            collaborators.journal,
-            self._link,
-            collaborators.when_saved,
-            collaborators.sampler,
-        )
+        self._servers = ServerWatch(self, process, collaborators)
+        self._flush_phase = FlushPhase(self, process, collaborators, self._link, self._servers)
         self._yank = YankRung(
             self,
             clock,
@@ -117,7 +110,6 @@ class Job:
             self._flush_phase,
             allowed=collaborators.may_yank(process.guest.label.name),
         )
-        self._servers = ServerWatch(self, process, collaborators)
         self._signals = SignalPhase(
             self,
             process,
@@ -250,6 +242,7 @@ class Job:
         self.rungs, self.history = past.rungs, past.history
         self.assessment = past.assessment_at(self._parts.clock.now())
         self._signals.resume(past)
+        self._servers.restore(past.servers)
         self._powerdown.resume(past.asking)
         if monitor is not None:
             self._link.keep(monitor)
@@ -297,7 +290,7 @@ class Job:
             result=self.result,
             error=self.error,
             error_name=self.error_name,
-            risks=self._servers.risks_to_save,
+            risks=self.risks,
             guest_asked=self.guest_asked,
             flush=self.flush,
             processors_stopped=self.processors_stopped,
@@ -309,6 +302,7 @@ class Job:
             started=self.started,
             ended=self.ended,
             storage=self._flush_phase.storage,
+            servers=self._servers.to_save,
             cut_off=self._yank.cut_off_names,
         )
         return self._signals.as_intended(snapshot)
@@ -582,9 +576,6 @@ class Job:
         self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
-
-    def note_flush(self) -> None:
-        self._servers.note_flush()
 
     def note_processors_running(self) -> None:
         """Close the process of the ended job, because the guest's processors run again."""

@@ -47,7 +47,4 @@ class LadderJob(ObservedJob, Protocol):
     def write_down(self, go_on: Callable[[], None]) -> None:
         """Save the job, and call back when this is done or takes too long."""
 
-    def note_flush(self) -> None:
-        """Call this when the disks have been flushed."""
-
     def note_processors_running(self) -> None: ...

@@ -82,8 +82,8 @@ class ServerExits(Protocol):
         """Does nothing if the process is not watched."""
 
     def started(self, pid: int) -> int | None:
-        """Return when a process started (CLOCK_MONOTONIC, µs); None if it has ended, or if this is
-        unreadable."""
+        """Return when a watched process started (CLOCK_MONOTONIC, µs); None if it is not
+        watched."""
 
     def has_ended(self, pid: int) -> bool:
         """Return whether an added process is known to have ended."""

@@ -10,7 +10,8 @@ usable sample. A node without a connection then proves nothing: QEMU may have cl
 or lost the server.
 
 If a server certainly ended while QEMU used it, the job gets this risk at once. So the risk remains
-if the disks are flushed later, or if another daemon continues the job.
+if the disks are flushed later, or if another daemon continues the job. For that daemon, the servers
+that may still run are saved (SavedServer): if it cannot find one of them again, this one has ended.
 
 The servers of FUSE file systems are watched, too, as soon as the job's own samples show them.
 
@@ -21,7 +22,7 @@ Whatever fails here, the job continues.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING, Any, Final
@@ -30,11 +31,10 @@ from qkilld.debug_log import note_once
 from qkilld.decision.server_risks import (
     ServerEnds,
     needs_settling,
-    risks_of_ended,
-    risks_of_replaced,
     risks_of_servers,
+    risks_so_far,
 )
-from qkilld.decision.servers import NO_SERVERS, StorageServers, follow_servers
+from qkilld.decision.servers import NO_SERVERS, SavedServer, StorageServers, follow_servers
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.sampling import JobSampler
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 TIMEOUT: Final = USEC_PER_SEC * 3
 """How long (µs) SIGTERM waits until the servers are found. Finding them usually takes 30 ms."""
+LAST_LOOK: Final = USEC_PER_SEC // 2
+"""After a flush, SIGTERM waits at most this time (µs) for a sample of the connections."""
 RETRY: Final = USEC_PER_SEC // 10
 """The second sample, for servers that the first did not find, follows after this time (µs)."""
 MAX_RETRY: Final = USEC_PER_SEC * 4 // 10
@@ -90,8 +92,8 @@ def is_stopping(job: ObservedJob) -> bool:
 class ServerWatch:
     __slots__ = (
         "_clock", "_closed_first", "_exits", "_has_failed", "_is_late", "_job", "_late_nodes",
-        "_parts", "_process", "_retry", "_sampler", "_samples", "_servers", "_serving", "_stopping",
-        "_timer", "_was_flushed", "_young", "until",
+        "_parts", "_process", "_retry", "_sampler", "_samples", "_saved", "_servers", "_stopping",
+        "_timer", "_was_flushed", "_watched", "_young", "until",
     )  # fmt: skip
 
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
@@ -102,8 +104,10 @@ class ServerWatch:
         self._servers: StorageServers | None = None
         self._closed_first: dict[str, bool] = {}
         self._stopping = _NONE
-        self._serving = _NONE
-        """All servers that the last sample showed."""
+        self._watched = _NONE
+        """All processes that were added to `_exits`."""
+        self._saved: tuple[SavedServer, ...] = ()
+        """What an earlier daemon knew, until the first sample."""
         self._young: set[int] = set()
         """The servers that started after the job."""
         self._was_flushed = False
@@ -125,13 +129,16 @@ class ServerWatch:
         return can and self._job.guest.label.remote and self._job.by_evidence
 
     @property
-    def risks_to_save(self) -> tuple[Risk, ...]:
-        """The risks that the next daemon needs to know. It cannot know which servers were replaced
-        and still run, so it cannot watch them."""
-        servers, job = self._servers, self._job
-        if servers is None or job.risks or job.flush.proven or not job.running:
-            return job.risks
-        return (_UNWATCHED,) if servers.has_left or servers.incomplete else ()
+    def to_save(self) -> tuple[SavedServer, ...]:
+        servers, exits = self._servers, self._exits
+        if servers is None or exits is None or not self._job.running:
+            return self._saved
+        known = [(pid, exits.started(pid), left) for pid, left in servers.to_save.items()]
+        return tuple(SavedServer(p, at, left) for p, at, left in known if at is not None)
+
+    def restore(self, saved: Sequence[SavedServer]) -> None:
+        """Continue with the servers that an earlier daemon has saved. Call this before `begin`."""
+        self._saved = tuple(saved)
 
     def begin(self) -> None:
         """If needed, search for the servers, and call the job's `advance` when they are found."""
@@ -147,31 +154,42 @@ class ServerWatch:
 
     def note_sample(self, sample: Sample) -> None:
         """Record the connections that a sample of the guest shows."""
-        if self._servers is NO_SERVERS and not (sample.nodes or sample.mounts):
+        if self._servers is NO_SERVERS and not (sample.nodes or sample.mounts or self._saved):
             return
         with self._failures():
-            before, self._servers = self._servers, follow_servers(self._servers, sample)
-            if self._servers is not None and self._servers.mounts:
+            before, servers = self._servers, follow_servers(self._servers, sample)
+            self._servers = servers
+            if servers is not None and (servers.mounts or self._saved):
                 self._watch_mounts()
-            if self._servers is None or self._exits is None:
+            if servers is None or self._exits is None:
                 return
             if before is None and (self._is_late or is_stopping(self._job)):
-                self._servers = replace(self._servers, disconnected=(), unchecked=())
+                servers = replace(servers, disconnected=(), unchecked=())
                 nodes = [node for node in sample.nodes or () if not node.read_only]
                 self._late_nodes = tuple(n for n in nodes if n.protocol != "vhost-user")
-            known = frozenset[int]() if before is None else before.lasting
-            for pid in known - self._servers.lasting:
-                self._exits.remove(pid)
-            for pid in self._servers.lasting - known:
-                self._exits.add(pid, sample.at)
-            self._find_young(self._exits, self._servers.serving, sample.at)
-            self._note_ends(self._exits, self._servers, sample)
+            servers = self._servers = self._with_saved(self._exits, servers)
+            self._watch(self._exits, before or NO_SERVERS, servers, sample)
+            self._was_flushed = self._job.flush.proven
 
     def note_flush(self) -> None:
         """Call this when disks have been flushed, before the guest may exit."""
-        if self._job.flush.proven and self._servers is not None and self._exits is not None:
-            with self._failures():
-                self._note_ends(self._exits, self._servers, None)
+        servers, exits = self._servers, self._exits
+        if servers is None or exits is None or not self._job.flush.proven:
+            return
+        self._end_search()
+        with self._failures():
+            self._note_ends(exits, servers, None)
+            if servers.connected:
+                # A connection may have been replaced before the flush.
+                self.until = self._clock.now() + LAST_LOOK
+                self._sampler.take_sample(self._seen, detail=False)
+
+    def _with_saved(self, exits: ServerExits, servers: StorageServers) -> StorageServers:
+        saved, self._saved = self._saved, ()
+        for one in saved:
+            exits.add(one.pid, one.started)
+        self._watched |= {one.pid for one in saved}
+        return replace(servers, left={**{one.pid: one.left for one in saved}, **servers.left})
 
     def _watch_mounts(self) -> None:
         """If only mounts need the watch, begin it."""
@@ -180,29 +198,39 @@ class ServerWatch:
         if watch is not None and self._exits is None and job.by_evidence and not is_over:
             self._exits = watch(self._process)
 
-    def _find_young(self, exits: ServerExits, serving: frozenset[int], seen_at: int) -> None:
-        for pid in serving - self._serving:
+    def _watch(
+        self, exits: ServerExits, before: StorageServers, servers: StorageServers, sample: Sample
+    ) -> None:
+        wanted = servers.lasting | servers.serving
+        for pid in wanted - self._watched:
+            exits.add(pid, sample.at)
             started = exits.started(pid)
             # If the process started after the sample, it is not the server.
-            if started is not None and self._job.started - _SLACK < started <= seen_at + _SLACK:
+            if started is not None and self._job.started - _SLACK < started <= sample.at + _SLACK:
                 self._young.add(pid)
-        self._serving = serving
-        self._young &= serving
+        # If a process that may have been the server of a file system has ended, the sample may no
+        # longer show it.
+        self._note_ends(exits, before, sample)
+        self._note_ends(exits, servers, sample)
+        for pid in self._watched - wanted:
+            exits.remove(pid)
+        self._watched = wanted
+        self._young &= wanted
 
     def _note_ends(
         self, exits: ServerExits, servers: StorageServers, sample: Sample | None
     ) -> None:
         """Add the risks of the servers that certainly ended while QEMU used them, unless QEMU had
         nothing to lose any more."""
+        if self._was_flushed:
+            return
         ended = frozenset(pid for pid in servers.lasting if exits.has_ended(pid))
-        risks = risks_of_replaced(servers, frozenset(self._young), ended)
-        if ended:
-            risks += risks_of_ended(servers, ended, sample)
-        if not self._was_flushed:
-            known = self._job.risks
-            new = tuple(risk for risk in risks if risk not in known)
-            self._job.risks = (*known, *new[: max(MAX_RISKS - len(known), 0)])
-        self._was_flushed = self._job.flush.proven
+        risks = risks_so_far(servers, frozenset(self._young), ended, sample)
+        if servers.incomplete:
+            risks += (_UNWATCHED,)
+        known = self._job.risks
+        new = tuple(risk for risk in risks if risk not in known)
+        self._job.risks = (*known, *new[: max(MAX_RISKS - len(known), 0)])
 
     def note_exit(self) -> bool:
         """Call this when the guest has just exited. Return whether `risks` must wait for SETTLE."""
@@ -255,16 +283,11 @@ class ServerWatch:
                 title = f"{node.protocol} node {node.name}"
                 text = f"it is not known whether {title} had its server until QEMU closed it"
                 risks += (Risk("unknown", text),)
-        if self._servers is not None and self._servers.incomplete:
-            risks += (_UNWATCHED,)
-        elif exits.unwatched:
-            nodes = connected.items()
-            first = self._closed_first
-            unproven = [one for name, one in nodes if not one.outlived(first.get(name))]
-            servers = self._servers or NO_SERVERS
-            others = [one.lasting for one in servers.mounts.values()]
-            others += [one.lasting for one in (*unproven, *servers.earlier)]
-            if any(pids & exits.unwatched for pids in others):
+        if exits.unwatched and self._servers is not None:
+            nodes, first = connected.items(), self._closed_first
+            others = [one.lasting for one in self._servers.mounts.values()]
+            others += [one.lasting for name, one in nodes if not one.outlived(first.get(name))]
+            if exits.unwatched & frozenset(self._servers.left).union(*others):
                 risks += (_UNWATCHED,)
         return risks
 
@@ -306,7 +329,7 @@ class ServerWatch:
         searches = sample.searching or sample.state == "?"
         is_over = self._samples >= MAX_SAMPLES and not searches
         is_late = self._clock.now() >= self.until
-        if is_found or is_over or is_late or self._has_failed:
+        if is_found or is_over or is_late or self._has_failed or self._job.flush.proven:
             self._end_search()
             # The call is delayed because `begin` may be the caller.
             self._clock.call_at(self._clock.now(), self._job.advance)

@@ -11,6 +11,7 @@ from qkilld.decision.amounts import counts_of
 from qkilld.decision.gap import after_gap, unsampled_assessment
 from qkilld.decision.powerdown import AskMethod, Attempt
 from qkilld.decision.risk import CODES_OF_KILL
+from qkilld.decision.servers import SavedServer
 from qkilld.decision.verdict import Assessment
 from qkilld.model.block_state import NetworkStorage
 from qkilld.model.codec import from_json, to_json
@@ -22,13 +23,13 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 12
+VERSION: Final = 13
 """Earlier versions can be read, too. Version 1 lacks `control`. Version 2 lacks `error_name`,
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
 and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Version 11
-lacks `earlier_risks`. Any version may lack `forced`.
+lacks `earlier_risks`. Version 12 lacks `servers`. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"
@@ -92,6 +93,7 @@ class Snapshot:
     storage: NetworkStorage = NetworkStorage()
     cut_off: frozenset[str] = frozenset()
     """The names of the connections that were cut off."""
+    servers: tuple[SavedServer, ...] = ()
 
     @classmethod
     def of_signals(

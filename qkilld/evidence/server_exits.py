@@ -54,6 +54,8 @@ class GuestServerExits:
         self._user = user_of(process.guest.identity.uid)
         self._pidfds: dict[int, int] = {}
         """The pidfds of the watched servers, keyed by process id."""
+        self._starts: dict[int, int] = {}
+        """When the watched servers started (CLOCK_MONOTONIC, µs), keyed by process id."""
         self._gone: set[int] = set()
         """The servers that had ended before they could be watched."""
         self._unwatched: set[int] = set()
@@ -87,13 +89,14 @@ class GuestServerExits:
             pidfd = os.pidfd_open(pid)
             self._keep(pid, pidfd)
             self._epoll.register(pidfd, select.EPOLLIN)
-            start_time = procfs.read_stat(pid, self._proc).start_time
+            started = self._started_at(procfs.read_stat(pid, self._proc).start_time)
         except OSError as error:
             note_once("watching a server", error)
             self.remove(pid)
             (self._gone if isinstance(error, EXITED) else self._unwatched).add(pid)
             return
-        if self._started_at(start_time) > seen_at + _SLACK:
+        self._starts[pid] = started
+        if started > seen_at + _SLACK:
             # The process id was reused, so the server has ended.
             self.remove(pid)
             self._gone.add(pid)
@@ -101,6 +104,7 @@ class GuestServerExits:
     def remove(self, pid: int) -> None:
         self._gone.discard(pid)
         self._unwatched.discard(pid)
+        self._starts.pop(pid, None)
         if (pidfd := self._pidfds.pop(pid, None)) is not None:
             with ignore("no longer watching a server", OSError):
                 self._epoll.unregister(pidfd)
@@ -112,11 +116,7 @@ class GuestServerExits:
                 del self._servers[self._user], self._of_user[self._user]
 
     def started(self, pid: int) -> int | None:
-        try:
-            return self._started_at(procfs.read_stat(pid, self._proc).start_time)
-        except OSError as error:
-            note_once("reading when a server started", error)
-            return None
+        return self._starts.get(pid)
 
     def has_ended(self, pid: int) -> bool:
         pidfd = self._pidfds.get(pid)

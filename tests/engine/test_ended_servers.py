@@ -74,30 +74,42 @@ def test_a_replaced_server_is_remembered_across_a_restart_of_the_daemon() -> Non
 
 
 @pytest.mark.parametrize("is_other", [True, False])
-@pytest.mark.parametrize("is_flushed", [True, False])
-def test_a_replaced_server_that_ran_when_the_daemon_was_restarted(
-    is_other: bool, is_flushed: bool
-) -> None:
-    """The next daemon does not know which server to watch."""
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_the_next_daemon_watches_the_same_servers(is_other: bool, has_ended: bool) -> None:
+    """A server that ended meanwhile, whether QEMU had left it before, or only lost it then."""
     world, process, job = begun()
-    shown = REPLACED if is_other else replace(CONNECTED, sockets=(replace(SOCKET, inode=8),))
-    world.sampler.shows = lambda now: shown
-    world.clock.advance(1)
-    if is_flushed:
-        job.flush = FlushReport("complete", "", proven=True)
-        job.note_flush()
-    texts = end(*resumed(world, process))
-    assert job.risks == ()
-    assert len(texts) == (is_other and not is_flushed)
-    assert all("could not watch" in text for text in texts)
+    if is_other:
+        world.sampler.shows = lambda now: REPLACED
+        world.clock.advance(1)
+        assert job.risks == ()
+    (past,) = (job.snapshot() for job in world.registry)
+    assert SERVER in {one.pid for one in past.servers}
+    after = ServedWorld(lambda now: REPLACED)
+    after.exits.before = frozenset({SERVER} if has_ended else ())
+    after.clock.advance((world.clock.now() - after.clock.now()) / S + 5)
+    resumed_job = after.registry.resume(process, past)
+    after.clock.advance(0)
+    assert after.exits.watched == {SERVER, SERVER + 1}
+    assert len(resumed_job.risks) == has_ended
+    texts = end(after, process, resumed_job)
+    assert len(texts) == has_ended and all(LOST in text for text in texts)
+
+
+def test_a_daemon_that_saw_no_servers_keeps_what_was_saved() -> None:
+    world, process, _ = begun()
+    world.sampler.shows = lambda now: None
+    again, process, job = resumed(world, process)
+    assert {one.pid for one in job.snapshot().servers} == {SERVER}
+    again.sampler.shows = lambda now: CONNECTED
+    _, process, job = resumed(again, process)
+    assert {one.pid for one in job.snapshot().servers} == {SERVER}
 
 
 def test_a_server_that_was_replaced_while_no_daemon_ran() -> None:
     """The new server is younger than the job, which shows that another one ended."""
-    world, process, _ = begun()
-    world.sampler.shows = lambda now: REPLACED
-    (past,) = (job.snapshot() for job in world.registry)
-    after = ServedWorld(world.sampler.shows)
+    world, process, job = begun()
+    past = replace(job.snapshot(), servers=())
+    after = ServedWorld(lambda now: REPLACED)
     after.exits.starts = {SERVER + 1: past.started + S}
     after.clock.advance((world.clock.now() - after.clock.now()) / S + 5)
     job = after.registry.resume(process, past)
@@ -136,7 +148,7 @@ def test_only_a_server_that_ended_before_the_flush_is_a_risk(is_before: bool) ->
     if is_before:
         world.exits.before = frozenset({SERVER})
     job.flush = FlushReport("complete", "", proven=True)
-    job.note_flush()
+    job._servers.note_flush()
     world.clock.advance(1)
     world.exits.before = frozenset({SERVER})
     world.sampler.shows = lambda now: REPLACED
@@ -151,14 +163,37 @@ def test_a_daemon_that_was_restarted_knows_the_flush(is_flushed: bool) -> None:
     world, process, job = begun()
     if is_flushed:
         job.flush = FlushReport("complete", "", proven=True)
-        job.note_flush()
-    (past,) = (job.snapshot() for job in world.registry)
+        job._servers.note_flush()
+    past = replace(job.snapshot(), servers=())
     after = ServedWorld()
     after.exits.starts = {SERVER: past.started + S}
     after.clock.advance((world.clock.now() - after.clock.now()) / S + 5)
     job = after.registry.resume(process, past)
     after.clock.advance(0)
     assert bool(end(after, process, job)) is not is_flushed
+
+
+FAR = replace(SOCKET, family="tcp", tcp_id="02", peer=None)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_server_on_another_host_that_was_replaced_before_the_flush(is_before: bool) -> None:
+    """No process can be watched, so a sample right after the flush shows it."""
+    world, process = ServedWorld(lambda now: replace(CONNECTED, sockets=(FAR,))), client()
+    world.exits.first = True
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    other = replace(CONNECTED, sockets=(replace(FAR, inode=8),))
+    if is_before:
+        world.sampler.shows = lambda now: other
+    job.flush = FlushReport("complete", "", proven=True)
+    job._servers.note_flush()
+    world.sampler.shows = lambda now: other
+    assert len(job.risks) == is_before
+    world.clock.advance(1)
+    process.die()
+    assert job.result is Result.EXITED
+    assert ["lost its connection" in one.text for one in job.risks] == [True] * is_before
 
 
 MOUNT = Mount("fuse.sshfs", None, None, "0:9", servers=(Peer(SERVER, "sshfs", (), 0, None, ()),))
@@ -180,6 +215,20 @@ def test_a_fuse_server_that_ended_before_the_guest(is_seen: bool) -> None:
     assert len(job.risks) == is_seen
     (text,) = end(world, process, job)
     assert FUSE_ENDED in text
+
+
+def test_a_process_that_may_have_been_the_fuse_server_ended() -> None:
+    """The sample that shows its end no longer shows it as a possible server."""
+    other = Peer(SERVER + 1, "gvfsd-fuse", (), 0, None, ())
+    both = replace(MOUNT, servers=((MOUNT.servers or ())[0], other))
+    world, process = ServedWorld(lambda now: replace(ON_FUSE, mounts=(both,))), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    world.exits.before = frozenset({SERVER})
+    only = replace(MOUNT, servers=(other,), certain=True)
+    world.sampler.shows = lambda now: replace(ON_FUSE, mounts=(only,))
+    world.clock.advance(1)
+    assert "what may be its server sshfs (process 90) ended" in job.risks[0].text
 
 
 def test_a_fuse_server_that_outlives_the_guest_is_no_risk() -> None:
@@ -241,6 +290,5 @@ def test_at_most_64_fuse_file_systems_are_followed() -> None:
     world, process = ServedWorld(lambda now: many), FakeProcess()
     job = world.stop(process, FORCE)
     world.clock.advance(1)
-    assert job.running and job.risks == ()
-    (text,) = end(world, process, job)
-    assert "could not watch" in text
+    assert job.running and "could not watch" in job.risks[0].text
+    assert len(end(world, process, job)) == 1

@@ -11,6 +11,7 @@ from signal import SIGKILL, SIGTERM
 import pytest
 
 from qkilld.decision.server_risks import SETTLE
+from qkilld.decision.servers import MAX_LEFT
 from qkilld.engine.job import Job
 from qkilld.engine.ports import Process, ServerExits
 from qkilld.engine.registry import Registry
@@ -412,13 +413,14 @@ def test_only_the_present_server_and_the_first_ones_are_watched() -> None:
     world, process = ServedWorld(), client()
     world.stop(process, FORCE)
     world.clock.advance(0)
-    for pid in range(100, 110):
+    last = 100 + MAX_LEFT - 1
+    for pid in range(100, last + 4):
         other = replace(SOCKET, inode=pid, peer=Peer(pid, "nbdkit", (), 0, None, ()))
         world.sampler.shows = lambda now, other=other: replace(  # type: ignore[misc]
             CONNECTED, sockets=(other,)
         )
         world.clock.advance(1)
-        assert world.exits.watched == {SERVER, *range(100, min(pid + 1, 107)), pid}
+        assert world.exits.watched == {SERVER, *range(100, min(pid + 1, last)), pid}
 
 
 def test_the_loop_does_not_ask_for_long_which_end_closed_the_connections() -> None:

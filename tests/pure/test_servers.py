@@ -11,11 +11,10 @@ import pytest
 from qkilld.decision.server_risks import (
     ServerEnds,
     needs_settling,
-    risks_of_ended,
-    risks_of_replaced,
     risks_of_servers,
+    risks_so_far,
 )
-from qkilld.decision.servers import MAX_MOUNTS, StorageServers, follow_servers
+from qkilld.decision.servers import MAX_LEFT, MAX_MOUNTS, StorageServers, follow_servers
 from qkilld.model.sample import ImagePlace, Mount, Node, Peer, Sample, Socket
 
 S = 1_000_000
@@ -358,7 +357,8 @@ def follow(*samples: Sample) -> StorageServers:
 
 
 def early(servers: StorageServers, *young: int, ended: int = 0) -> str:
-    risks = risks_of_replaced(servers, frozenset(young), frozenset({ended}))
+    closed = replace(SHOWN, nodes=(), sockets=())
+    risks = risks_so_far(servers, frozenset(young), frozenset({ended}), closed)
     return " ".join(one.text for one in risks)
 
 
@@ -407,7 +407,7 @@ def test_a_server_that_leaves_with_its_client_was_replaced() -> None:
     """Its client has not ended, so the server did not leave because of that."""
     leaving = replace(UNIX, peer=replace(PEER, leaves=True))
     other = replace(NEW, peer=replace(PEER, pid=91, leaves=True))
-    assert LOST in risk(follow(sample(leaving), sample(other)))
+    assert LOST in risk(follow(sample(leaving), sample(other)), **ENDED)
 
 
 def test_a_new_connection_to_the_same_server_is_no_risk() -> None:
@@ -435,19 +435,20 @@ def test_a_server_that_has_not_accepted_the_new_connection_yet() -> None:
     assert LOST in risk(servers, **ENDED)
     # The process that served the old connection certainly does not serve the new one.
     left = replace(old, peer=replace(PEER, leaves=True))
-    assert LOST in risk(follow(sample(left, node=node), sample(new, node=node)))
+    assert LOST in risk(follow(sample(left, node=node), sample(new, node=node)), **ENDED)
 
 
 def test_servers_that_are_replaced_again_and_again() -> None:
     """The node returns to a server that it had before, but has lost another one."""
     sockets = [replace(UNIX, inode=i, peer=replace(PEER, pid=90 + i % 3)) for i in range(7)]
     servers = follow(*map(sample, sockets))
-    assert len(servers.replaced["disk"]) == 3 and not servers.incomplete
+    assert servers.left.keys() == {90, 91, 92} and not servers.incomplete
     text = risk(servers, before=frozenset({91}))
     assert "process 91" in text and "process 90" not in text
     many = [replace(UNIX, inode=i, peer=replace(PEER, pid=90 + i)) for i in range(50)]
     servers = follow(*map(sample, many))
-    assert len(servers.replaced["disk"]) == 8 and servers.incomplete
+    assert len(servers.left) == MAX_LEFT and servers.incomplete
+    assert not follow(*map(sample, many[: MAX_LEFT + 1])).incomplete
     assert risk(servers, before=servers.lasting).count("lost its server") == 1
 
 
@@ -459,6 +460,20 @@ def test_a_server_on_another_host_may_have_been_replaced(protocol: str, is_risk:
     servers = follow(sample(far, node=node), sample(replace(far, inode=8), node=node))
     assert ("lost its connection" in early(servers)) is is_risk
     assert ("lost its connection" in risk(servers)) is is_risk
+
+
+def test_a_worker_behind_the_server_was_replaced_but_still_runs() -> None:
+    """A web server gives each connection to one of its workers."""
+
+    def behind(pid: int) -> Sample:
+        worker = replace(PEER, pid=pid, command="nginx", parent=70)
+        return sample(replace(UNIX, peer=replace(PEER, behind=(worker,))))
+
+    servers = follow(behind(71), behind(72))
+    assert {70, 71} <= servers.lasting
+    assert early(servers) == early(servers, 72) == risk(servers) == ""
+    assert "lost nginx (process 71) behind its server" in early(servers, ended=71)
+    assert "nginx (process 70) behind" in risk(servers, before=frozenset({70}))
 
 
 def test_a_server_behind_the_server_was_replaced() -> None:
@@ -523,6 +538,20 @@ def test_a_fuse_server_that_is_forked_is_watched_itself() -> None:
     assert follow(replace(ON_FUSE, mounts=(forked,))).lasting == {90}
 
 
+def test_a_server_behind_a_fuse_server_may_be_found_late() -> None:
+    def shown(**fields: Any) -> Sample:
+        return replace(ON_FUSE, mounts=(replace(MOUNT, servers=(replace(PEER, **fields),)),))
+
+    behind = {"behind": (replace(PEER, pid=95, command="minio"),)}
+    servers = follow(shown(behind_unknown=True), shown(**behind))
+    assert servers.lasting == {90, 95}
+    assert "minio (process 95) behind its server" in risk(servers, before=frozenset({95}))
+    # Another sample may show less.
+    assert follow(shown(**behind), shown(behind_unknown=True), ON_FUSE).lasting == {90, 95}
+    replaced = follow(shown(**behind), shown(behind=(replace(PEER, pid=96),)))
+    assert "lost minio (process 95) behind its server" in early(replaced, ended=95)
+
+
 def test_what_may_be_a_fuse_server() -> None:
     both = (PEER, replace(PEER, pid=91))
     unsure = replace(ON_FUSE, mounts=(replace(MOUNT, servers=both, certain=False),))
@@ -551,9 +580,10 @@ def test_a_server_that_ended_while_qemu_used_it(shown: Sample, is_risk: bool) ->
     """If the server itself was connected, QEMU may have closed the connection after the sample."""
     servers = follow(sample(UNIX), shown)
     ended = frozenset({90})
-    assert bool(risks_of_ended(servers, ended, shown)) is is_risk
-    assert risks_of_ended(servers, ended, None)
-    assert not risks_of_ended(servers, frozenset({99}), None)
+    none = frozenset[int]()
+    assert bool(risks_so_far(servers, none, ended, shown)) is is_risk
+    assert risks_so_far(servers, none, ended, None)
+    assert not risks_so_far(servers, none, frozenset({99}), None)
 
 
 def test_the_number_of_mounts_that_are_followed_is_limited() -> None:
