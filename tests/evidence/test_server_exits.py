@@ -95,14 +95,15 @@ def test_when_a_server_started_and_whether_it_has_ended(guest: subprocess.Popen[
     with exits(guest.pid) as watched:
         before = time.monotonic_ns() // 1000
         with sleeper() as server, sleeper() as other:
+            assert watched.started(server.pid) is None
+            watched.add(server.pid, NOW)
             started = watched.started(server.pid)
             assert started is not None and abs(started - before) < 1_000_000
-            watched.add(server.pid, NOW)
             watched.add(other.pid, 0)  # The id has been reused.
             assert not watched.has_ended(server.pid) and watched.has_ended(other.pid)
-        assert watched.has_ended(server.pid) and watched.started(server.pid) is None
+        assert watched.has_ended(server.pid) and watched.started(server.pid) == started
         watched.remove(server.pid)
-        assert not watched.has_ended(server.pid)
+        assert not watched.has_ended(server.pid) and watched.started(server.pid) is None
 
 
 def test_no_descriptor_remains(guest: subprocess.Popen[bytes]) -> None:
