@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from qkilld.engine.job import Job
+from qkilld.engine.snapshot import decode
 from qkilld.model.constants import Result
 from tests.lab import needs
 from tests.lab.bare import BareGuest, Layout, bare_guest
 from tests.lab.fuse import FuseStore, fuse_store
 from tests.lab.process import end, run, spawn
 from tests.lab.scratch import scratch
-from tests.rungs.stopping import Stopper, actions, codes, until
-from tests.rungs.test_servers import stop, wait_for_listener
+from tests.rungs.stopping import Stopper, actions, codes, stopper, until
+from tests.rungs.test_servers import OF_COPIES, stop, wait_for_listener
 
 RECORDS = Layout(60, passes=2)
 WRITTEN = 120
@@ -110,6 +111,43 @@ def test_a_server_that_is_killed_and_started_again(
     assert (job.result, bool(lost)) == (Result.EXITED, is_killed)
     assert (codes(job) == {"unknown"}) is job.data_at_risk is is_killed
     assert all(f"(process {server.pid}) ended" in risk.text for risk in job.risks)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_server_that_is_killed_while_no_daemon_runs(lab_dir: Path, is_killed: bool) -> None:
+    """QEMU cannot reconnect, so no sample of the next daemon shows a server."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("s"))
+        image, path = directory / "image", directory / "nbd"
+        make_image(image, "raw")
+        nbdkit: list[str | Path] = [needs.program("nbdkit", "nbdkit"), "-f", "-U", path]
+        server = spawn([*nbdkit, "--filter=cache", "file", image], stderr=subprocess.DEVNULL)
+        stack.callback(end, server)
+        wait_for_listener(path)
+        nbd = {"driver": "nbd", "server": {"type": "unix", "path": str(path)}}
+        with slow_guest(lab_dir, drive("d", {"driver": "raw", "file": nbd})) as (guest, _):
+
+            async def resume(stopping: Stopper, job: Job) -> None:
+                await in_the_sync(job)
+                past = json.dumps(job.snapshot().to_json())
+                if is_killed:
+                    server.kill()
+                    server.wait()
+                async with stopper(OF_COPIES) as following:
+                    process = following.host.open(guest.pid)
+                    resumed = following.registry.resume(process, decode(json.loads(past)))
+                    await until(lambda: not resumed.running)
+                    jobs.append(resumed)
+
+            jobs: list[Job] = []
+            stop(guest, resume)
+            guest.close()
+    (job,) = jobs
+    assert job.result is Result.EXITED
+    assert (codes(job) == {"unknown"}) is job.data_at_risk is is_killed
+    names = [f"nbdkit (process {server.pid})" in risk.text for risk in job.risks]
+    assert any(names) is is_killed
 
 
 @pytest.mark.timeout(120)

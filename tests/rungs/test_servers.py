@@ -129,17 +129,19 @@ def client(directory: Path, store: Server, more: str = "") -> Iterator[BareGuest
         yield guest
 
 
+OF_COPIES = Config(executables=(f"*/{QEMU}",))
+"""A server that is a guest is a copy of QEMU at another path."""
+
+
 def stop(
     guest: BareGuest | int, around: Callable[[Stopper, Job], Awaitable[None]] | None = None
 ) -> Job:
     """Stop a guest, wait for the end of the job, and return the job. `around` is called when the
     job has begun."""
     pid = guest if isinstance(guest, int) else guest.pid
-    # A server that is a guest is a copy of QEMU at another path.
-    config = Config(executables=(f"*/{QEMU}",))
 
     async def work() -> Job:
-        async with stopper(config) as stopping:
+        async with stopper(OF_COPIES) as stopping:
             job = await stopping.begin_pid(pid, Flag(0))
             if around is not None:
                 await around(stopping, job)
