@@ -15,6 +15,7 @@ changed are read in full.
 from __future__ import annotations
 
 import os
+import signal
 from typing import Final
 
 from qkilld.adapters.procfs import Stat, parse_stat
@@ -41,6 +42,7 @@ _RING_WORK: Final = Call(
 """Stands for the call of an io_uring kernel worker that executes a request."""
 STOPPED: Final = ("T", "t")
 """The states of a stopped thread. SIGSTOP stops all threads; a debugger may stop only some."""
+_KILL: Final = 1 << signal.SIGKILL - 1
 MAX_KEPT: Final = 128
 """The maximum number of threads whose schedstat stays open. For other threads, schedstat is opened
 for each read."""
@@ -139,10 +141,19 @@ class ThreadReader:
         return not self._entries or any(entry.alive for entry in self._entries.values())
 
     def living(self) -> Stat | None:
-        """Return the stat of a thread that is not exiting; None if there is none."""
+        """Return the stat of a thread that continues; None if all threads are exiting.
+
+        exit_group(2) sends SIGKILL to all other threads, but a thread may finish a system call
+        first. QEMU 11 frees the guest's memory in its RCU thread, whose munmap(2) takes 0.1 s for
+        each GiB.
+        """
         for entry in self._entries.values():
             if entry.alive:
                 try:
+                    # First read status: a thread that has taken SIGKILL since then is exiting.
+                    status = read_once(f"task/{entry.tid}/status", self._directory)
+                    if (number_after(status, b"\nSigPnd:\t", 16) or 0) & _KILL:
+                        continue
                     stat = parse_stat(read_once(f"task/{entry.tid}/stat", self._directory))
                 except OSError as error:
                     note_once("reading the stat of a thread", error)

@@ -44,10 +44,13 @@ def test_a_guest_that_was_merely_stopped_is_continued(client: Client, qemu: Make
 def test_a_large_guest_that_exits_is_not_killed(client: Client, qemu: Make) -> None:
     """QEMU has written everything. If it got SIGKILL, the receipt would say that data may be
     lost."""
-    guest = qemu(arguments=LARGE)
     spans = {"grace_usec": ("t", S // 10), "stall_usec": ("t", S // 10)}
-    result, receipt = client.wait(client.terminate(guest.pid, FORCE, **spans))
-    assert (result, signals(receipt)) == ("exited", ["SIGTERM"])
+    for _ in range(5):  # On a busy host, the exit may be over before the first sample.
+        guest = qemu(arguments=LARGE)
+        result, receipt = client.wait(client.terminate(guest.pid, FORCE, **spans))
+        assert (result, signals(receipt)) == ("exited", ["SIGTERM"])
+        if receipt["verdicts"]:
+            break
     assert "flushing" in verdicts(receipt)
     reasons = [reason for *_, reasons in receipt["verdicts"] for reason in reasons]
     assert "it has begun to exit" in reasons

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from qkilld.adapters.procfs import read_stat
 from qkilld.evidence import syscalls
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.threads import MAX_THREADS
@@ -22,7 +21,7 @@ from qkilld.model.sample import Io
 from tests.campaign.standstill import trace
 from tests.evidence.until import until
 from tests.lab import needs
-from tests.lab.guest import FIRST_THREAD_EXITS, LARGE, Guest
+from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.lab.storage import slow_disk
 
@@ -386,25 +385,6 @@ def test_a_stopped_one_has_not_taken_sigterm(qemu: Make, reader_of: ReaderOf) ->
     assert read(reader) == {"state": "?", **UNKNOWN}
 
 
-def test_exiting_takes_as_long_as_the_memory_does(qemu: Make, reader_of: ReaderOf) -> None:
-    for _ in range(5):  # On a busy host, the exit may be over before the next reading.
-        guest = qemu(arguments=LARGE)
-        reader = reader_of(guest.pid)
-        assert read(reader)["exiting"] is False
-        guest.signal(signal.SIGTERM)
-        while not (found := read(reader))["exiting"] and found["state"] != "Z":
-            pass
-        if found["exiting"]:
-            break
-    else:
-        raise needs.Missing("a QEMU that leaves its memory to the kernel when it exits")
-    later = until(lambda: read(reader), lambda later: later["cpu"] != found["cpu"])
-    assert (later["exiting"], guest.alive) == (True, True)
-    os.waitid(os.P_PID, guest.pid, os.WEXITED | os.WNOWAIT)
-    found = read(reader)
-    assert (found["state"], found["threads"], found["exiting"]) == ("Z", (), False)
-
-
 def test_a_debugger_shows(qemu: Make, reader_of: ReaderOf) -> None:
     guest = qemu()
     reader = reader_of(guest.pid)
@@ -590,13 +570,3 @@ def test_in_fdatasync_on_a_slow_disk(reader_of: ReaderOf) -> None:
         finally:
             disk.fast()
             end(process)
-
-
-def test_a_process_whose_first_thread_has_exited_is_not_exiting(
-    scripted_qemu: Make, reader_of: ReaderOf
-) -> None:
-    guest = scripted_qemu(FIRST_THREAD_EXITS)
-    until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")
-    reader = reader_of(guest.pid)
-    found = until(lambda: read(reader), lambda found: found["state"] == "S")
-    assert (found["exiting"], found["threads"]) == (False, ())
