@@ -1,0 +1,131 @@
+"""The command lines of storage servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.adapters.target_threads import MAX_OF_TARGET
+from qkilld.evidence.exports import (
+    TIMEOUT_S,
+    ExportReader,
+    WaitBudget,
+    exported_files,
+    leaves_with_client,
+)
+from tests.evidence.until import until
+
+QSD = [
+    "qemu-storage-daemon",
+    *("--blockdev", "driver=file,node-name=f0,filename=/images/one"),
+    *("--blockdev", '{"driver": "qcow2", "node-name": "q0", "file": "f0"}'),
+    *("--blockdev", "driver=raw,node-name=r1,file.driver=file,file.filename=two"),
+    *("--export", "type=nbd,id=e0,node-name=q0,name=disk,writable=on"),
+    *("--export", '{"type": "nbd", "id": "e1", "node-name": "r1"}'),
+    *("--export", "nbd,id=e2,node-name=missing,name=other"),
+]
+
+
+def test_which_file_is_exported_under_a_name() -> None:
+    assert exported_files(QSD) == {"disk": "/images/one", "r1": "two"}
+    assert exported_files(["--blockdev", "driver=raw,node-name=a,file=a", "--export", "nbd"]) == {}
+    loop = ["--blockdev", "driver=raw,node-name=a,file=a", "--export", "nbd,node-name=a"]
+    assert exported_files(["qemu-storage-daemon", *loop]) == {}
+
+
+@pytest.mark.parametrize(
+    ("command_line", "leaves"),
+    [
+        ("/usr/bin/qemu-nbd -f raw -k /t disk", True),
+        ("qemu-nbd -e 3 disk", True),
+        ("qemu-nbd -t disk", False),
+        ("qemu-nbd -rtk /socket disk", False),
+        ("qemu-nbd -kt disk", True),
+        ("qemu-nbd --persistent disk", False),
+        ("qemu-nbd --pers disk", False),
+        ("qemu-nbd --port 1 disk", True),
+        ("nbdkit -U /socket file disk", False),
+        ("nbdkit -fs file disk", True),
+        ("nbdkit --single file disk", True),
+        ("nbdkit -f file disk --run qemu", True),
+        ("nbdkit --run=qemu file disk", True),
+        ("nbdkit --ru qemu file disk", True),
+        ("nbdkit --filter=exitlast file disk", True),
+        ("nbdkit --filter cow --filter exitlast file disk", True),
+        ("nbdkit --fi=exitlast file disk", True),
+        ("nbdkit --filter=/lib/nbdkit/nbdkit-exitlast-filter.so file disk", True),
+        ("nbdkit --filter=cow file exitlast", False),
+        ("nbdkit -r file disk", False),
+        ("nbdkit --readonly file disk", False),
+        ("nbdkit eval open=--running", False),
+        ("socat UNIX-LISTEN:/a UNIX:/b", True),
+        ("qemu-storage-daemon -t", False),
+        ("", False),
+    ],
+)
+def test_servers_that_exit_with_their_client(command_line: str, leaves: bool) -> None:
+    assert leaves_with_client(command_line.split(" ")) is leaves
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> Iterator[Path]:
+    """Yield a directory like /proc. Reading the command line of server 7 or 8 blocks until a test
+    writes "nbdkit --single" to it."""
+    for name in ("7", "8"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status").write_text("Name:\tnbdkit\nUid:\t4321\t4321\t4321\t4321\n")
+        (tmp_path / name / "cwd").symlink_to("/")
+        os.mkfifo(tmp_path / name / "cmdline")
+    yield tmp_path
+    for pid in (7, 8):
+        write_command_line(tmp_path, pid)
+
+
+def threads_of(pid: int) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == f"target-{pid}"]
+
+
+def write_command_line(proc: Path, pid: int) -> None:
+    """Let all threads read a command line, and wait for their end."""
+    path = proc / str(pid) / "cmdline"
+    while threads := threads_of(pid):
+        with contextlib.suppress(OSError):  # ENXIO: no thread has opened it yet.
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(fd, b"nbdkit\0--single\0")
+            os.close(fd)
+        threads[0].join(0.1)
+
+
+def test_command_lines_that_block_take_few_threads_and_little_time(blocked: Path) -> None:
+    budget = WaitBudget()
+    readers = [ExportReader(7, budget, blocked) for _ in range(10)]
+    readers.append(ExportReader(8, budget, blocked))
+    start = time.monotonic()
+    assert [reader.leaves() for reader in readers] == [None] * 11
+    assert [reader.path_of("") for reader in readers] == [""] * 11
+    assert time.monotonic() - start < 4 * TIMEOUT_S
+    assert (len(threads_of(7)), len(threads_of(8))) == (MAX_OF_TARGET, 1)
+    write_command_line(blocked, 7)
+    # Readers that already had a thread do not need a new one. Those without get one.
+    assert any(reader.leaves() for reader in readers[:MAX_OF_TARGET])
+    (blocked / "7/cmdline").unlink()
+    (blocked / "7/cmdline").write_bytes(b"nbdkit\0")
+    budget.renew()
+    assert until(readers[9].leaves, lambda leaves: leaves is not None) is False
+
+
+def test_the_command_line_of_an_exiting_server_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/status").write_text("Name:\tnbdkit\nUid:\t4321\t4321\t4321\t4321\n")
+    (tmp_path / "7/cwd").symlink_to("/")
+    (tmp_path / "7/cmdline").touch()
+    reader = ExportReader(7, WaitBudget(), tmp_path)
+    assert reader.leaves() is None
+    until(lambda: threads_of(7), lambda threads: not threads)
+    assert reader.leaves() is None
