@@ -76,10 +76,11 @@ class PeerFinder:
                     self._places.setdefault(link, place)
                     for other in self._searches:
                         other.forget(link)
+            # Here no other thread adds a socket, which would break the iterator.
+            while len(self._places) > MAX_PLACES:
+                self._places.pop(next(iter(self._places)), None)
         finally:
             self._lock.release()
-        while len(self._places) > MAX_PLACES:
-            self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the cached processes that still have their socket, keyed by the socket's inode.

@@ -19,7 +19,12 @@ import pytest
 from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
 from qkilld.evidence import descriptor_search, peer_finder
-from qkilld.evidence.descriptor_search import Candidate, by_turns, search_pair
+from qkilld.evidence.descriptor_search import (
+    Candidate,
+    DescriptorHolder,
+    by_turns,
+    search_pair,
+)
 from qkilld.evidence.peer_finder import PeerFinder
 from tests.evidence.until import until
 from tests.lab.process import OTHER_UID
@@ -186,3 +191,31 @@ def test_a_server_that_was_stuck_for_a_moment(monkeypatch: pytest.MonkeyPatch) -
             )
             assert finder.find([inode]) == {}
         assert finder.find([inode]) == {inode: pid}
+
+
+class _Places(dict[str, DescriptorHolder]):
+    """Records whether the lock was held whenever the oldest place was looked up."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__()
+        self._is_locked = lock.locked
+        self.locked: list[bool] = []
+
+    def __iter__(self) -> Iterator[str]:
+        self.locked.append(self._is_locked())
+        return super().__iter__()
+
+
+def test_old_places_are_dropped_while_no_other_thread_adds_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If another thread added a place meanwhile, the iterator would fail."""
+    monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "MAX_PLACES", 1)
+    (tmp_path / "7/fd").mkdir(parents=True)
+    for inode in (5, 6):
+        (tmp_path / f"7/fd/{inode}").symlink_to(f"socket:[{inode}]")
+    finder = PeerFinder(tmp_path)
+    finder._places = places = _Places(finder._lock)
+    assert len(finder.find([5, 6])) == 1
+    assert places.locked == [True]
