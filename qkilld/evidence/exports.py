@@ -17,10 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from qkilld.adapters.procfs import read_command_line, read_uid
+from qkilld.adapters.procfs import read_command_line, read_stat, read_uid
 from qkilld.adapters.qemu_args import parse_command_line
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.debug_log import about, note_once
+from qkilld.evidence.parents import ancestors_of
 
 TIMEOUT_S: Final = 0.05
 """How long one sample waits for the command lines of all servers together."""
@@ -28,9 +29,10 @@ _MAX_DEPTH: Final = 8
 # Short options can be joined into one word, such as "-vt". The next two patterns find -t and -s in
 # a word if only options without arguments come before them.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
-_NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
-_NBDKIT_EXITLAST: Final = re.compile(r"--fi[a-z]*[= ](.*/nbdkit-)?exitlast(-filter\.so)?")
+_NBDKIT_SINGLE: Final = re.compile("-[46fhnorvV]*s.*|--si[a-z]*|--st[a-z]*", re.DOTALL)
+_NBDKIT_FILTER: Final = re.compile(r"--fi[a-z]*[= ](.*/nbdkit-)?exit(last|when)(-filter\.so)?")
 _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
+_NBDKIT_CHILD: Final = re.compile("--exi[a-z-]*")
 
 
 class WaitBudget:
@@ -55,8 +57,11 @@ class ExportReader:
     """Reads the command line once, in a thread because reading may block (command_line.py). If no
     thread is free, the next call tries again. Not thread-safe."""
 
-    def __init__(self, pid: int, budget: WaitBudget, proc: Path = Path("/proc")) -> None:
-        self._pid, self._budget, self._proc = pid, budget, proc
+    def __init__(
+        self, pid: int, budget: WaitBudget, proc: Path = Path("/proc"), guest: int = 0
+    ) -> None:
+        """`guest`: the guest's process; 0 if unknown."""
+        self._pid, self._budget, self._proc, self._guest = pid, budget, proc, guest
         self._thread: threading.Thread | None = None
         self._paths: Mapping[str, str] = {}
         self._leaves: bool | None = None
@@ -67,8 +72,8 @@ class ExportReader:
         return self._paths.get(export, "")
 
     def leaves(self) -> bool | None:
-        """Return whether the server exits when its client disconnects; None if unknown. Only the
-        first call waits."""
+        """Return whether the server exits when its client disconnects, or when a process does that
+        runs the guest; None if unknown. Only the first call waits."""
         self._start()
         return self._leaves
 
@@ -87,25 +92,35 @@ class ExportReader:
         try:
             argv = read_command_line(self._pid, self._proc)
             directory = str((self._proc / str(self._pid) / "cwd").readlink())
+            leaves = leaves_with_client(argv) or (
+                leaves_with_parent(argv) and self._runs_beside_guest()
+            )
         except (OSError, ValueError) as error:
             note_once("reading the command line of a server", error)
             return
         if not argv[0]:
             return  # The process is exiting.
-        self._leaves = leaves_with_client(argv)
+        self._leaves = leaves
         self._paths = {
             name: os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             for name, path in exported_files(argv).items()
         }
 
+    def _runs_beside_guest(self) -> bool:
+        """Return whether the guest, or a process that runs it, is the server's parent. If another
+        process is the parent, nothing shows that the server exits when the guest does. Raises
+        OSError."""
+        parent = read_stat(self._pid, self._proc).parent
+        return parent in (self._guest, *ancestors_of(self._guest, self._proc))
+
 
 def leaves_with_client(argv: Sequence[str]) -> bool:
     """Return whether a server exits when its only client disconnects.
 
-    This is true of nbdkit --single, of qemu-nbd without --persistent, and of socat, which serves
-    one connection in each process. It is also true of nbdkit's filter exitlast, and of nbdkit
-    --run, whose client is the command that it runs: when the command exits, nbdkit kills the server
-    (nbdkit-captive(1)).
+    This is true of nbdkit --single (or --stdin), of qemu-nbd without --persistent, and of socat,
+    which serves one connection in each process. It is also true of nbdkit's filters exitlast and
+    exitwhen, which wait for the last client, and of nbdkit --run, whose client is the command that
+    it runs: when the command exits, nbdkit kills the server (nbdkit-captive(1)).
     """
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
@@ -116,12 +131,17 @@ def leaves_with_client(argv: Sequence[str]) -> bool:
         case "nbdkit":
             # The value of an option may be the next word.
             pairs = [*words, *map(" ".join, pairwise(words))]
-            leaving = (_NBDKIT_SINGLE, _NBDKIT_EXITLAST, _NBDKIT_CAPTIVE)
-            is_single = "--single" in words
-            return is_single or any(one.fullmatch(word) for one in leaving for word in pairs)
+            leaving = (_NBDKIT_SINGLE, _NBDKIT_FILTER, _NBDKIT_CAPTIVE)
+            return any(one.fullmatch(word) for one in leaving for word in pairs)
         case "socat":
             return True
     return False
+
+
+def leaves_with_parent(argv: Sequence[str]) -> bool:
+    """Return whether a server exits when its parent process does: nbdkit --exit-with-parent."""
+    is_nbdkit = bool(argv) and os.path.basename(argv[0]) == "nbdkit"  # noqa: PTH119
+    return is_nbdkit and any(map(_NBDKIT_CHILD.fullmatch, argv[1:]))
 
 
 def exported_files(argv: Sequence[str]) -> dict[str, str]:

@@ -35,7 +35,8 @@ _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
 class PeerReader:
     """Samples one server. Not thread-safe."""
 
-    def __init__(self, pid: int, budget: WaitBudget, proc: Path = PROC) -> None:
+    def __init__(self, pid: int, budget: WaitBudget, proc: Path = PROC, guest: int = 0) -> None:
+        """`guest`: the guest's process; 0 if unknown."""
         self.pid = pid
         self._proc = proc
         self._process: ProcessReader | None = None
@@ -56,7 +57,7 @@ class PeerReader:
         self.mounts: tuple[Mount, ...] = ()
         """The file systems that hold the server's files and have no block device."""
         self._sockets = SocketReader(pid, proc)
-        self._exports = ExportReader(pid, budget, proc)
+        self._exports = ExportReader(pid, budget, proc, guest)
 
     def read(
         self,

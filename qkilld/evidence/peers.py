@@ -409,7 +409,7 @@ class ServerReader:
 
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < self._limit:
-            self._readers[pid] = PeerReader(pid, self._budget, self._proc)
+            self._readers[pid] = PeerReader(pid, self._budget, self._proc, self._pid)
         self._used_pids.append(pid)
         return self._readers.get(pid)
 

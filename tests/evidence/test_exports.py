@@ -52,7 +52,14 @@ def test_which_file_is_exported_under_a_name() -> None:
         ("qemu-nbd --port 1 disk", True),
         ("nbdkit -U /socket file disk", False),
         ("nbdkit -fs file disk", True),
+        ("nbdkit -sU - file disk", True),
+        ("nbdkit -rst 5 file disk", True),
+        ("nbdkit -i localhost file disk", False),
+        ("nbdkit -Us file disk", False),
         ("nbdkit --single file disk", True),
+        ("nbdkit --si file disk", True),
+        ("nbdkit --stdin file disk", True),
+        ("nbdkit --swap --short-options --selinux-label=s file disk", False),
         ("nbdkit -f file disk --run qemu", True),
         ("nbdkit --run=qemu file disk", True),
         ("nbdkit --ru qemu file disk", True),
@@ -60,6 +67,7 @@ def test_which_file_is_exported_under_a_name() -> None:
         ("nbdkit --filter cow --filter exitlast file disk", True),
         ("nbdkit --fi=exitlast file disk", True),
         ("nbdkit --filter=/lib/nbdkit/nbdkit-exitlast-filter.so file disk", True),
+        ("nbdkit --filter=exitwhen file disk exit-when-process-exits=7", True),
         ("nbdkit --filter=cow file exitlast", False),
         ("nbdkit -r file disk", False),
         ("nbdkit --readonly file disk", False),
@@ -129,3 +137,33 @@ def test_the_command_line_of_an_exiting_server_is_unknown(tmp_path: Path) -> Non
     assert reader.leaves() is None
     until(lambda: threads_of(7), lambda threads: not threads)
     assert reader.leaves() is None
+
+
+def write_process(proc: Path, pid: int, parent: int, command: str, *argv: str) -> None:
+    (proc / f"{pid}").mkdir()
+    (proc / f"{pid}/stat").write_text(f"{pid} ({command}) S {parent} " + "0 " * 48)
+    (proc / f"{pid}/status").write_text(f"Name:\t{command}\nUid:\t4321\t4321\t4321\t4321\n")
+    (proc / f"{pid}/cmdline").write_text("".join(f"{word}\0" for word in argv))
+    (proc / f"{pid}/cwd").symlink_to("/")
+
+
+@pytest.mark.parametrize("option", ["--exit-with-parent", "--exi"])
+@pytest.mark.parametrize(
+    ("parent", "leaves"),
+    [
+        (9, True),  # QEMU itself: the server was started, and then its parent became QEMU.
+        (5, True),  # The script that runs QEMU.
+        (4, False),  # The script's service manager.
+        (1, False),
+        (8, False),
+    ],
+)
+def test_a_server_that_exits_with_its_parent(
+    tmp_path: Path, option: str, parent: int, leaves: bool
+) -> None:
+    """This is an ordinary end only if the parent exits when the guest does."""
+    for pid, above, command in ((1, 0, "init"), (4, 1, "systemd"), (5, 4, "sh"), (8, 1, "sh")):
+        write_process(tmp_path, pid, above, command)
+    write_process(tmp_path, 9, 5, "qemu")
+    write_process(tmp_path, 7, parent, "nbdkit", "nbdkit", option, "file", "disk")
+    assert ExportReader(7, WaitBudget(), tmp_path, guest=9).leaves() is leaves

@@ -81,7 +81,7 @@ class FakePeerReader:
 
     upstream_unknown, mounts, names, open_files = False, (), dict[str, frozenset[str]](), 0
 
-    def __init__(self, pid: int, budget: object, proc: object) -> None:
+    def __init__(self, pid: int, budget: object, proc: object, guest: int) -> None:
         self.pid = pid
         self.upstream = [99] if pid == 5000 else []
 
