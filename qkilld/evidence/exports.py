@@ -25,6 +25,10 @@ from qkilld.evidence.parents import ancestors_of
 
 TIMEOUT_S: Final = 0.05
 """How long one sample waits for the command lines of all servers together."""
+_MAX_TRIES: Final = 4
+"""A command line is unreadable for a moment during execve(2), so reading it is tried this often."""
+_RETRY_S: Final = 0.05
+"""The next try begins at least this long after the last one began."""
 _MAX_DEPTH: Final = 8
 # Short options can be joined into one word, such as "-vt". The next two patterns find -t and -s in
 # a word if only options without arguments come before them.
@@ -54,8 +58,8 @@ class WaitBudget:
 
 
 class ExportReader:
-    """Reads the command line once, in a thread because reading may block (command_line.py). If no
-    thread is free, the next call tries again. Not thread-safe."""
+    """Reads the command line once, in a thread because reading may block (command_line.py). If that
+    fails, a later call tries again. Not thread-safe."""
 
     def __init__(
         self, pid: int, budget: WaitBudget, proc: Path = Path("/proc"), guest: int = 0
@@ -63,28 +67,33 @@ class ExportReader:
         """`guest`: the guest's process; 0 if unknown."""
         self._pid, self._budget, self._proc, self._guest = pid, budget, proc, guest
         self._thread: threading.Thread | None = None
+        self._tries, self._next_try = 0, 0.0
         self._paths: Mapping[str, str] = {}
         self._leaves: bool | None = None
 
     def path_of(self, export: str) -> str:
-        """Return the path of the exported image; "" if unknown. Only the first call waits."""
+        """Return the path of the exported image; "" if unknown. Waits for each try."""
         self._start()
         return self._paths.get(export, "")
 
     def leaves(self) -> bool | None:
         """Return whether the server exits when its client disconnects, or when a process does that
-        runs the guest; None if unknown. Only the first call waits."""
+        runs the guest; None if unknown. Waits for each try."""
         self._start()
         return self._leaves
 
     def _start(self) -> None:
-        if self._thread is not None:
+        is_read = self._leaves is not None
+        is_reading = self._thread is not None and self._thread.is_alive()
+        now = time.monotonic()
+        if is_read or is_reading or self._tries >= _MAX_TRIES or now < self._next_try:
             return
         try:
             self._thread = shared.start(self._pid, read_uid(self._pid, self._proc), self._read)
         except (OSError, AllThreadsBlocked) as error:
             note_once("reading the command line of a server", error)
         else:
+            self._tries, self._next_try = self._tries + 1, now + _RETRY_S
             self._budget.join(self._thread)
 
     def _read(self) -> None:
@@ -100,11 +109,11 @@ class ExportReader:
             return
         if not argv[0]:
             return  # The process is exiting.
-        self._leaves = leaves
         self._paths = {
             name: os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             for name, path in exported_files(argv).items()
         }
+        self._leaves = leaves
 
     def _runs_beside_guest(self) -> bool:
         """Return whether the guest, or a process that runs it, is the server's parent. If another

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qkilld.adapters.target_threads import MAX_OF_TARGET
+from qkilld.evidence import exports
 from qkilld.evidence.exports import (
     TIMEOUT_S,
     ExportReader,
@@ -122,21 +123,41 @@ def test_command_lines_that_block_take_few_threads_and_little_time(blocked: Path
     write_command_line(blocked, 7)
     # Readers that already had a thread do not need a new one. Those without get one.
     assert any(reader.leaves() for reader in readers[:MAX_OF_TARGET])
+    write_command_line(blocked, 7)  # Those that read nothing try again.
     (blocked / "7/cmdline").unlink()
     (blocked / "7/cmdline").write_bytes(b"nbdkit\0")
     budget.renew()
     assert until(readers[9].leaves, lambda leaves: leaves is not None) is False
 
 
-def test_the_command_line_of_an_exiting_server_is_unknown(tmp_path: Path) -> None:
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7/status").write_text("Name:\tnbdkit\nUid:\t4321\t4321\t4321\t4321\n")
-    (tmp_path / "7/cwd").symlink_to("/")
-    (tmp_path / "7/cmdline").touch()
+def test_a_command_line_that_is_unreadable_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is empty during execve(2), and when the process is exiting."""
+    monkeypatch.setattr(exports, "_RETRY_S", 0.0)
+    write_process(tmp_path, 7, 1, "nbdkit")
     reader = ExportReader(7, WaitBudget(), tmp_path)
-    assert reader.leaves() is None
-    until(lambda: threads_of(7), lambda threads: not threads)
-    assert reader.leaves() is None
+    exiting = ExportReader(7, WaitBudget(), tmp_path)
+
+    def leaves(reader: ExportReader) -> bool | None:
+        found = reader.leaves()
+        until(lambda: threads_of(7), lambda threads: not threads)
+        return found
+
+    assert leaves(reader) is None
+    assert [leaves(exiting) for _ in range(exports._MAX_TRIES)] == [None] * exports._MAX_TRIES
+    (tmp_path / "7/cmdline").write_bytes(b"nbdkit\0--single\0")
+    assert until(reader.leaves, lambda leaves: leaves is not None) is True
+    assert exiting.leaves() is None
+
+
+def test_tries_are_not_used_up_by_one_sample(tmp_path: Path) -> None:
+    write_process(tmp_path, 7, 1, "nbdkit")
+    reader = ExportReader(7, WaitBudget(), tmp_path)
+    for _ in range(2 * exports._MAX_TRIES):
+        reader.path_of("")
+    (tmp_path / "7/cmdline").write_bytes(b"nbdkit\0--single\0")
+    assert until(reader.leaves, lambda leaves: leaves is not None) is True
 
 
 def write_process(proc: Path, pid: int, parent: int, command: str, *argv: str) -> None:
