@@ -13,7 +13,7 @@ from enum import Enum, auto
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
-from qkilld.decision.ladder import Action, JobFacts, decide, sample_interval
+from qkilld.decision.ladder import Action, Decision, JobFacts, decide, sample_interval
 from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import assess, is_dead, is_news
 from qkilld.engine import events
@@ -135,15 +135,14 @@ class SignalPhase:
         sent."""
         self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
         self._continued_at = past.sent_at(SIGCONT)
-        self._forced = past.forced
+        self._forced, self._promised = past.forced, past.promised
         self._yank.resume(past)
 
     def advance(self) -> None:
         job = self._job
         while job.running:
             now = self._clock.now()
-            decision = decide(self.facts, now)
-            self._promised = max(self._promised, decision.promised)
+            decision = self._decide(now)
             # The process may exit right at the deadline, so check for its exit before the next
             # rung.
             if decision.action is not Action.LEAVE and self._process.exited():
@@ -181,14 +180,22 @@ class SignalPhase:
                     if not self.climb(_SIGNALS[action]):
                         return
 
+    def _decide(self, now: int) -> Decision:
+        decision = decide(self.facts, now)
+        self._promised = max(self._promised, decision.promised)
+        return decision
+
     def force(self) -> None:
         self._forced = True
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot, and record in it whether SIGKILL is forced or about to be sent."""
-        if self._forced:
-            snapshot = replace(snapshot, forced=True)
+        """Return the snapshot, and record in it when SIGKILL is due, and whether it is forced or
+        about to be sent."""
+        if snapshot.result is None:
+            # A job is saved after a sample, before the next decision.
+            self._decide(self._clock.now())
+        snapshot = replace(snapshot, forced=self._forced, promised=self._promised)
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())
@@ -243,7 +250,7 @@ class SignalPhase:
             self._term_at = now
             # Set the deadline now: the next decision waits for a sample, and callers may read the
             # deadline before that.
-            job.deadline = decide(self.facts, now).deadline
+            job.deadline = self._decide(now).deadline
         job.note_rung(number.name, now)
 
     def check_identity(self) -> None:

@@ -29,7 +29,7 @@ Identity.exiting and `risks`, and its assessment has a different format. Version
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
 and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Version 11
-lacks `earlier_risks`. Version 12 lacks `servers`. Any version may lack `forced`.
+lacks `earlier_risks`. Version 12 lacks `servers` and `promised`. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"
@@ -94,6 +94,8 @@ class Snapshot:
     cut_off: frozenset[str] = frozenset()
     """The names of the connections that were cut off."""
     servers: tuple[SavedServer, ...] = ()
+    promised: int = 0
+    """When SIGKILL is due according to the decisions so far (JobFacts.promised)."""
 
     @classmethod
     def of_signals(
@@ -298,6 +300,7 @@ def _problem(snapshot: Snapshot) -> str:
         return "it says both that the job has ended and that it has not"
     if not min((snapshot.started, *(rung.at for rung in snapshot.rungs))) >= 0:
         return "a time is impossible"
-    if snapshot.latest >= INFINITY or not 0 <= snapshot.control.not_before <= INFINITY:
+    ahead = (snapshot.control.not_before, snapshot.promised)
+    if snapshot.latest >= INFINITY or not 0 <= min(ahead) <= max(ahead) <= INFINITY:
         return "a time is impossible"
     return ""
