@@ -41,16 +41,16 @@ def is_own(wait: Wait, sample: Sample, previous: Sample) -> bool:
     writes = any(map(_sends_data, _clients(sample)))
     if wait.threads:
         return _calls_write(wait.threads, devices, earlier, writes=writes)
-    keys = {f"node:{one.node}": one for one in sample.sockets or () if one.node}
-    keys |= {f"socket:{one.inode}": one for one in sample.sockets or ()}
-    if wait.key not in keys:
+    sockets = [
+        one
+        for one in sample.sockets or ()
+        if one.inode in wait.connections or wait.key == f"socket:{one.inode}"
+    ]
+    if not sockets:
         return not writes and _has_written(devices, earlier)
-    inodes = wait.connections or {keys[wait.key].inode}
     before = {one.inode: one for one in previous.sockets or ()}
     return any(
-        _has_stored(one, before[one.inode], writes=writes)
-        for one in sample.sockets or ()
-        if one.inode in inodes and one.inode in before
+        _has_stored(one, before[one.inode], writes=writes) for one in sockets if one.inode in before
     )
 
 

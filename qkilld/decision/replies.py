@@ -8,12 +8,12 @@ client, or may repeat a request that fails.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 from typing import Final
 
+from qkilld.decision.node_groups import NodeGroup, groups_of
 from qkilld.decision.signs import KEEPALIVE_PROTOCOLS, SERVES, Sign
-from qkilld.model.sample import Node, Peer, Sample, Socket
+from qkilld.model.sample import Peer, Sample, Socket
 
 _IDLE_WITHOUT_CONNECTION: Final = frozenset({"http", "https", "ftp", "ftps", "vhost-user"})
 """Protocols whose nodes do not make QEMU run while they have no connection. QEMU connects to a web
@@ -41,11 +41,10 @@ def runs_without_replies(sample: Sample) -> bool:
     connect to a lost server again, or for a connection of unknown use, such as that of a client or
     of storage that was added later."""
     sockets, nodes = sample.sockets or (), sample.nodes or ()
-    connected = {socket.node for socket in sockets if socket.node}
-    # It is unknown which node of a group a connection belongs to.
-    connected |= {node.group for node in nodes if node.group and node.name in connected}
-    return any(socket.role == "unknown" and not _is_pair(socket) for socket in sockets) or any(
-        node.protocol in KEEPALIVE_PROTOCOLS or _connects_again(node, connected) for node in nodes
+    return (
+        any(socket.role == "unknown" and not _is_pair(socket) for socket in sockets)
+        or any(node.protocol in KEEPALIVE_PROTOCOLS for node in nodes)
+        or any(map(_connects_again, groups_of(sample).values()))
     )
 
 
@@ -56,8 +55,7 @@ def _is_pair(socket: Socket) -> bool:
     return socket.family == "unix" and not socket.client and not socket.accepted
 
 
-def _connects_again(node: Node, connected: Set[str]) -> bool:
-    """Return whether QEMU may be trying to connect to the node's server. `connected`: the names of
-    the nodes and groups that have connections."""
-    is_lost = connected.isdisjoint((node.name, node.group))
-    return is_lost and node.protocol not in _IDLE_WITHOUT_CONNECTION
+def _connects_again(group: NodeGroup) -> bool:
+    """Return whether QEMU may be trying to connect to the server of one of the nodes."""
+    kept = sum(node.protocol not in _IDLE_WITHOUT_CONNECTION for node in group.nodes)
+    return len(group.sockets) < kept

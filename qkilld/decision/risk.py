@@ -6,10 +6,12 @@ import os
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
 from typing import Final
 
+from qkilld.decision.node_groups import groups_of, title_of
 from qkilld.decision.verdict import Assessment
 from qkilld.decision.waits import CONNECTED, WaitKind, tells_nothing
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.job import Risk
+from qkilld.model.sample import Node
 
 CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
@@ -95,18 +97,29 @@ def risks_of_exit(
         return ()
     sample, risks = evidence.seen, []
     waits = {wait.key: wait for wait in evidence.waits}
-    for node in sample.nodes or ():
-        wait = waits.get(f"node:{node.name}")
-        # QEMU holds no data of a vhost-user device, so no data is lost with its server.
-        if wait is None or node.served is not False or node.protocol == "vhost-user":
+    for group in groups_of(sample).values():
+        wait = waits.get(group.wait_key)
+        marks = wait.marks if wait is not None else ()
+        counts = [mark for mark in marks if mark.name == CONNECTED]
+        if wait is None or not counts or counts[0].value >= len(group.nodes):
             continue
-        disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # If the node lost its server only after `wait.since`, it was connected at `wait.since`.
-        connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
-        delay = (node.reconnect or 0) * USEC_PER_SEC
-        if node.reconnect is not None and ended < connected_at + delay:
+        # `lost_at` is when the number of connections last changed.
+        lost_at = counts[0].at
+        if sample.at - lost_at < _LOST:
             continue
-        if disconnects and sample.at - disconnects[0] >= _LOST:
-            text = f"it exited while {node.protocol} node {node.name} had no server"
+        # If a single node lost its server after `wait.since`, it was connected at `wait.since`.
+        is_single = len(group.nodes) == 1
+        connected_at = wait.since if is_single and lost_at > wait.since else started
+        gone = [node for node in group.nodes if _has_given_up(node, connected_at, ended)]
+        if gone:
+            text = f"it exited while {title_of(gone)} had no server"
             risks.append(Risk("unknown", text))
     return tuple(risks)
+
+
+def _has_given_up(node: Node, connected_at: int, ended: int) -> bool:
+    """Return whether QEMU may have dropped unwritten data of a node without a connection."""
+    # QEMU holds no data of a vhost-user device, so no data is lost with its server.
+    if node.served is not False or node.protocol == "vhost-user":
+        return False
+    return node.reconnect is None or ended >= connected_at + node.reconnect * USEC_PER_SEC

@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from typing import Final
 
-from qkilld.decision.servers import MountServers, NodeServer, StorageServers, title_of
+from qkilld.decision.node_groups import title_of
+from qkilld.decision.servers import MountServers, NodeServer, StorageServers
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job import Risk

@@ -26,6 +26,7 @@ from dataclasses import field, replace
 from itertools import islice
 from typing import Final
 
+from qkilld.decision.node_groups import group_name, title_of
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Mount, Node, Peer, Sample, Socket
 
@@ -334,7 +335,7 @@ def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, .
     its own group, with its name as the key."""
     groups: dict[str, list[Node]] = {}
     for node in nodes:
-        groups.setdefault(node.group or node.name, []).append(node)
+        groups.setdefault(group_name(node), []).append(node)
     return {name: tuple(group) for name, group in groups.items() if any(map(_may_lose_data, group))}
 
 
@@ -461,14 +462,3 @@ def _named(servers: Sequence[Peer], pids: frozenset[int]) -> str:
 
 def _process(peer: Peer) -> str:
     return f"{peer.command} (process {peer.pid})"
-
-
-def title_of(nodes: Sequence[Node]) -> str:
-    """Name a group of nodes."""
-    protocol = nodes[0].protocol
-    if len(nodes) == 1:
-        return f"{protocol} node {nodes[0].name}"
-    names = [node.name for node in nodes[:_MAX_NAMES]]
-    more = " and others" if len(nodes) > _MAX_NAMES else ""
-    kind = f"{protocol} nodes" if all(node.protocol == protocol for node in nodes) else "nodes"
-    return f"one of the {kind} {', '.join(names)}{more}"

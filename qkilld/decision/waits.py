@@ -15,6 +15,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Final
 
+from qkilld.decision.node_groups import NodeGroup, groups_of
 from qkilld.decision.replies import reply_signs, runs_without_replies
 from qkilld.decision.signs import (
     TALK,
@@ -34,7 +35,7 @@ from qkilld.decision.signs import (
     write_signs,
 )
 from qkilld.model.dataclass import dataclass
-from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
+from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
 """The name of the sign that counts the connections of a node. Its Mark.at (open_wait.py) is the
@@ -423,13 +424,10 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         for socket in (previous and previous.sockets) or ()
         if socket.peer is not None
     }
-    by_node: dict[str, list[Socket]] = {}
-    for socket in sockets:
-        by_node.setdefault(socket.node, []).append(socket)
     runs_anyway = runs_without_replies(sample)
     waits = [
-        _node_wait(node, by_node.get(node.name, ()), sample, before, runs_anyway=runs_anyway)
-        for node in sample.nodes or ()
+        _node_wait(group, sample, before, runs_anyway=runs_anyway)
+        for group in groups_of(sample).values()
     ]
     waits += [
         _unknown_wait(socket, sample, before.get(socket.inode))
@@ -475,39 +473,35 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
 
 
 def _node_wait(
-    node: Node,
-    sockets: Sequence[Socket],
-    sample: Sample,
-    before: Mapping[int, Peer],
-    *,
-    runs_anyway: bool,
+    group: NodeGroup, sample: Sample, before: Mapping[int, Peer], *, runs_anyway: bool
 ) -> Wait:
-    """Return the wait for a node's server.
+    """Return the wait for the server of a node, or for those of a group of nodes.
 
     `before`: the servers in the last sample, keyed by the inode of the connection. `runs_anyway`:
     whether the process may run although no server replies.
     """
+    sockets, title = group.sockets, group.title
     signs: list[Sign] = []
     for socket in sockets:
-        for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
+        for sign in socket_signs(socket, group.protocol, before.get(socket.inode)):
             if only_runs(sign):
                 signs += reply_signs(sign, socket.peer, sample.switches, sure=not runs_anyway)
             else:
                 signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
-    if node.served is not None:
+    if any(node.served is not None for node in group.nodes):
         # The return of a server counts as progress, because QEMU may need up to 16 s to reconnect.
         # But a return counts only once: a server that comes and goes makes no progress.
-        signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
+        gone = sum(node.served is False for node in group.nodes)
+        signs.append(Sign("served", SignKind.LOW, gone, "its server is back"))
     if sample.sockets is None:
         # The connection is unreadable, for example because it is in another network namespace. Only
         # the bytes that QEMU's threads write to each other show replies.
         signs += _talk_signs(sample)
-    title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
     if sample.sockets is None:
         text = f"{title} may owe it a reply; its connection cannot be seen"
-    elif not sockets:
+    elif group.has_lost:
         text = f"{title} has no connection to its server"
     elif queued:
         text = f"{title} has {queued} bytes or segments on the way to {_server(sockets)}"
@@ -517,7 +511,7 @@ def _node_wait(
         text = f"{title} may owe it a reply from {_server(sockets)}"
     watched = max((server_depth(socket.peer) for socket in sockets), default=0)
     return Wait(
-        key=f"node:{node.name}",
+        key=group.wait_key,
         kind=WaitKind.STORAGE,
         text=text,
         signs=tuple(signs),

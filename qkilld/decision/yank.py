@@ -2,31 +2,32 @@
 
 `query-yank` lists every connection that can be cut off, even healthy ones. If a healthy connection
 is cut off, the data that QEMU still holds for it is lost. But a healthy NBD server without requests
-looks like a dead one. So only one group of connections is cut off, the first that is not empty:
+looks like a dead one. So only one set of connections is cut off, the first that is not empty:
 
 - A reply is certainly missing: bytes are unacknowledged or unread, there is no connection or no
   server, or a request had no reply before SIGTERM.
+- A reply is certainly missing for some nodes of a group (node_groups.py), but it is unknown for
+  which.
 - The server waits for its own storage, perhaps on behalf of another disk of the guest.
 - The connection does not move.
 - Only doubtful signs of the connection move, so perhaps the server replies.
 
-If QEMU certainly waits for a local disk, too, only the first group is cut off. A wrong choice loses
-less than the next rung, SIGKILL, would.
+If QEMU certainly waits for a local disk, too, only the first two of these are cut off. A wrong
+choice loses less than the next rung, SIGKILL, would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from qkilld.decision.node_groups import NODE_WAIT, NodeGroup, groups_of
 from qkilld.decision.open_wait import OpenWait
 from qkilld.decision.signs import works
 from qkilld.decision.verdict import Assessment
 from qkilld.decision.waits import WaitKind, owes_reply
 from qkilld.model.block_state import NetworkDisk, NetworkStorage, YankInstance
 from qkilld.model.dataclass import dataclass
-from qkilld.model.sample import Node, Sample
 
-_NODE = "node:"
 _SOCKET = "socket:"
 
 
@@ -56,34 +57,40 @@ def choose(
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     sample = evidence.seen  # `waits` comes from this sample, too.
-    nodes = {node.name: node for node in sample.nodes or ()}
-    suspects, working, others, doubtful = [], [], [], []
+    groups = {node.name: group for group in groups_of(sample).values() for node in group.nodes}
+    candidates = []
     for instance in instances:
-        if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
-            continue
-        titles = _titles(instance, known.disks)
-        names = [name for name in nodes if _is_of(name, instance, titles)]
-        node_waits = [waits[_NODE + name] for name in names if _NODE + name in waits]
+        if instance.kind in ("block-node", "chardev") and instance.name not in cut_off:
+            titles = _titles(instance, known.disks)
+            names = [name for name in groups if _is_of(name, instance, titles)]
+            candidates.append((instance, titles, names))
+    open_nodes = {name for _, _, names in candidates for name in names}
+    suspects, shared, working, others, doubtful = [], [], [], [], []
+    for instance, titles, names in candidates:
+        own = [groups[name] for name in names]
+        node_waits = [waits[group.wait_key] for group in own if group.wait_key in waits]
         if any(_is_after(still_since, wait.moved_at) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
-        owes = any(_owes(nodes[name], sample) for name in names)
+        owes = sample.sockets is not None and any(map(_owes, own))
         if owes or instance.name in known.stuck:
             suspects.append(candidate)
-        elif any(_works(nodes[name], sample) for name in names):
+        elif sample.sockets is not None and any(_may_owe(group, open_nodes) for group in own):
+            shared.append(candidate)
+        elif any(works(socket.peer) for group in own for socket in group.sockets):
             working.append(candidate)
         elif any(_is_after(still_since, wait.doubted_at) for wait in node_waits):
             doubtful.append(candidate)
         elif node_waits or (instance.kind == "block-node" and not names):
             others.append((candidate, bool(node_waits)))
-    if suspects:
-        return tuple(suspects)
-    elsewhere = [wait for key, wait in waits.items() if not key.startswith((_NODE, _SOCKET))]
+    if suspects or shared:
+        return tuple(suspects or shared)
+    elsewhere = [wait for key, wait in waits.items() if not key.startswith((NODE_WAIT, _SOCKET))]
     if any(wait.certain for wait in elsewhere):
         return ()
     if working:
         return tuple(working)
-    connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
+    connections = [wait for key, wait in waits.items() if key.startswith((NODE_WAIT, _SOCKET))]
     all_still = not any(_is_after(still_since, wait.moved_at) for wait in connections)
     still = [candidate for candidate, known in others if known or all_still]
     return tuple(still or doubtful)
@@ -104,18 +111,19 @@ def _is_after(since: int, at: int | None) -> bool:
     return at is not None and at > since
 
 
-def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing: there is no connection or no server, or a
-    connection has unacknowledged or unread data."""
-    sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
-    if sample.sockets is not None and not sockets:
-        return True
-    return node.served is False or any(map(owes_reply, sockets))
+def _owes(group: NodeGroup) -> bool:
+    """Return whether each node of the group certainly lacks a reply: there is no connection or no
+    server, or all connections have unacknowledged or unread data."""
+    if len(group.nodes) > 1:
+        return all(map(owes_reply, group.sockets))
+    return group.has_lost or group.nodes[0].served is False or any(map(owes_reply, group.sockets))
 
 
-def _works(node: Node, sample: Sample) -> bool:
-    """Return whether the node's server works on a request, perhaps for another node."""
-    return any(works(socket.peer) for socket in sample.sockets or () if socket.node == node.name)
+def _may_owe(group: NodeGroup, open_nodes: Collection[str]) -> bool:
+    """Return whether some of a group's nodes certainly lack a reply. `open_nodes`: the names of the
+    nodes that QEMU uses and that were not cut off."""
+    users = sum(node.name in open_nodes for node in group.nodes)
+    return len(group.sockets) < users or any(map(owes_reply, group.sockets))
 
 
 def _why(waits: Sequence[OpenWait]) -> str:

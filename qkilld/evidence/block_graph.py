@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import field, replace
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -114,6 +115,14 @@ class BlockGraph:
         for endpoint in endpoints:
             self.endpoints[endpoint] = node
 
+    def ends_of(self, names: Set[str]) -> dict[ConnectionEnd, list[str]]:
+        """Return the ends of the connections of these nodes, each with the names of its nodes."""
+        users: dict[ConnectionEnd, list[str]] = {}
+        for node, ends in zip(self.nodes, self.ends, strict=True):
+            for end in ends if node.name in names else ():
+                users.setdefault(end, []).append(node.name)
+        return users
+
     def group_nodes(self) -> None:
         """Set Node.group."""
         parents = list(range(len(self.nodes)))
@@ -193,6 +202,15 @@ def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
         node.name: node.export if len(groups[node.group or node.name]) == 1 else None
         for node in nodes
     }
+
+
+def lonely_nodes(nodes: Sequence[Node], connected: Iterable[str]) -> set[str]:
+    """Return the names of the nodes that have, or may have, no connection: of each group that has
+    fewer connections than nodes, all nodes. `connected`: the node of each connection."""
+    group_of = {node.name: node.group or node.name for node in nodes}
+    sizes = Counter(group_of.values())
+    sizes.subtract(group_of[name] for name in connected if name in group_of)
+    return {name for name, group in group_of.items() if sizes[group] > 0}
 
 
 def _shares_memory(option: QemuOption) -> bool:

@@ -22,7 +22,7 @@ from qkilld.adapters.procfs import read_bounded
 from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import note_once
 from qkilld.evidence import files, sockdiag
-from qkilld.evidence.block_graph import BlockGraph, without_link
+from qkilld.evidence.block_graph import BlockGraph, lonely_nodes, without_link
 from qkilld.evidence.files import Descriptors
 from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import SocketTable, Unreadable
@@ -242,20 +242,15 @@ class SocketReader:
         table: SocketTable,
         elsewhere: OtherNamespaces,
     ) -> tuple[Node, ...]:
-        """Return the nodes. For nodes without a connection and with an address on this host, set
-        Node.served: whether a socket listens at this address."""
+        """Return the nodes. For nodes with an address on this host that have, or may have, no
+        connection, set Node.served: whether a socket listens at this address."""
         if self._graph is None or self._foreign:
             return tuple(nodes)
-        lonely = {node.name for node in nodes} - {socket.node for socket in sockets}
-        ends = [
-            (end, node.name)
-            for end, node in self._graph.endpoints.items()
-            if node is not None and node.name in lonely
-        ]
+        ends = self._graph.ends_of(lonely_nodes(nodes, [socket.node for socket in sockets]))
         served: dict[str, set[bool | None]] = {}
-        root = self._root() if any(end.path for end, _ in ends) else ""
+        root = self._root() if any(end.path for end in ends) else ""
         try:
-            for end, name in ends:
+            for end, names in ends.items():
                 if end.path:
                     path = root + end.path if end.path.startswith("/") else end.path
                     matches = partial(_listens_at, path)
@@ -268,7 +263,8 @@ class SocketReader:
                     listens = table.listens_on(end.port)
                 else:
                     continue
-                served.setdefault(name, set()).add(listens)
+                for name in names:
+                    served.setdefault(name, set()).add(listens)
         except Unreadable as error:
             note_once("looking for listening servers", error)
             return tuple(nodes)

@@ -13,6 +13,7 @@ from qkilld.evidence.block_graph import (
     BlockGraph,
     ConnectionEnd,
     config_paths,
+    lonely_nodes,
     read_block_graph,
     requested_exports,
 )
@@ -396,6 +397,24 @@ TWO = "-drive file=nbd:unix:/run/a.sock:exportname=two,if=none,id=b"
 )
 def test_nodes_whose_connections_look_the_same(text: str, groups: list[str]) -> None:
     assert [node.group for node in graph_of(text).nodes] == groups
+
+
+@pytest.mark.parametrize(
+    ("connected", "lonely", "ends"),
+    [
+        ("cbb", "", {}),
+        ("bb", "c", {"/run/c.sock": ["c"]}),
+        ("cb", "ab", {"/run/a.sock": ["a", "b"]}),
+        ("", "abc", {"/run/a.sock": ["a", "b"], "/run/c.sock": ["c"]}),
+    ],
+)
+def test_all_nodes_of_a_group_that_lacks_a_connection_may_have_lost_their_server(
+    connected: str, lonely: str, ends: dict[str, list[str]]
+) -> None:
+    graph = graph_of(f"{ONE} {TWO} -drive file=nbd:unix:/run/c.sock,id=c")
+    found = lonely_nodes(graph.nodes, ["", *connected])
+    assert found == set(lonely)
+    assert {end.path: names for end, names in graph.ends_of(found).items()} == ends
 
 
 @pytest.mark.parametrize(

@@ -1096,6 +1096,43 @@ def test_an_exit_puts_data_at_risk_whose_server_was_gone(
     assert risks_of_exit(None) == ()
 
 
+GROUP = (replace(NBD, group=NBD.name), replace(NBD, name="disk2", group=NBD.name))
+LEFT = replace(UNIX, inode=16)
+BOTH: dict[str, Any] = {"nodes": GROUP, "sockets": (UNIX, LEFT)}
+UNSERVED_GROUP = tuple(replace(node, served=False) for node in GROUP)
+ONE_GONE = {"nodes": UNSERVED_GROUP, "sockets": (LEFT,)}
+BOTH_GONE = {"nodes": UNSERVED_GROUP, "sockets": ()}
+
+
+@pytest.mark.parametrize(
+    ("looks", "texts"),
+    [
+        ([BOTH] * 6, []),
+        ([BOTH, *[ONE_GONE] * 5], ["one of the nbd nodes disk1, disk2"]),
+        ([BOTH, *[BOTH_GONE] * 5], ["one of the nbd nodes disk1, disk2"]),
+        ([*[BOTH] * 4, ONE_GONE, BOTH_GONE], []),
+    ],
+)
+def test_an_exit_puts_data_at_risk_if_one_of_a_group_of_nodes_had_no_server(
+    looks: list[dict[str, Any]], texts: list[str]
+) -> None:
+    evidence = follow([replace(IDLE, at=s * S, **look) for s, look in enumerate(looks)])
+    risks = [risk.text for risk in risks_of_exit(evidence)]
+    assert risks == [f"it exited while {text} had no server" for text in texts]
+
+
+def test_nodes_with_the_same_server_have_one_wait() -> None:
+    """Its signs are those of all connections, and no node seems to have lost its server."""
+    moving = [replace(LEFT, family="tcp", acked=at, received=9) for at in range(3)]
+    shared = replace(IDLE, nodes=GROUP)
+    now = follow([replace(shared, at=s * S, sockets=(UNIX, left)) for s, left in enumerate(moving)])
+    (wait,) = now.waits
+    assert wait.text == "one of the nbd nodes disk1, disk2 may owe it a reply from its server"
+    assert (wait.moved_at, now.verdict) == (2 * S, Verdict.FLUSHING)
+    lost = assess(None, replace(IDLE, nodes=GROUP, sockets=(UNIX,)))
+    assert "has no connection to its server" in lost.waits[0].text
+
+
 HELD_BACK = {"nodes": (replace(NBD, served=False, reconnect=30),), "sockets": ()}
 
 

@@ -150,12 +150,15 @@ def test_what_a_server_does_for_other_clients_is_no_progress(shared: bool | None
 
 
 LOST = replace(NBD, name="disk2")
+OF_LOST = replace(UNIX, inode=16, node="disk3")
 RUNS_ANYWAY: list[tuple[tuple[Node, ...], tuple[Socket, ...]]] = [
     # Keepalives
     ((ISCSI,), (OF_ISCSI,)),
     # Attempts to connect again; the server may be on another host
     ((LOST,), ()),
-    # The same, and a monitor
+    # The same for one of two nodes with the same server
+    ((replace(LOST, group="disk2"), replace(LOST, name="disk3", group="disk2")), (OF_LOST,)),
+    # Attempts to connect again, and a monitor
     ((LOST,), (QMP,)),
     # Perhaps a client, or storage that was added later
     ((), (STRANGER,)),

@@ -19,6 +19,7 @@ from tests.pure.test_verdict import HUNG, QUIET, SERVER, STUCK_SERVER
 
 DEAD, WELL = Node("dead", "nbd", served=True), Node("well", "nbd", served=True)
 TERM = 100 * S
+FSYNC = Thread(1, "worker", "D", 74, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",))
 
 
 def node(name: str) -> YankInstance:
@@ -145,8 +146,7 @@ def test_a_server_that_may_have_replied_is_cut_off_last() -> None:
 
 
 def test_an_idle_server_is_left_alone_while_a_local_disk_is_stuck() -> None:
-    thread = Thread(1, "worker", "D", 74, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",))
-    evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), threads=(thread,)))
+    evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), threads=(FSYNC,)))
     assert chosen(evidence, node("well")) == []
 
 
@@ -179,6 +179,69 @@ def test_other_character_devices_are_never_cut_off() -> None:
     assert chosen(evidence, chardev("serial0"), chardev("back")) == ["back"]
     migration = YankInstance("migration", "", {"type": "migration"})
     assert chosen(evidence, migration) == []
+
+
+A, B = Node("a", "nbd", group="a"), Node("b", "nbd", group="a")
+"""Nodes with the same server. All connections carry the name of one of them."""
+
+
+@pytest.mark.parametrize(
+    ("sockets", "more", "expected"),
+    [
+        # Both are healthy.
+        ((link("b"), link("b", inode=2)), (link("dead", unacked=2, inode=3),), ["dead"]),
+        ((link("b"), link("b", inode=2)), (), ["dead"]),
+        # One of them lacks a reply, but it is unknown which.
+        ((link("b"), link("b", 28, inode=2)), (), ["dead"]),
+        ((link("b"),), (), ["dead"]),
+        # Both lack a reply.
+        ((link("b", 28), link("b", 28, inode=2)), (), ["a", "b", "dead"]),
+        ((link("b", 28),), (), ["a", "b", "dead"]),
+        ((), (), ["a", "b", "dead"]),
+    ],
+)
+def test_nodes_with_one_server_beside_a_dead_one(
+    sockets: tuple[Socket, ...], more: tuple[Socket, ...], expected: list[str]
+) -> None:
+    evidence = still(with_nodes(*sockets, *more, nodes=(A, B, DEAD)))
+    assert chosen(evidence, node("a"), node("b"), node("dead")) == expected
+
+
+@pytest.mark.parametrize(
+    ("sockets", "expected"),
+    [
+        ((link("b"), link("b", inode=2)), []),
+        ((link("b"), link("b", 28, inode=2)), ["a", "b"]),
+        ((link("b"),), ["a", "b"]),
+    ],
+)
+def test_nodes_with_one_server_beside_a_stuck_local_disk(
+    sockets: tuple[Socket, ...], expected: list[str]
+) -> None:
+    evidence = still(replace(with_nodes(*sockets, nodes=(A, B)), threads=(FSYNC,)))
+    assert chosen(evidence, node("a"), node("b")) == expected
+
+
+def test_a_connection_that_was_cut_off_does_not_make_the_others_of_its_group_suspect() -> None:
+    evidence = still(replace(with_nodes(link("b"), nodes=(A, B)), threads=(FSYNC,)))
+    assert chosen(evidence, node("a"), node("b"), cut_off={"a"}) == []
+    # QEMU has closed one of the nodes.
+    assert chosen(evidence, node("b")) == []
+    evidence = still(with_nodes(link("b"), link("b", inode=2), nodes=(A, B)))
+    assert chosen(evidence, node("a"), node("b"), stuck=("b",)) == ["b"]
+
+
+def test_nodes_with_one_server_move_together() -> None:
+    """It is unknown which of the two gets replies."""
+    moving = [
+        with_nodes(
+            link("b", 28),
+            replace(link("b", inode=2), family="tcp", acked=at, received=8),
+            nodes=(A, B),
+        )
+        for at in range(70)
+    ]
+    assert chosen(seen(*moving), node("a"), node("b")) == []
 
 
 def facts(evidence: Assessment, **changes: object) -> JobFacts:

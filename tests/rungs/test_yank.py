@@ -7,6 +7,7 @@ flush, as if the storage had died a moment later.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from qkilld.model.policy import Config, Switches
 from tests.lab import needs
 from tests.lab.bare import BareGuest, Layout, bare_guest
 from tests.lab.guest import QEMU
+from tests.lab.hung_disk import hung_disk
 from tests.lab.nbd import NbdStore, nbd_store
 from tests.lab.process import run
 from tests.lab.vhost_user import vhost_backend
@@ -192,3 +194,79 @@ def test_a_vhost_user_device_whose_backend_is_frozen(lab_dir: Path) -> None:
             job = stop(guest)
     assert (job.result, "yank" in actions(job)) == (Result.EXITED, True)
     assert RECORDS.kept(local, "qcow2") == 300
+
+
+@contextlib.contextmanager
+def one_server(
+    directory: Path, transport: str, more: Sequence[str] = ()
+) -> Iterator[tuple[BareGuest, NbdStore, Path]]:
+    """Run a guest with two disks on one healthy server: a qcow2 of 300 acknowledged records, and a
+    raw one. Their connections look the same. `more`: arguments for other disks."""
+    image, other = qcow2(directory / "a.qcow2"), directory / "b.raw"
+    for file, size in ((image, image.stat().st_size + (64 << 20)), (other, 64 << 20)):
+        with file.open("ab") as opened:
+            opened.truncate(size)
+    with nbd_store(image, "qemu-storage-daemon", transport, other=other) as server:
+        place = ",".join(f"file.server.{key}={value}" for key, value in server.server().items())
+        arguments = ["-drive", f"driver=qcow2,file.driver=nbd,{place},if=none,id=a"]
+        arguments += [
+            "-drive",
+            f"driver=raw,file.driver=nbd,{place},file.export=other,if=none,id=b",
+        ]
+        arguments += [*devices(["a", "b"]), *more]
+        arguments += ["-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"]
+        with bare_guest(directory, arguments) as guest:
+            assert guest.write("a", RECORDS) == 300
+            guest.write_later("b", 0, 4)
+            yield guest, server, image
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_disks_with_one_healthy_server_are_left_alone(lab_dir: Path, transport: str) -> None:
+    with store(lab_dir, transport) as remote:
+        dead = ",".join(f"server.{key}={value}" for key, value in remote.server().items())
+        more = ["-drive", f"driver=nbd,{dead},if=none,id=remote", *devices(["remote"])]
+        with one_server(lab_dir, transport, more) as (guest, _, image):
+            remote.freeze()
+            guest.write_later("remote", 0, 4)
+            job = stop(guest)
+    assert (job.result, actions(job)) == (Result.EXITED, ["SIGTERM", "yank"])
+    assert ["remote" in risk.text for risk in job.risks] == [True]
+    assert RECORDS.kept(image, "qcow2") == 300
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+def test_disks_with_one_dead_server_are_cut_off_together(lab_dir: Path) -> None:
+    """Only one of them has a request, but it is unknown which."""
+    local = qcow2(lab_dir / "local.qcow2")
+    more = ["-drive", f"file={local},if=none,id=local,format=qcow2", *devices(["local"])]
+    with one_server(lab_dir, "unix", more) as (guest, server, _):
+        assert guest.write("local", RECORDS) == 300
+        guest.flush("a")
+        server.freeze()
+        guest.write_later("b", 0, 4)
+        job = stop(guest)
+    assert (job.result, actions(job)) == (Result.EXITED, ["SIGTERM", "yank"])
+    assert [risk.text.partition(" ")[0] for risk in job.risks] == ["a", "b"]
+    assert RECORDS.kept(local, "qcow2") == 300
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+def test_disks_with_one_healthy_server_are_left_alone_beside_a_hung_local_disk(
+    lab_dir: Path,
+) -> None:
+    with hung_disk() as disk:
+        file = disk.directory / "hung.raw"
+        file.touch()
+        os.truncate(file, 64 << 20)
+        more = ["-drive", f"file={file},if=none,id=hung,format=raw", *devices(["hung"])]
+        with one_server(lab_dir, "unix", more) as (guest, _, _):
+            guest.write_later("hung", 0, 4)
+            disk.fuse.hang()
+            job = stop(guest)
+            disk.fuse.fast()
+    assert actions(job) == ["SIGTERM", "SIGKILL"]
