@@ -46,6 +46,7 @@ read."""
 PATIENT_S: Final = 3.0
 _PF_EXITING: Final = 0x4
 """A flag in stat: include/linux/sched.h."""
+_PF_FORKNOEXEC: Final = 0x40
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _UUID: Final = re.compile(r"(?a:[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12})", re.IGNORECASE)
 """The only form of a UUID that QEMU accepts (util/uuid.c)."""
@@ -69,6 +70,8 @@ class Stat(NamedTuple):
     exit_status: int
     """In the form of wait(2); 0 if the process has not exited, or if the kernel does not show it
     because we lack the ptrace right."""
+    forked: bool = False
+    """The process was forked, and has not called execve(2) since then."""
 
     @property
     def command(self) -> str:
@@ -159,6 +162,7 @@ def parse_stat(text: bytes) -> Stat:
             threads=int(fields[17]),
             start_time=int(fields[19]),
             exit_status=int(fields[49]) if len(fields) > 49 else 0,
+            forked=bool(int(fields[6]) & _PF_FORKNOEXEC),
         )
     except (ValueError, IndexError):
         raise ProcessLookupError("/proc/PID/stat is not a whole line") from None

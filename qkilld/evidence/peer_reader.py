@@ -216,7 +216,8 @@ def _parent(pid: int, proc: Path) -> int:
     """Return Peer.parent."""
     try:
         stat = read_stat(pid, proc)
-        return stat.parent if read_stat(stat.parent, proc).comm == stat.comm else 0
+        is_copy = stat.forked and read_stat(stat.parent, proc).comm == stat.comm
+        return stat.parent if is_copy else 0
     except OSError as error:
         note_once("looking for the parent of a server", error)
         return 0

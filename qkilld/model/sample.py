@@ -156,8 +156,8 @@ class Peer:
     unread: int | None = None
     """Bytes that this process has sent to the peer and that the peer has not read yet."""
     parent: int = 0
-    """The parent process of the peer, if it runs the same program; otherwise 0. Such a parent has
-    most likely forked the peer for this connection."""
+    """The parent process of the peer, if it has forked the peer, which still runs the same program;
+    otherwise 0. Such a parent has most likely forked the peer for this connection."""
     leaves: bool | None = False
     """Whether the peer exits by itself when its client disconnects, according to its command line;
     None if the command line was not read in time."""
