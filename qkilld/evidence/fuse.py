@@ -7,7 +7,9 @@ Each mount has a connection, whose number is the minor number of the mount's st_
 6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
 every process that has /dev/fuse open may be the server, and any user can open it. So the server is
 certain only if a single process has /dev/fuse open, and all processes of the host were searched
-after the mount was made.
+after the mount was made. A process that was started after the mount cannot be the server. But if
+another one that may have been the server has closed /dev/fuse, it may have passed its descriptor to
+a newer process.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -18,13 +20,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
-from qkilld.adapters.procfs import read_bounded
+from qkilld.adapters.procfs import read_bounded, read_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.descriptor_search import CompletedSearch, DescriptorHolder, search_pair
 from qkilld.evidence.files import PROC
@@ -49,6 +52,8 @@ RETRY_S: Final = 5.0
 AGE_S: Final = 30.0
 """How long the result of a search through all processes is valid if the kernel does not name
 connections."""
+MAX_GONE: Final = 64
+"""At most this many processes that have closed /dev/fuse are remembered."""
 RENEW_S: Final = 20.0
 """Search again after this time, so that the next search ends before AGE_S has passed."""
 
@@ -56,6 +61,14 @@ FIRST_NAMESPACE: Final = "pid:[4026531836]"
 _LABEL: Final = b"\nfuse_connection:\t"
 _UNNAMED: Final = None
 """Stands for a connection that the kernel does not name."""
+
+
+class _Holder(NamedTuple):
+    """A process that has /dev/fuse open."""
+
+    descriptor: str
+    started: float
+    """By time.monotonic(), or earlier; 0.0 if unknown."""
 
 
 class FuseServers(NamedTuple):
@@ -94,9 +107,12 @@ class FuseFinder:
         self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
         self._sees_all = _sees_all_processes(proc)
         self._lock = threading.Lock()
-        """Protects `_descriptors`."""
-        self._descriptors: dict[int | None, dict[int, str]] = {}
-        """The processes that have /dev/fuse open, and their descriptors, keyed by connection."""
+        """Protects `_holders` and `_gone`."""
+        self._holders: dict[int | None, dict[int, _Holder]] = {}
+        """The processes that have /dev/fuse open, keyed by connection."""
+        self._gone: deque[tuple[float, float]] = deque(maxlen=MAX_GONE)
+        """The processes without a named connection that have closed /dev/fuse: when each was
+        started, and when we noticed its end (time.monotonic())."""
         self._is_named = False
         """Whether the kernel is known to name connections."""
 
@@ -108,14 +124,17 @@ class FuseFinder:
         kernel reuses the numbers of connections, so a search before that time proves nothing.
         """
         unnamed = self._search(connections, SEARCH_S)
-        candidates = self._candidates() if unnamed else ()
+        candidates = self._candidates() if unnamed else {}
         servers = {}
         for connection, since in connections.items():
-            if pids := self._living(connection):
-                servers[connection] = FuseServers(pids, True)
+            if named := self._living(connection):
+                servers[connection] = FuseServers(tuple(named), True)
             elif candidates:
-                is_only = len(candidates) == 1 and self._is_searched(connection, since)
-                servers[connection] = FuseServers(candidates, is_only)
+                gone_at = self._gone_at(since)
+                pids = tuple(p for p, one in candidates.items() if gone_at or one.started < since)
+                if pids:
+                    is_searched = self._is_searched(connection, max(since, gone_at))
+                    servers[connection] = FuseServers(pids, len(pids) == 1 and is_searched)
         return servers
 
     def go_on(self, connections: Mapping[int, float]) -> None:
@@ -159,6 +178,12 @@ class FuseFinder:
             one is not None and one.complete and _is_recent(one, since, AGE_S) for one in searches
         )
 
+    def _gone_at(self, since: float) -> float:
+        """Return when a process that may have served a connection first seen at `since` was last
+        found to have closed /dev/fuse; 0.0 if there was none."""
+        with self._lock:
+            return max((at for started, at in self._gone if started < since <= at), default=0.0)
+
     def _add(self, holder: DescriptorHolder) -> None:
         """Add a process that has /dev/fuse open."""
         try:
@@ -169,25 +194,26 @@ class FuseFinder:
         except OSError as error:
             note_once("reading fdinfo of a FUSE server", error)
             connection = _UNNAMED
+        new = _Holder(holder.descriptor, _started(holder.pid, self._proc))
         with self._lock:
-            self._descriptors.setdefault(connection, {})[holder.pid] = holder.descriptor
+            self._holders.setdefault(connection, {})[holder.pid] = new
         if connection is not _UNNAMED:
             self._is_named = True
             for search in self._searches:
                 search.forget(str(connection))
 
-    def _candidates(self) -> tuple[int, ...]:
+    def _candidates(self) -> dict[int, _Holder]:
         """Return the processes whose connection the kernel does not name: each of them may serve
         any connection. On a kernel that names connections, return none of them, because a
         descriptor without a named connection has no mount."""
-        return () if self._is_named else self._living(_UNNAMED)
+        return {} if self._is_named else self._living(_UNNAMED)
 
-    def _living(self, connection: int | None) -> tuple[int, ...]:
+    def _living(self, connection: int | None) -> dict[int, _Holder]:
         """Return the known processes that still have the connection open. Costs 50 µs, and 3 to 15
         µs for each process."""
         with self._lock:
-            known = dict(self._descriptors.get(connection, {}))
-        descriptors = {f"{self._proc}/{pid}": descriptor for pid, descriptor in known.items()}
+            known = dict(self._holders.get(connection, {}))
+        descriptors = {f"{self._proc}/{pid}": one.descriptor for pid, one in known.items()}
 
         def is_open(directory: str) -> bool:
             descriptor = descriptors[directory]
@@ -198,21 +224,36 @@ class FuseFinder:
             )
 
         answers = blockable.shared.each(list(descriptors), is_open)
-        living = []
+        living = {}
         for pid, answer in zip(known, answers, strict=True):
             if answer is True:
-                living.append(pid)
+                living[pid] = known[pid]
             elif not isinstance(answer, Unanswered):
                 self._remove(connection, pid, known[pid])
-        return tuple(living)
+        return living
 
-    def _remove(self, connection: int | None, pid: int, descriptor: str) -> None:
+    def _remove(self, connection: int | None, pid: int, holder: _Holder) -> None:
         with self._lock:
-            known = self._descriptors.get(connection, {})
-            if known.get(pid) == descriptor:
+            known = self._holders.get(connection, {})
+            if known.get(pid) == holder:
                 del known[pid]
+                if connection is _UNNAMED:
+                    self._gone.append((holder.started, time.monotonic()))
             if not known:
-                self._descriptors.pop(connection, None)
+                self._holders.pop(connection, None)
+
+
+def _started(pid: int, proc: Path) -> float:
+    """Return when a process started, by time.monotonic(). Return an earlier time if the host was
+    suspended since then, and 0.0 if the start is unknown."""
+    try:
+        ticks = read_stat(pid, proc).start_time
+    except OSError as error:
+        note_once("reading when a FUSE server started", error)
+        return 0.0
+    now = time.monotonic()  # Read this clock first: if we are interrupted, the result is earlier.
+    # CLOCK_BOOTTIME includes the time in which the host was suspended, as `ticks` does.
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _connection(directory: str, descriptor: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -212,6 +213,13 @@ def add_holder(proc: Path, pid: int, descriptor: str = "3") -> None:
     (proc / f"{pid}/fdinfo/{descriptor}").write_text("pos:\t0\n")
 
 
+def set_start(proc: Path, pid: int, started: float) -> None:
+    """`started`: by time.monotonic()."""
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    ticks = int((now - time.monotonic() + started) * os.sysconf("SC_CLK_TCK"))
+    (proc / f"{pid}/stat").write_text(f"{pid} (sshfs) S 1 {'0 ' * 17}{ticks} {'0 ' * 30}")
+
+
 class SlowFiles:
     """Replaces read_descriptors(). Every process has the image open, and reading three processes
     takes longer than SEARCH_S."""
@@ -292,6 +300,44 @@ def test_the_only_process_with_the_device_open(
     assert finder.find({39: now}) == {39: FuseServers((7,), False)}
     monkeypatch.setattr(fuse, "SEARCH_S", 1.0)
     assert finder.find({39: now}) == {39: FuseServers((7,), True)}
+
+
+@pytest.mark.usefixtures("patient")
+def test_one_of_two_processes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ended may have been the server."""
+    finder = finder_in(tmp_path, 7, 8)
+    since = time.monotonic()
+    assert finder.find({39: since}) == {39: FuseServers((7, 8), False)}
+    shutil.rmtree(tmp_path / "8")
+    assert finder.find({39: since}) == {39: FuseServers((7,), False)}
+    # For a mount that was seen later, the other process is irrelevant.
+    assert finder.find({40: time.monotonic()}) == {40: FuseServers((7,), True)}
+    monkeypatch.setattr(fuse, "RENEW_S", 0.0)
+    assert finder.find({39: since}) == {39: FuseServers((7,), True)}
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_process_that_is_younger_than_the_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be fusermount3, or the server of a container that starts during the stop. But if an
+    older process has ended, the younger one may have got its descriptor."""
+    finder = finder_in(tmp_path, 7, 8)
+    since = time.monotonic()
+    set_start(tmp_path, 7, since - 9)
+    set_start(tmp_path, 8, since + 9)
+    assert finder.find({39: since}) == {39: FuseServers((7,), True)}
+    assert finder.find({39: since + 20}) == {39: FuseServers((7, 8), False)}
+    # The end of a younger process changes nothing.
+    shutil.rmtree(tmp_path / "8")
+    assert finder.find({39: since}) == {39: FuseServers((7,), True)}
+    add_holder(tmp_path, 8)
+    set_start(tmp_path, 8, since + 9)
+    monkeypatch.setattr(fuse, "RENEW_S", 0.0)
+    assert finder.find({39: since}) == {39: FuseServers((7,), True)}
+    monkeypatch.setattr(fuse, "SEARCH_S", 0.0)
+    shutil.rmtree(tmp_path / "7")
+    assert finder.find({39: since}) == {39: FuseServers((8,), False)}
 
 
 @pytest.mark.usefixtures("patient")
