@@ -17,6 +17,15 @@ from typing import Final
 
 from qkilld.decision.node_groups import NodeGroup, groups_of
 from qkilld.decision.replies import reply_signs, runs_without_replies
+from qkilld.decision.request_signs import (
+    call_signs,
+    diskless_requests,
+    doubtful,
+    request_signs,
+    stuck_disks,
+    unlocated_signs,
+    writes_output,
+)
 from qkilld.decision.signs import (
     TALK,
     Sign,
@@ -27,15 +36,12 @@ from qkilld.decision.signs import (
     is_of,
     mount_signs,
     only_runs,
-    only_writes,
-    sleeps_without_disk,
     socket_signs,
     waits_for_storage,
     works,
-    write_signs,
 )
 from qkilld.model.dataclass import dataclass
-from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
+from qkilld.model.sample import Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
 """The name of the sign that counts the connections of a node. Its Mark.at (open_wait.py) is the
@@ -152,9 +158,11 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             key=f"call:{kind.value}:{','.join(place)}",
             kind=kind,
             text=_shown(threads),
-            signs=tuple(_call_signs(sample, previous, threads, kind)),
+            signs=tuple(
+                call_signs(sample, previous, threads, for_storage=kind is WaitKind.STORAGE)
+            ),
             watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
-            certain=kind is WaitKind.STORAGE or _writes_output(threads),
+            certain=kind is WaitKind.STORAGE or writes_output(threads),
             holds_sigterm=bool(sample.term_pending) and any(thread.first for thread in threads),
             threads=tuple(threads),
         )
@@ -176,113 +184,15 @@ def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
     )
 
 
-def _writes_output(threads: Sequence[Thread]) -> bool:
-    """Return whether a thread writes to a pipe or socket, such as standard error. QEMU cannot exit
-    before this call returns, whatever its storage does."""
-    return any(
-        thread.target in ("pipe", "socket") and thread.call in ("write", "writev")
-        for thread in threads
-    )
-
-
-def _call_signs(
-    sample: Sample, previous: Sample | None, threads: Sequence[Thread], kind: WaitKind
-) -> list[Sign]:
-    tids = hash(tuple(sorted(thread.tid for thread in threads)))
-    signs = [Sign("threads", SignKind.CHANGE, tids, "one of its calls returned")]
-    if kind is not WaitKind.STORAGE:
-        # Only the reader of a pipe or socket wakes a thread that writes to it.
-        return [*signs, _woken(threads, "its reader reads")] if _writes_output(threads) else signs
-    located = [thread for thread in threads if thread.target in ("disk", "mount")]
-    disk_numbers = {number for thread in located for number in thread.disks}
-    mounts = {thread.mount for thread in located if thread.mount}
-    dirties = any("balance_dirty" in (thread.wchan or "") for thread in threads)
-    # If the call has no descriptor (io_submit), only the wait channel shows whether the thread
-    # waits for a disk.
-    if not located and not all(sleeps_without_disk(thread) for thread in threads):
-        signs += _unlocated_signs(sample, previous, dirties)
-        return signs if sample.devices or dirties else [*signs, _woken(threads)]
-    devices = [d for d in _steady(sample, previous) if d.number in disk_numbers]
-    writing = all(only_writes(thread) for thread in threads)
-    signs += write_signs(devices) if writing else disk_signs(devices)
-    earlier = (previous and previous.mounts) or ()
-    signs += mount_signs(sample.mounts or (), mounts if located else None, earlier)
-    if devices and not dirties:
-        signs += _own_work_signs(sample, devices)
-    elif dirties or disk_numbers:
-        signs += [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
-    if not devices and not dirties:
-        signs.append(_woken(threads))
-    return signs
-
-
-def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices. If a device with requests in flight had only_reads in the previous
-    sample, set it again: a read that is not dispatched yet looks like a flush."""
-    earlier = {device.number: device for device in (previous and previous.devices) or ()}
-    return [
-        replace(device, only_reads=True)
-        if device.in_flight and (before := earlier.get(device.number)) and before.only_reads
-        else device
-        for device in sample.devices or ()
-    ]
-
-
-def _woken(threads: Sequence[Thread], text: str = "the storage answered its thread") -> Sign:
-    """Return a sign for threads that wait for storage without counters: how often they were woken.
-    Only a reply wakes a thread that waits for it."""
-    woken = sum(thread.switches or 0 for thread in threads)
-    return Sign("woken", SignKind.CHANGE, woken, text)
-
-
-def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
-    """Return signs for the writes and reads of the process while calls wait for these devices.
-
-    If one of the devices has a request in flight, return no signs: the calls wait for this request,
-    but the process's reads and writes may go to other disks while the guest runs. If the devices
-    count requests and have none in flight, the signs are doubtful, because a layer above the
-    devices may hold a request back.
-    """
-    tops = [device for device in devices if device.depth == 0]
-    if any(device.in_flight for device in tops):
-        return []
-    signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
-    sure = not (tops and all(device.accounting for device in tops))
-    return [replace(sign, sure=sign.sure and sure) for sign in signs]
-
-
-def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
-    """Return the signs of calls that wait for an unknown file.
-
-    If there are several disks or mounts, their signs are doubtful, because the calls may wait for
-    any of them. While a disk is stuck, the process's I/O is a doubtful sign, too, unless its writes
-    are throttled (`dirties`).
-    """
-    devices = [device for device in sample.devices or () if device.writable]
-    places = [device for device in devices if device.depth == 0]
-    is_only = len(places) + len(sample.mounts or ()) <= 1
-    earlier = (previous and previous.mounts) or ()
-    signs = [*disk_signs(devices), *mount_signs(sample.mounts or (), None, earlier)]
-    signs = [replace(sign, sure=sign.sure and is_only) for sign in signs]
-    own_work = [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
-    if not dirties and _stuck_disks(sample, previous):
-        own_work = _doubtful(own_work)
-    return [*signs, *own_work]
-
-
-def _doubtful(signs: Sequence[Sign]) -> list[Sign]:
-    return [replace(sign, sure=False) for sign in signs]
-
-
 def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     waits = []
     if sample.rings:
         signs = [Sign("low", SignKind.LOW, sample.rings, "requests on its io_urings completed")]
-        on_disks = sample.rings - _diskless_requests(sample)
-        has_stuck_disk = bool(_stuck_disks(sample, previous) - set(sample.ringless))
+        on_disks = sample.rings - diskless_requests(sample)
+        has_stuck_disk = bool(stuck_disks(sample, previous) - set(sample.ringless))
         if on_disks > 0:
             sure = on_disks > sample.timers or has_stuck_disk
-            signs += _request_signs(sample, previous, sure=sure)
+            signs += request_signs(sample, previous, sure=sure)
         if sample.rings > sample.timers or has_stuck_disk:
             text = f"{sample.rings} requests are in flight on its io_urings"
             waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
@@ -292,14 +202,14 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     if sample.direct:
         # The kernel reports AIO requests only when they are complete, so some may be in flight at
         # any time.
-        stuck = bool(_stuck_disks(sample, previous))
+        stuck = bool(stuck_disks(sample, previous))
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if stuck:
-            signs = _doubtful(signs)
+            signs = doubtful(signs)
         # It is unknown which file system the requests are for, so the signs of all mounts are
         # doubtful.
         earlier = (previous and previous.mounts) or ()
-        signs += _doubtful(mount_signs(sample.mounts or (), None, earlier))
+        signs += doubtful(mount_signs(sample.mounts or (), None, earlier))
         if sample.completions is not None:
             text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
@@ -310,68 +220,6 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         # them, the process cannot exit without that disk.
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
-
-
-def _diskless_requests(sample: Sample) -> int:
-    """Return how many requests on the process's io_urings wait for file systems without a block
-    device. The kernel threads that handle these requests are listed as separate waits."""
-    workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
-    return sum(map(sleeps_without_disk, workers))
-
-
-def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
-    """Return the disks that had requests in flight and completed none since the last sample."""
-    earlier = {device.number: device for device in (previous and previous.devices) or ()}
-    return {
-        device.number
-        for device in sample.devices or ()
-        if device.writable and device.depth == 0 and _stands(earlier.get(device.number), device)
-    }
-
-
-def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
-    """Return signs for requests on the process's io_urings, which may be for any writable disk that
-    is not in `ringless`.
-
-    If one of these disks is stuck, assume that the process waits for this disk: only completions of
-    this disk and of disks below it count, and the process's I/O is a doubtful sign.
-
-    `sure`: whether the requests are certainly not timers. If they may be timers, the signs of disks
-    are doubtful, because perhaps only other processes use the disks.
-    """
-    writable = [
-        device
-        for device in sample.devices or ()
-        if device.writable and device.number not in sample.ringless
-    ]
-    stuck = _stuck_disks(sample, previous) - set(sample.ringless)
-    signs = disk_signs(writable)
-    own_work = [*io_signs(sample.io, "it"), *group_signs(sample)]
-    if not sure:
-        signs = _doubtful(signs)
-        if any(socket.accepted for socket in sample.sockets or ()):
-            # The process may write for a client, such as a backup program.
-            own_work = _doubtful(own_work)
-    if stuck:
-        others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
-        signs = [
-            replace(sign, kind=SignKind.QUIET) if sign.name in others else sign for sign in signs
-        ]
-        own_work = _doubtful(own_work)
-    return [*signs, *own_work]
-
-
-def _carries(device: Device, stuck: set[str]) -> bool:
-    """Return whether the device is one of `stuck`, or may lie below one of them."""
-    if device.depth == 0:
-        return device.number in stuck
-    return not device.above or not stuck.isdisjoint(device.above)
-
-
-def _stands(before: Device | None, now: Device) -> bool:
-    if before is None or not (before.in_flight and now.in_flight):
-        return False
-    return (before.writes, before.reads) == (now.writes, now.reads)
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
@@ -397,11 +245,11 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     """Return the wait that an unreadable source may hide, with the wait's readable signs."""
     signs = []
     if what == "io_urings":
-        signs = _request_signs(sample, previous)
+        signs = request_signs(sample, previous)
     elif what == "threads":
         # The unreadable threads may wait for any file of the process. The signs of its disks are
         # doubtful, because other processes may use these disks, too.
-        signs = _doubtful(_unlocated_signs(sample, previous, dirties=False))
+        signs = doubtful(unlocated_signs(sample, previous, dirties=False))
     elif what == "sockets":
         # If an unreadable socket is a connection to storage, QEMU's threads write to each other at
         # each reply, but timers and consoles also make them write a little.
