@@ -36,7 +36,13 @@ from qkilld.decision.amounts import (
 from qkilld.decision.clients import has_client, is_own
 from qkilld.decision.open_wait import OpenWait, new_wait, update_wait
 from qkilld.decision.signs import CACHE_NOISE, OWN_IO
-from qkilld.decision.waits import WaitKind, is_held_still, open_waits, tells_nothing
+from qkilld.decision.waits import (
+    WaitKind,
+    is_held_still,
+    may_be_hidden,
+    open_waits,
+    tells_nothing,
+)
 from qkilld.model.constants import USEC_PER_SEC, Verdict
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Io, Sample
@@ -113,6 +119,9 @@ class Assessment:
     `outstanding` is None, the value stays."""
     idle_unsampled: int = 0
     """The value of `unsampled` at `idle_at`."""
+    hidden: tuple[OpenWait, ...] = ()
+    """Earlier waits that the last usable sample lacks only because their source was unreadable.
+    When it is readable again, they continue, so movement around that sample is not lost."""
 
     @property
     def may_be_outstanding(self) -> bool:
@@ -122,7 +131,8 @@ class Assessment:
     @property
     def wants_detail(self) -> bool:
         """Whether a wait is old enough for expensive readings, such as those of other processes."""
-        return any(self.last.at - wait.since >= DETAIL_AFTER for wait in self.waits)
+        waits = (*self.waits, *self.hidden)
+        return any(self.last.at - wait.since >= DETAIL_AFTER for wait in waits)
 
     @property
     def written(self) -> int | None:
@@ -181,7 +191,7 @@ def assess(
         return _after_useless_sample(before, sample, unsampled)
     if _is_still(before, sample):
         return _unmoved(before, sample, unsampled)
-    waits, moves, doubts = _follow(before, sample)
+    waits, hidden, moves, doubts = _follow(before, sample)
     unwatched = _watched_late(waits, sample.at, before.progress_at or 0)
     unsampled = min(unsampled + unwatched, sample.at - before.first.at)
     outstanding = _outstanding(sample, waits)
@@ -220,6 +230,7 @@ def assess(
         amounts=amounts,
         idle_at=idle_at,
         idle_unsampled=idle_unsampled,
+        hidden=hidden,
     )
 
 
@@ -284,6 +295,7 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
         amounts=amounts,
         idle_at=before.idle_at,
         idle_unsampled=before.idle_unsampled,
+        hidden=before.hidden,
     )
 
 
@@ -337,22 +349,23 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
         amounts=before.amounts,
         idle_at=before.idle_at,
         idle_unsampled=before.idle_unsampled,
+        hidden=before.hidden,
     )
 
 
 def _follow(
     before: Assessment, sample: Sample
-) -> tuple[tuple[OpenWait, ...], list[str], list[str]]:
-    """Return the open waits, descriptions of movement since the last sample, and descriptions of
-    doubtful movement."""
+) -> tuple[tuple[OpenWait, ...], tuple[OpenWait, ...], list[str], list[str]]:
+    """Return the open waits, the hidden waits, descriptions of movement since the last sample, and
+    descriptions of doubtful movement."""
     if is_held_still(sample):
         # A stopped, traced or frozen process makes no progress, whatever its servers do. But if the
         # process ran briefly between two samples, its own reads and writes count.
         waits = [new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
-        return tuple(waits), moves, []
-    known = {wait.key: wait for wait in before.waits}
+        return tuple(waits), (), moves, []
+    known = {wait.key: wait for wait in (*before.waits, *before.hidden)}
     waits, moves, doubts, moved = [], [], [], []
     is_certain = is_untaken = is_stuck = False
     for wait in open_waits(sample, before.seen):
@@ -374,6 +387,7 @@ def _follow(
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
+    hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
@@ -387,7 +401,7 @@ def _follow(
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
-    return tuple(waits), moves, doubts
+    return tuple(waits), hidden, moves, doubts
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
@@ -400,11 +414,9 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
     """Return whether a wait that is no longer listed was for storage and has certainly ended; False
     if the wait may have become unreadable instead."""
-    if wait.kind is not WaitKind.STORAGE:
+    if wait.kind is not WaitKind.STORAGE or may_be_hidden(wait.key, sample):
         return False
-    if wait.key.startswith("call:"):
-        return sample.threads is not None
-    return wait.key == "io_uring" and sample.rings is not None
+    return wait.key == "io_uring" or wait.key.startswith("call:")
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:

@@ -121,6 +121,24 @@ def blind_to(sample: Sample) -> list[str]:
     ]
 
 
+def may_be_hidden(key: str, sample: Sample) -> bool:
+    """Return whether the sample may lack a wait (Wait.key) only because the source that shows such
+    waits is unreadable."""
+    match key.partition(":")[0]:
+        case "call":
+            return sample.threads is None
+        case "io_uring" | "timers":
+            return sample.rings is None
+        case "aio":
+            return sample.direct is None
+        case "node":
+            return sample.nodes is None
+        case "socket":
+            return sample.sockets is None
+        case _:
+            return False
+
+
 def tells_nothing(sample: Sample) -> bool:
     """Return whether the sample is useless: reading it timed out, or was not permitted."""
     return sample.io is None and sample.threads is None and sample.sockets is None
@@ -198,7 +216,7 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
         else:
             text = "whether its io_urings have requests or timers"
-            waits.append(Wait("unseen:timers", WaitKind.UNSEEN, text, tuple(signs)))
+            waits.append(Wait("timers", WaitKind.UNSEEN, text, tuple(signs)))
     if sample.direct:
         # The kernel reports AIO requests only when they are complete, so some may be in flight at
         # any time.
