@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 5 * USEC_PER_SEC
 """Timeout (µs) for each of the commands `query-yank` and `yank`, and for opening the monitor, if
 necessary. If one of them has no reply when its timeout expires, SIGKILL follows."""
+MAX_ROUNDS: Final = 8
+"""Storage is cut off at most this often. A hostile QEMU could name another connection each time,
+and so delay SIGKILL by StorageStallSec= each time."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -70,7 +73,8 @@ class YankRung:
         """Whether there may be more storage to cut off."""
         link = self._link
         may_open = link.is_opening or link.is_kept or link.monitor is not None
-        return self._allowed and not self._exhausted and may_open
+        rounds = sum(rung.action == YANK for rung in self._job.rungs)
+        return self._allowed and not self._exhausted and rounds < MAX_ROUNDS and may_open
 
     def resume(self, past: Snapshot) -> None:
         self.at, self.cut_off_names = past.rung_at(YANK), past.cut_off

@@ -269,6 +269,17 @@ def test_only_a_limited_number_of_connections_is_cut_off() -> None:
     assert len(job.snapshot().cut_off) == 64
 
 
+def test_storage_is_cut_off_a_limited_number_of_times() -> None:
+    """Each reply of a hostile QEMU names one more connection."""
+    world, process = stuck_world()
+    begun(world, process)
+    for name in range(12):
+        world.monitors.instances = (YankInstance("block-node", f"{name}", {}),)
+        world.clock.advance(62)
+    assert len(world.monitors.yanked) == 8
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
 def test_the_next_daemon_knows_when_it_was_done() -> None:
     world, process = stuck_world()
     job = begun(world, process)
