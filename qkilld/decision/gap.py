@@ -4,7 +4,7 @@ A daemon that resumes a job continues from this assessment. The assessment errs 
 guest's data. If the process made progress before the gap, it is assumed to have made progress until
 now. If the process waited for something, it is assumed to be still waiting. The next `assess`
 compares counters with those from before the gap, but counts the gap as time without samples, so the
-gap does not bring SIGKILL forward.
+gap does not bring SIGKILL forward. It does not count for times that are assumed to be now.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
     """
     if before is None:
         before = unsampled_assessment(began, Verdict.UNKNOWN, now)
-    return replace(
-        before,
-        # If there was no usable sample, count time without samples from now on.
-        sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
-        progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
-        outstanding_at=now if before.may_be_outstanding else before.outstanding_at,
-    )
+    if tells_nothing(before.seen):
+        # There was no usable sample, so count time without samples from now on.
+        before = replace(before, sampled_at=now)
+    unsampled = before.unsampled_until(now)
+    if before.verdict is Verdict.FLUSHING:
+        before = replace(before, progress_at=now, progress_unsampled=unsampled)
+    if before.may_be_outstanding:
+        before = replace(before, outstanding_at=now, outstanding_unsampled=unsampled)
+    return before
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:

@@ -142,23 +142,17 @@ class Assessment:
     @property
     def progress_from(self) -> int:
         """`progress_at` plus the time without samples since then; 0 for never."""
-        if self.progress_at is None:
-            return 0
-        return self.progress_at + self.unsampled - self.progress_unsampled
+        return self._from(self.progress_at, self.progress_unsampled)
 
     @property
     def doubt_from(self) -> int:
         """`doubt_at` plus the time without samples since then; 0 for never."""
-        if self.doubt_at is None:
-            return 0
-        return self.doubt_at + self.unsampled - self.doubt_unsampled
+        return self._from(self.doubt_at, self.doubt_unsampled)
 
     @property
     def outstanding_from(self) -> int:
         """`outstanding_at` plus the time without samples since then; 0 for never."""
-        if self.outstanding_at is None:
-            return 0
-        return self.outstanding_at + self.unsampled - self.outstanding_unsampled
+        return self._from(self.outstanding_at, self.outstanding_unsampled)
 
     @property
     def idle_from(self) -> int:
@@ -166,7 +160,15 @@ class Assessment:
         never."""
         if self.idle_at is None:
             return self.last.at
-        return self.idle_at + self.unsampled - self.idle_unsampled
+        return self._from(self.idle_at, self.idle_unsampled)
+
+    def _from(self, at: int | None, unsampled: int) -> int:
+        return 0 if at is None else at + max(0, self.unsampled - unsampled)
+
+    def unsampled_until(self, now: int, interval: int = SAMPLE_INTERVAL) -> int:
+        """Return the value that `unsampled` would have after a sample taken `now`. A later sample
+        adds only the time without samples since then."""
+        return self.unsampled + max(0, now - self.sampled_at - interval - SLACK)
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
