@@ -22,6 +22,8 @@ class Mark:
     value: int
     at: int
     """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
+    sent: int | None = None
+    """Sign.sent when the value was read."""
     switches: int | None = None
     """Sign.switches when the value was read. But if Sign.switches was unreadable then, or the count
     had begun again, the value of the mark before."""
@@ -114,11 +116,11 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _mark(sign: Sign, at: int) -> Mark:
-    return Mark(sign.name, sign.value, at, sign.switches)
+    return Mark(sign.name, sign.value, at, sign.sent, sign.switches)
 
 
 def _has_moved(sign: Sign, mark: Mark) -> bool:
-    if _must_wait(sign, mark):
+    if _must_wait(sign, mark) or sign.sent != mark.sent:
         return False
     match sign.kind:
         case SignKind.COUNT | SignKind.TRAFFIC:
@@ -156,7 +158,7 @@ def _stays(mark: Mark, sign: Sign, at: int) -> bool:
         return grown >= 0
     match sign.kind:
         case SignKind.COUNT:
-            return 0 <= grown < sign.least
+            return 0 <= grown < sign.least and sign.sent == mark.sent
         case SignKind.CHANGE:
             return False
         case SignKind.LOW:

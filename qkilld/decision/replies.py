@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.node_groups import NodeGroup, groups_of
-from qkilld.decision.signs import KEEPALIVE_PROTOCOLS, SERVES, Sign
+from qkilld.decision.signs import KEEPALIVE_PROTOCOLS, SERVES, Sign, runs_sign
 from qkilld.model.sample import Peer, Sample, Socket
 
 _IDLE_WITHOUT_CONNECTION: Final = frozenset({"http", "https", "ftp", "ftps", "vhost-user"})
@@ -34,6 +34,16 @@ def reply_signs(
         return (reply,)
     # Perhaps the server works on a request for which QEMU has no reply yet.
     return reply, replace(runs, name=f"{runs.name} alone", least=SERVES, sure=False)
+
+
+def possible_replies(socket: Socket, switches: int | None) -> tuple[Sign, ...]:
+    """Return the signs of replies on a connection of unknown use: its server may be an NBD server
+    that was added later. `switches`: Sample.switches."""
+    peer = socket.peer
+    if peer is None or socket.accepted or not (peer.devices or peer.behind):
+        return ()
+    runs = runs_sign(peer)
+    return () if runs is None else reply_signs(runs, peer, switches, sure=False)
 
 
 def runs_without_replies(sample: Sample) -> bool:

@@ -95,6 +95,9 @@ class Sign:
     is_reply: bool = False
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
+    sent: int | None = None
+    """For a sign that moves only if the process has sent nothing since the mark: the bytes that it
+    has sent; None for other signs. Keepalives go both ways, but replies only one way."""
     switches: int | None = None
     """The value of Sample.switches for a sign that moves only if the process has run (each reply
     makes it run); None for other signs. Until the process runs, the sign is compared with the same
@@ -285,21 +288,35 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU may never read it: after SIGTERM,
         # QEMU stops reading from consoles.
-        consumed = socket.acked + socket.received - socket.receive_queue
+        read, inode = socket.received - socket.receive_queue, socket.inode
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
-        name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
-        signs.append(Sign(name, kind, consumed, text, KEEPALIVE if chatty else 1))
+        name, text = f"bytes:{inode}", "bytes went to or came from the server"
+        signs.append(Sign(name, kind, socket.acked + read, text, KEEPALIVE if chatty else 1))
         if socket.acked >= HANDSHAKE:
             signs.append(
                 Sign(
-                    f"replies:{socket.inode}",
+                    f"replies:{inode}",
                     kind,
-                    socket.received - socket.receive_queue,
+                    read,
                     "the server answered",
                     KEEPALIVE if chatty else 1,
                     is_reply=True,
                 )
             )
+            if chatty:
+                # Other programs than storage send by themselves, too.
+                is_storage = protocol != ""
+                signs.append(
+                    Sign(
+                        f"answers:{inode}",
+                        SignKind.COUNT,
+                        read,
+                        "the server answered earlier requests",
+                        sure=is_storage,
+                        is_reply=is_storage,
+                        sent=socket.acked + socket.send_queue,
+                    )
+                )
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
@@ -318,11 +335,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
         signs = _own_server_signs(peer, before)
     else:
         signs = _shared_server_signs(peer, before)
-    if peer.threads == () and peer.switches is not None and protocol == "nbd":
-        # NBD has no keepalives, so a server that runs may serve requests, even if no sample finds
-        # it in a call. This also shows the replies on unix sockets, which have no counters.
-        text = f"{_server_title(peer)} serves requests"
-        signs.append(Sign(f"{_of(peer)}{_RUNS}", SignKind.TRAFFIC, peer.switches, text))
+    if protocol == "nbd" and (runs := runs_sign(peer)):
+        signs.append(runs)
     earlier = {other.pid: other for other in (before and before.behind) or ()}
     awaited = _awaited_mounts(peer)
     for other in peer.behind:
@@ -337,6 +351,16 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
     return signs
+
+
+def runs_sign(peer: Peer) -> Sign | None:
+    """Return the sign that an NBD server runs; None if calls show what it does, or if this is
+    unknown. NBD has no keepalives, so a server that runs may serve requests, even if no sample
+    finds it in a call. This also shows the replies on unix sockets, which have no counters."""
+    if peer.threads != () or peer.switches is None:
+        return None
+    text = f"{_server_title(peer)} serves requests"
+    return Sign(f"{_of(peer)}{_RUNS}", SignKind.TRAFFIC, peer.switches, text)
 
 
 def _awaited_mounts(peer: Peer) -> set[str] | None:

@@ -389,6 +389,9 @@ def _follow(
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
+    if is_stuck and all(wait.key.startswith("socket:") and not wait.certain for wait in moved):
+        # A request makes no progress, and only connections of unknown use do.
+        doubts, moves = [*doubts, *(f"{move}, perhaps without storage" for move in moves)], []
     hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]

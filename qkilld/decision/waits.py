@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 from qkilld.decision.node_groups import NodeGroup, groups_of
-from qkilld.decision.replies import reply_signs, runs_without_replies
+from qkilld.decision.replies import possible_replies, reply_signs, runs_without_replies
 from qkilld.decision.request_signs import (
     call_signs,
     diskless_requests,
@@ -311,7 +311,7 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
     certain = (stores and unread) or works(socket.peer)
-    signs = socket_signs(socket, "", before)
+    signs = [*socket_signs(socket, "", before), *possible_replies(socket, sample.switches)]
     watched = server_depth(socket.peer)
     if socket.accepted:
         # The process is most likely a server itself, for example for a backup program. Of the

@@ -905,6 +905,96 @@ def test_keepalives_never_add_up_to_progress() -> None:
     assert (now.verdict, now.progress_at) == (Verdict.STORAGE_WAIT, None)
 
 
+@pytest.mark.parametrize(("seconds", "is_progress"), [(5, True), (1, True), (0, False)])
+def test_replies_to_earlier_requests_are_progress_over_iscsi(
+    seconds: int, is_progress: bool
+) -> None:
+    """QEMU has sent 40 writes at once. Each reply of 48 bytes goes one way only, but a keepalive
+    goes both ways."""
+    received = [second // seconds * 48 if seconds else 0 for second in range(60)]
+    now = follow(
+        [
+            replace(
+                IDLE,
+                at=second * S,
+                nodes=(ISCSI,),
+                sockets=(
+                    replace(
+                        OF_ISCSI,
+                        acked=200_000 + second // 7 * 48,
+                        received=500 + received[second] + second // 7 * 48,
+                    ),
+                ),
+            )
+            for second in range(60)
+        ]
+    )
+    assert (now.verdict is Verdict.FLUSHING) is is_progress
+    assert (now.progress_at is not None) is is_progress
+    # If the connection's use is unknown, the peer may send by itself.
+    late = replace(STRANGER, acked=200_000, received=600)
+    unknown = follow(
+        [
+            replace(IDLE, at=at * S, sockets=(replace(late, received=600 + at // 5 * 16),))
+            for at in range(60)
+        ]
+    )
+    assert (unknown.verdict, unknown.progress_at) == (Verdict.STORAGE_WAIT, None)
+    assert unknown.doubt_at == 55 * S
+
+
+def test_a_server_of_unknown_use_that_runs_may_have_replied() -> None:
+    """It may be an NBD server that was added later. It answers every 5 s."""
+    shown = [
+        replace(
+            IDLE,
+            at=at * S,
+            switches=100 + at // 5,
+            sockets=(
+                replace(UNIX, node="", role="unknown", peer=replace(SERVER, switches=at // 5)),
+            ),
+        )
+        for at in range(60)
+    ]
+    now = follow(shown)
+    assert (now.progress_at, now.doubt_at) == (None, 55 * S)
+    # A program without disks is no server.
+    idle = [
+        replace(
+            one, sockets=(replace(UNIX, node="", role="unknown", peer=replace(SERVER, devices=())),)
+        )
+        for one in shown
+    ]
+    assert follow(idle).doubt_at is None
+
+
+def test_activity_of_unknown_use_does_not_excuse_a_request_that_stands_for_ever() -> None:
+    """A program writes a log of its own while an NBD server is frozen."""
+    logger = replace(SERVER, pid=95, command="conserver")
+    now = follow(
+        [
+            replace(
+                IDLE,
+                at=at * S,
+                nodes=(NBD,),
+                sockets=(
+                    replace(UNIX, send_queue=700),
+                    replace(
+                        UNIX,
+                        inode=16,
+                        node="",
+                        role="unknown",
+                        peer=replace(logger, io=replace(NO_IO, write_bytes=at << 16)),
+                    ),
+                ),
+            )
+            for at in range(120)
+        ]
+    )
+    assert now.progress_at is not None and now.progress_at < 40 * S
+    assert now.doubt_at == 119 * S
+
+
 def test_small_writes_one_by_one_are_progress_over_iscsi() -> None:
     now = follow(
         [
