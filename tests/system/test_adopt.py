@@ -74,8 +74,8 @@ class Manager:
         (document,) = json.loads(done.stdout)
         found: dict[str, str] = {f["key"]: f["severity"] for f in document["findings"]}
         unsafe = set(found.values()) & {"loses", "may-lose"}
-        assert document["safe"] is not bool(unsafe), document
-        assert document["verdict"] in verdicts, document
+        assert document["safe"] is not bool(unsafe), done.stdout
+        assert document["verdict"] in verdicts, done.stdout
         assert done.returncode == document["exit_code"] == (8 if unsafe else 0)
         found.pop("no-monitor", None)
         return found
@@ -254,9 +254,9 @@ def test_a_slow_flush_is_lost_before_and_not_after(
 
 @contextlib.contextmanager
 def idle(manager: Manager, *lines: str, unit: str = "") -> Iterator[str]:
-    """A unit with a QEMU that does nothing."""
+    """A unit with a QEMU that does nothing. QEMU has been executed when the unit has started."""
     unit = unit or f"wild-idle{next(_numbers)}.service"
-    manager.write(unit, service(*(lines or (f"ExecStart={IDLE}",))))
+    manager.write(unit, service("Type=exec", *(lines or (f"ExecStart={IDLE}",))))
     manager.systemctl("start", unit)
     try:
         yield unit

@@ -42,9 +42,12 @@ def files(system: Container) -> str:
 
 @contextlib.contextmanager
 def unit(system: Container, *lines: str, name: str = "") -> Iterator[str]:
-    """A running unit with these lines. By default, it runs an idle QEMU."""
+    """A running unit with these lines. By default, it runs an idle QEMU.
+
+    Its main process has been executed when the unit has started.
+    """
     name = name or f"safety{next(_numbers)}.service"
-    text = "[Service]\n" + "\n".join(lines or (f"ExecStart={IDLE}",)) + "\n"
+    text = "[Service]\nType=exec\n" + "\n".join(lines or (f"ExecStart={IDLE}",)) + "\n"
     system.write(f"{DIRECTORY}/{name.partition('@')[0]}{'@.service' if '@' in name else ''}", text)
     system.run("systemctl", "daemon-reload")
     system.run("systemctl", "start", name)
@@ -353,7 +356,7 @@ def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
     """In adopt's line, the helper runs outside of the namespace, so it stops the guest normally.
 
     systemd before 257 ignores the setting."""
-    with unit(installed, "Type=exec", "PrivatePIDs=yes", f"ExecStart={IDLE}") as name:
+    with unit(installed, "PrivatePIDs=yes", f"ExecStart={IDLE}") as name:
         assert "/usr/bin/qkilld-stop" in ctl(installed, "adopt", name)
         installed.run("systemctl", "stop", name)
         said = installed.run("journalctl", "--output=cat", f"--unit={name}").stdout
