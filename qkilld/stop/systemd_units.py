@@ -83,7 +83,21 @@ def later_line_stops(facts: UnitFacts, *, fails: bool) -> bool:
     lines = _running_line(facts)
     if not lines or (fails and not lines[0].ignores_failure):
         return False
-    return any(map(stops_own_unit, lines[1:]))
+    for line in lines[1:]:
+        if stops_own_unit(line):
+            return True
+        # After a failure, systemd runs no later line.
+        if not (line.ignores_failure and _ignores_guests(line)):
+            return False
+    return False
+
+
+def _ignores_guests(line: Command) -> bool:
+    """Return whether it is certain that the line does nothing to a guest, and does not wait."""
+    from qkilld.unitcheck.stop_act import ActKind
+    from qkilld.unitcheck.stop_line import read_line
+
+    return all(act.kind is ActKind.NOTHING for act in read_line(line).acts)
 
 
 def is_only_line(facts: UnitFacts) -> bool:

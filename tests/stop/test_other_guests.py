@@ -85,6 +85,16 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile a", "--pidfile $FILE"], True, 0),
         ("control-group", A, ["--pidfile a", "--max soon"], True, 0),
         ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --pidfile b"], False, 0),
+        # systemd runs no later line if a line between them fails.
+        ("control-group", A, ["--pidfile a", "/bin/rm a", "--pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "- /bin/rm a", "--pidfile b"], False, 0),
+        ("control-group", A, ["--pidfile a", "--bogus", "--pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "--unit db", "--pidfile b"], True, 0),
+        # A line between them may take long, or harm the guests.
+        ("control-group", A, ["--pidfile a", "- /bin/kill -9 7", "--pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "- /bin/sleep 60", "--pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "- /opt/x", "--pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "- /bin/sh -c $X", "--pidfile b"], True, 0),
         # It is unknown what a script does later, and whether it fails.
         ("control-group", A, ["/opt/stop"], True, 0),
         ("control-group", A, ["/opt/stop", "--pidfile b"], True, 0),
