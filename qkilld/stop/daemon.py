@@ -197,15 +197,7 @@ class DaemonStopper:
 
     def _start(self, stops: Sequence[GuestStop]) -> None:
         first = stops[0]
-        order: dict[str, Any] = self._order(first)
-        if self._stops_unit:
-            order["byUnit"] = True
-            order["forceAsUnit"] = self._options.force is None
-        if len(stops) == 1:
-            method, order = "Terminate", order | _process(first)
-        else:
-            method = "TerminateAll"
-            order["processes"] = [_process(stop) for stop in stops]
+        method, order = self._terminate(stops)
         if passed := len(stops) == 1 and first.monitor >= 0:
             order["monitorIndex"] = 0
         try:
@@ -223,6 +215,16 @@ class DaemonStopper:
                 self._listener.lost(stop, why)
             return
         self._calls.append(_PendingCall(call, stops, self._clock() + ANSWER_TIMEOUT_S))
+
+    def _terminate(self, stops: Sequence[GuestStop]) -> tuple[str, dict[str, Any]]:
+        """Return the method that starts these stops, and its parameters."""
+        order = self._order(stops[0])
+        if self._stops_unit:
+            order["byUnit"] = True
+            order["forceAsUnit"] = self._options.force is None
+        if len(stops) == 1:
+            return "Terminate", order | _process(stops[0])
+        return "TerminateAll", order | {"processes": [_process(stop) for stop in stops]}
 
     def _order(self, stop: GuestStop) -> dict[str, Any]:
         """Return the parameters of Terminate, except those that name the process."""
@@ -458,14 +460,13 @@ class DaemonStopper:
         if now >= until:
             self._lose(stop, "qkilld went away")
             return
-        method = "Wait"
         if stop.state is not None:
-            parameters = {"job": stop.state["job"]}
+            method, parameters = "Wait", {"job": stop.state["job"]}
         else:
             # The daemon exited before it replied. Terminate can be repeated, because it joins a
             # running job.
             stop.close_monitor()
-            method, parameters = "Terminate", self._order(stop) | _process(stop)
+            method, parameters = self._terminate([stop])
         try:
             call = DaemonCall(self._path, method, parameters, more=True)
         except OSError:
