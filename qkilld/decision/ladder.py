@@ -77,6 +77,19 @@ class Action(Enum):
     """End the job: the signal was sent, and NOWAIT is set."""
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the next decision must know of the earlier ones. Times are CLOCK_MONOTONIC in µs."""
+
+    due: int = 0
+    """When SIGKILL is due according to earlier decisions. Only a shorter `max` or `grace` can make
+    SIGKILL due before that."""
+    start: int = 0
+    """When the waiting times last started; 0 if not known."""
+    unsampled: int = 0
+    """The value of Assessment.unsampled at `start`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFacts:
     flags: Flag
@@ -98,9 +111,7 @@ class JobFacts:
     jobs: int = 1
     """The number of running jobs. With more jobs, each is sampled more rarely."""
     control: Control = UNCONTROLLED
-    promised: int = 0
-    """When SIGKILL is due according to earlier decisions. Only a shorter `max` or `grace` can make
-    SIGKILL due before that."""
+    promise: Promise = Promise()
 
     @property
     def by_evidence(self) -> bool:
@@ -114,8 +125,8 @@ class Decision:
     """The time at which the next rung is due or the job gives up, if nothing changes."""
     wake: int = INFINITY
     """With WAIT: when to decide again; INFINITY if only an event can change the decision."""
-    promised: int = 0
-    """The value of JobFacts.promised for the next decision."""
+    promise: Promise | None = None
+    """The value of JobFacts.promise for the next decision; None if it stays the same."""
 
 
 def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Policy:
@@ -160,28 +171,29 @@ def decide(facts: JobFacts, now: int) -> Decision:
         if deadline <= now:
             return Decision(_last(flags))
         return Decision(Action.WAIT, deadline, deadline)
+    promise = _started(facts)
     due = kill_due(facts)
     evidence = facts.assessment
-    # Promise a time (JobFacts.promised) only if it is based on a real sample, not on assumptions
-    # about a gap or a useless sample. Otherwise, on a busy host, every useless sample would delay
-    # SIGKILL further.
-    promised = facts.promised if evidence is None or tells_nothing(evidence.last) else due
-    return _by_evidence(facts, _deadline(facts, due), now, promised)
+    # Promise a time only if it is based on a real sample, not on assumptions about a gap or a
+    # useless sample. Otherwise, on a busy host, every useless sample would delay SIGKILL further.
+    if evidence is not None and not tells_nothing(evidence.last):
+        promise = replace(promise, due=max(promise.due, due))
+    return _by_evidence(facts, _deadline(facts, due), now, promise)
 
 
-def _by_evidence(facts: JobFacts, deadline: int, now: int, promised: int) -> Decision:
+def _by_evidence(facts: JobFacts, deadline: int, now: int, promise: Promise) -> Decision:
     assert facts.term_at is not None
     if _should_continue(facts):
-        return Decision(Action.CONTINUE, deadline, promised=promised)
+        return Decision(Action.CONTINUE, deadline, promise=promise)
     if deadline <= now:
         action = _last(facts.flags) if _is_fresh(facts, deadline, now) else Action.SAMPLE
         if action is Action.KILL and should_yank(facts, now):
             action = Action.YANK
-        return Decision(action, deadline, promised=promised)
+        return Decision(action, deadline, promise=promise)
     sample_at = next_sample_time(facts, _last_action_at(facts))
     if sample_at <= now:
-        return Decision(Action.SAMPLE, deadline, promised=promised)
-    return Decision(Action.WAIT, deadline, min(sample_at, deadline), promised)
+        return Decision(Action.SAMPLE, deadline, promise=promise)
+    return Decision(Action.WAIT, deadline, min(sample_at, deadline), promise)
 
 
 def _last(flags: Flag) -> Action:
@@ -200,7 +212,7 @@ def kill_due(facts: JobFacts) -> int:
     """Return the time at which the evidence so far allows SIGKILL, if nothing changes.
 
     Time without samples is not counted. Only a shorter `max` or `grace` can make the result earlier
-    than `promised`.
+    than `promise.due`.
     """
     assert facts.term_at is not None
     policy, evidence = facts.policy, facts.assessment
@@ -208,11 +220,11 @@ def kill_due(facts: JobFacts) -> int:
     began_at = facts.term_at if facts.started is None else facts.started
     earliest = facts.term_at + min(policy.grace, policy.max // 2)
     latest = min(max(began_at + policy.max, earliest), INFINITY)
-    due = max(start + policy.grace, facts.promised)
+    due = max(start + policy.grace, facts.promise.due)
     if evidence is None:
         # This is only an estimate, because SIGKILL needs a fresh sample.
         return min(max(due, start + policy.stall), latest)
-    since = max(start + _unsampled(start, evidence), evidence.progress_from)
+    since = max(_start_from(_started(facts), evidence), evidence.progress_from)
     if evidence.progress_at is not None:
         due = max(due, evidence.progress_from + policy.stall)
     if tells_nothing(evidence.last) and not tells_nothing(evidence.seen):
@@ -237,10 +249,24 @@ def _last_action_at(facts: JobFacts) -> int:
     return max(facts.term_at or 0, facts.continued_at or 0, facts.yank_at or 0)
 
 
-def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples since `began`. Of the time before the first sample, only
-    the part beyond 1 s counts."""
-    return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
+def _started(facts: JobFacts) -> Promise:
+    """Return the promise with the present start of the waiting times."""
+    start, evidence = _last_action_at(facts), facts.assessment
+    if start <= facts.promise.start:
+        return facts.promise
+    unsampled = 0
+    # If a sample was taken since then, the value at `start` is no longer known. This happens only
+    # if an earlier version of qkilld has saved the job.
+    if evidence is not None and evidence.last.at <= start:
+        unsampled = evidence.unsampled_until(start, sample_interval(facts.jobs))
+    return replace(facts.promise, start=start, unsampled=unsampled)
+
+
+def _start_from(promise: Promise, evidence: Assessment) -> int:
+    """Return the start of the waiting times plus the time without samples since then. Of the time
+    before the first sample, only the part beyond 1 s counts."""
+    unsampled = max(0, evidence.unsampled - promise.unsampled)
+    return promise.start + unsampled + max(0, evidence.first.at - promise.start - USEC_PER_SEC)
 
 
 def sample_interval(jobs: int) -> int:

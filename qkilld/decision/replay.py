@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.gap import unsampled_assessment
-from qkilld.decision.ladder import Action, Decision, JobFacts, decide, policy_for
+from qkilld.decision.ladder import Action, Decision, JobFacts, Promise, decide, policy_for
 from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import Flag, Result, Verdict
@@ -171,7 +171,7 @@ class _Walk:
         if isinstance(moment, ChangeRecord):
             flags, policy = self._overrides.override(moment.flags, moment.policy)
             self.facts = replace(
-                self.facts, flags=flags, policy=policy, control=moment.control, promised=0
+                self.facts, flags=flags, policy=policy, control=moment.control, promise=Promise()
             )
         elif isinstance(moment, RungRecord):
             self.facts = replace(self.facts, yank_at=moment.at)
@@ -197,8 +197,7 @@ class _Walk:
 
     def _decide(self, facts: JobFacts) -> Decision:
         decision = decide(facts, self.now)
-        promised = max(self.facts.promised, decision.promised)
-        self.facts = replace(self.facts, promised=promised)
+        self.facts = replace(self.facts, promise=decision.promise or self.facts.promise)
         return decision
 
     def _do(self, decision: Decision) -> None:

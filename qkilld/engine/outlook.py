@@ -69,7 +69,8 @@ def _standstill(facts: JobFacts, deadline: int) -> int:
         return 0  # There is no deadline that progress could delay.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
     # Compute the deadline that progress alone would set, to see whether it is the job's deadline.
-    bare = replace(facts, promised=0, policy=replace(policy, grace=0))
+    promise = replace(facts.promise, due=0)
+    bare = replace(facts, promise=promise, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started
     if due + reap != deadline or due >= start + policy.max:

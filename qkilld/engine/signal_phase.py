@@ -13,7 +13,7 @@ from enum import Enum, auto
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
-from qkilld.decision.ladder import Action, Decision, JobFacts, decide, sample_interval
+from qkilld.decision.ladder import Action, Decision, JobFacts, Promise, decide, sample_interval
 from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import assess, is_dead, is_news
 from qkilld.engine import events
@@ -54,7 +54,7 @@ class _Intent(Enum):
 class SignalPhase:
     __slots__ = (
         "_clock", "_continued_at", "_could_yank", "_executables", "_forced", "_intent", "_job",
-        "_journal", "_kill_at", "_load", "_on_sample", "_process", "_promised", "_sampler",
+        "_journal", "_kill_at", "_load", "_on_sample", "_process", "_promise", "_sampler",
         "_term_at", "_trace", "_unidentified_since", "_yank",
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ class SignalPhase:
         self._term_at: int | None = None
         self._kill_at: int | None = None
         self._continued_at: int | None = None
-        self._promised = 0
+        self._promise = Promise()
         self._unidentified_since: int | None = None
 
     @property
@@ -127,7 +127,7 @@ class SignalPhase:
             assessment=job.assessment,
             jobs=self._load(),
             control=job.control,
-            promised=self._promised,
+            promise=self._promise,
         )
 
     def resume(self, past: Snapshot) -> None:
@@ -135,7 +135,7 @@ class SignalPhase:
         sent."""
         self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
         self._continued_at = past.sent_at(SIGCONT)
-        self._forced, self._promised = past.forced, past.promised
+        self._forced, self._promise = past.forced, past.promise
         self._yank.resume(past)
 
     def advance(self) -> None:
@@ -182,7 +182,7 @@ class SignalPhase:
 
     def _decide(self, now: int) -> Decision:
         decision = decide(self.facts, now)
-        self._promised = max(self._promised, decision.promised)
+        self._promise = decision.promise or self._promise
         return decision
 
     def force(self) -> None:
@@ -195,7 +195,7 @@ class SignalPhase:
         if snapshot.result is None:
             # A job is saved after a sample, before the next decision.
             self._decide(self._clock.now())
-        snapshot = replace(snapshot, forced=self._forced, promised=self._promised)
+        snapshot = replace(snapshot, forced=self._forced, promise=self._promise)
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())

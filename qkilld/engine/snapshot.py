@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from qkilld.decision.amounts import counts_of
 from qkilld.decision.gap import after_gap, unsampled_assessment
+from qkilld.decision.ladder import Promise
 from qkilld.decision.powerdown import AskMethod, Attempt
 from qkilld.decision.risk import CODES_OF_KILL
 from qkilld.decision.servers import SavedServer
@@ -29,7 +30,7 @@ Identity.exiting and `risks`, and its assessment has a different format. Version
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
 and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Version 11
-lacks `earlier_risks`. Version 12 lacks `servers`, `promised` and Assessment.hidden. Any version may
+lacks `earlier_risks`. Version 12 lacks `servers`, `promise` and Assessment.hidden. Any version may
 lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
@@ -95,8 +96,7 @@ class Snapshot:
     cut_off: frozenset[str] = frozenset()
     """The names of the connections that were cut off."""
     servers: tuple[SavedServer, ...] = ()
-    promised: int = 0
-    """When SIGKILL is due according to the decisions so far (JobFacts.promised)."""
+    promise: Promise = Promise()
 
     @classmethod
     def of_signals(
@@ -301,7 +301,9 @@ def _problem(snapshot: Snapshot) -> str:
         return "it says both that the job has ended and that it has not"
     if not min((snapshot.started, *(rung.at for rung in snapshot.rungs))) >= 0:
         return "a time is impossible"
-    ahead = (snapshot.control.not_before, snapshot.promised)
-    if snapshot.latest >= INFINITY or not 0 <= min(ahead) <= max(ahead) <= INFINITY:
+    promise, not_before = snapshot.promise, snapshot.control.not_before
+    if snapshot.latest >= INFINITY or not 0 <= not_before <= INFINITY:
+        return "a time is impossible"
+    if min(promise.start, promise.unsampled) < 0 or not 0 <= promise.due <= INFINITY:
         return "a time is impossible"
     return ""

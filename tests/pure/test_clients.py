@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from qkilld.decision.ladder import DOUBT, Action, JobFacts, decide
+from qkilld.decision.ladder import DOUBT, Action, JobFacts, Promise, decide
 from qkilld.decision.verdict import STUCK, Assessment, assess
 from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
@@ -182,14 +182,14 @@ def samples(
 def killed_at(listed: Sequence[Sample]) -> int | None:
     """Return when a stop with FORCE sends SIGKILL, None for never. SIGTERM was sent at 0."""
     evidence: Assessment | None = None
-    promised = 0
+    promise = Promise()
     for sample in listed:
         evidence = assess(evidence, sample)
         facts = JobFacts(flags=Flag.FORCE, policy=POLICY, term_at=0, assessment=evidence)
-        decision = decide(replace(facts, promised=promised), sample.at)
+        decision = decide(replace(facts, promise=promise), sample.at)
         if decision.action is Action.KILL:
             return sample.at
-        promised = decision.promised
+        promise = decision.promise or promise
     return None
 
 

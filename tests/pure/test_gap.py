@@ -9,7 +9,7 @@ import pytest
 
 from qkilld.decision.gap import after_gap
 from qkilld.decision.ladder import Action, JobFacts, decide
-from qkilld.decision.verdict import Assessment, assess
+from qkilld.decision.verdict import assess
 from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Device, Sample
@@ -24,27 +24,21 @@ def writes(requests: int) -> Sample:
     return replace(IDLE, threads=(FDATASYNC,), devices=(Device("8:0", "sda", requests, 0, 0, 1),))
 
 
-def facts_of(evidence: Assessment | None, promised: int = 0) -> JobFacts:
-    return JobFacts(
-        flags=Flag.FORCE, policy=Policy(), started=0, term_at=0, assessment=evidence,
-        promised=promised,
-    )  # fmt: skip
-
-
 def killed_after(shows: Shows, then: Shows, gap: int) -> int:
     """Return how many seconds after the start of the next daemon SIGKILL is sent. `shows` and
     `then` return the samples before and after a gap of this many seconds."""
-    evidence, promised = None, 0
-    for second in range(GONE_AT + 1):
-        evidence = assess(evidence, replace(shows(second), at=second * S))
-        promised = max(promised, decide(facts_of(evidence, promised), second * S).promised)
-    evidence = after_gap(evidence, 0, (GONE_AT + gap) * S)
-    for second in range(GONE_AT + gap, 9999):
-        evidence = assess(evidence, replace(then(second), at=second * S))
-        decision = decide(facts_of(evidence, promised), second * S)
-        promised = max(promised, decision.promised)
+    facts = JobFacts(flags=Flag.FORCE, policy=Policy(), started=0, term_at=0)
+    for second in range(9999):
+        if GONE_AT < second < GONE_AT + gap:
+            continue
+        if gap and second == GONE_AT + gap:
+            facts = replace(facts, assessment=after_gap(facts.assessment, 0, second * S))
+        sample = shows(second) if second <= GONE_AT else then(second)
+        facts = replace(facts, assessment=assess(facts.assessment, replace(sample, at=second * S)))
+        decision = decide(facts, second * S)
         if decision.action is Action.KILL:
             return second - GONE_AT - gap
+        facts = replace(facts, promise=decision.promise or facts.promise)
     raise AssertionError("no SIGKILL")
 
 

@@ -13,6 +13,7 @@ from qkilld.decision.ladder import (
     Action,
     Decision,
     JobFacts,
+    Promise,
     decide,
     kill_due,
     lengthen,
@@ -215,16 +216,16 @@ def test_it_looks_again_right_before_sigkill() -> None:
     assert decide(fresh, T0 + 10 * S).action is Action.KILL
     moved = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(10, progress=10))
     due, look = T0 + 20 * S, T0 + 11 * S
-    assert decide(moved, T0 + 10 * S) == Decision(Action.WAIT, due, look, promised=due)
+    assert decide(moved, T0 + 10 * S) == Decision(Action.WAIT, due, look, Promise(due, T0))
 
 
 def test_a_due_time_once_told_does_not_become_earlier() -> None:
     waits = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(9, outstanding=True))
     told = decide(waits, T0 + 9 * S)
-    assert told.promised == told.deadline == T0 + 60 * S
-    idle = replace(waits, assessment=seen(20, outstanding_at=9), promised=told.promised)
+    assert told.promise == Promise(told.deadline, T0) == Promise(T0 + 60 * S, T0)
+    idle = replace(waits, assessment=seen(20, outstanding_at=9), promise=told.promise)
     assert decide(idle, T0 + 20 * S).deadline == T0 + 60 * S
-    assert kill_due(replace(idle, promised=0)) == T0 + 19 * S
+    assert kill_due(replace(idle, promise=Promise())) == T0 + 19 * S
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
@@ -328,7 +329,7 @@ def test_samples_without_a_thread_bring_sigkill_no_nearer(
 ) -> None:
     """If other users block all threads, samples are missing. Missing samples prove nothing, but
     MaxSec= still limits the job."""
-    evidence, promised = None, 0
+    evidence, promise = None, Promise()
     policy = replace(Policy(), max=max_s * S)
     for second in range(1, 600):
         now = T0 + second * S
@@ -339,10 +340,10 @@ def test_samples_without_a_thread_bring_sigkill_no_nearer(
             started=T0,
             term_at=T0,
             assessment=evidence,
-            promised=promised,
+            promise=promise,
         )
         decision = decide(facts, now)
-        promised = max(promised, decision.promised)
+        promise = decision.promise or promise
         if decision.action is Action.KILL:
             assert second == expected
             return
@@ -359,7 +360,7 @@ def kill_second(
 ) -> int:
     """Return the second in which SIGKILL is sent; 999 if it is not. `shows` returns the sample of a
     second; this function sets the sample's time."""
-    evidence, promised = None, 0
+    evidence, promise = None, Promise()
     for second in range(1, 999):
         now = T0 + second * S
         evidence = assess(evidence, replace(shows(second), at=now))
@@ -370,10 +371,10 @@ def kill_second(
             term_at=T0,
             assessment=evidence,
             control=controls(second),
-            promised=promised,
+            promise=promise,
         )
         decision = decide(facts, now)
-        promised = max(promised, decision.promised)
+        promise = decision.promise or promise
         if decision.action is Action.KILL:
             return second
     return 999
@@ -480,3 +481,23 @@ def test_time_without_a_thread_is_not_counted_afterwards() -> None:
     evidence = assess(evidence, Sample(T0 + 100 * S, "?"))
     facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0, assessment=evidence)
     assert kill_due(facts) == T0 + (99 + 60) * S
+
+
+@pytest.mark.parametrize("action", [{"yank_at": T0 + 660 * S}, {"continued_at": T0 + 660 * S}])
+def test_time_without_samples_before_an_action_does_not_count_after_it(
+    action: dict[str, Any],
+) -> None:
+    """The process waits, and no samples are taken from 10 s to 600 s."""
+    facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0)
+    seconds = [*range(1, 11), *range(600, 9999)]
+    for second in seconds:
+        now = T0 + second * S
+        facts = replace(facts, assessment=assess(facts.assessment, replace(ON_PIPE, at=now)))
+        if second == 660:
+            facts = replace(facts, **action)
+        decision = decide(facts, now)
+        facts = replace(facts, promise=decision.promise or facts.promise)
+        if decision.action is Action.KILL and second > 660:
+            assert second == 720
+            return
+    raise AssertionError("no SIGKILL")
