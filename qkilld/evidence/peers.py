@@ -58,6 +58,7 @@ _NONE: Final = frozenset[int]()
 
 class _SampledServers(NamedTuple):
     peers: tuple[Peer, ...]
+    """() if too many processes may serve the file system."""
     certain: bool
     """Whether all `peers` serve the file system."""
 
@@ -347,15 +348,17 @@ class ServerReader:
         for number, servers in self._fuse_servers(mounts, names, {self._pid}).items():
             wanted = names.get(number, frozenset())
             sampled = [self._sample(pid, tables, None, wanted) for pid in servers.pids]
-            if peers := tuple(peer for peer in sampled if peer is not None):
+            peers = tuple(peer for peer in sampled if peer is not None)
+            if peers or not servers.pids:
                 served[number] = _SampledServers(peers, servers.certain)
         return served
 
     def _fuse_servers(
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
     ) -> dict[str, FuseServers]:
-        """Find the servers of FUSE mounts, keyed by the mount's MAJOR:MINOR. `downstream`: the
-        processes that use the mounts, and so cannot serve them."""
+        """Find the servers of FUSE mounts, keyed by the mount's MAJOR:MINOR. If too many processes
+        may serve a mount, and their files do not show which of them do, its FuseServers are empty.
+        `downstream`: the processes that use the mounts, and so cannot serve them."""
         numbers = _connections_of(mounts)
         if not numbers:
             return {}
@@ -373,9 +376,14 @@ class ServerReader:
                 # There are too many processes to sample all, so choose those that have files with
                 # the names of the images. A name proves nothing: gocryptfs changes names, and
                 # anybody can open /dev/fuse and a file of that name.
-                pids = self._matching(number, pids, names.get(number, frozenset()), end)
-            if 0 < len(pids) <= MAX_SERVERS:
-                served[number] = FuseServers(tuple(pids), servers.certain)
+                matching = self._matching(number, pids, names.get(number, frozenset()), end)
+                if matching is None:
+                    continue
+                pids = matching
+            is_known = len(pids) <= MAX_SERVERS
+            served[number] = (
+                FuseServers(tuple(pids), servers.certain) if is_known else FuseServers((), False)
+            )
         return served
 
     def _since(self, connections: Iterable[int]) -> dict[int, float]:
@@ -385,8 +393,8 @@ class ServerReader:
 
     def _matching(
         self, number: str, pids: Sequence[int], names: frozenset[str], end: float
-    ) -> list[int]:
-        """Return the processes that have an open file with one of these names; [] until all were
+    ) -> list[int] | None:
+        """Return the processes that have an open file with one of these names; None until all were
         checked.
 
         Every REFRESH_S, this costs 4 µs for each descriptor. Any user can have many processes, so
@@ -404,7 +412,7 @@ class ServerReader:
             if pid not in matches or now - matches[pid].at >= REFRESH_S:
                 matches[pid] = _Match(now, _opens(pid, names, self._proc))
         if len(matches) < len(pids):
-            return []
+            return None
         return [pid for pid in pids if matches[pid].opens]
 
     def _reader(self, pid: int) -> PeerReader | None:

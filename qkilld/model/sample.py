@@ -253,7 +253,7 @@ class Mount:
     """FUSE: requests that the server has not answered."""
     servers: tuple[Peer, ...] | None = None
     """FUSE: the processes that serve the file system; None if they were not searched for or not
-    found."""
+    found; () if too many processes may serve it, and nothing shows which of them do."""
     certain: bool = False
     """Whether all of `servers` serve the file system; if not, it is unknown which of them do."""
 

@@ -262,6 +262,35 @@ def test_a_search_for_the_image_among_many_processes(
         assert files.read[-1] == 51
 
 
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize(("count", "is_open"), [(1, False), (1, True), (50, True)])
+def test_too_many_processes_may_be_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certain: bool, count: int, is_open: bool
+) -> None:
+    """Either none of them has the image open, or too many have."""
+    pids = tuple(range(100, 100 + fuse.MAX_SERVERS + count))
+    finder = FuseFinder(tmp_path)
+    monkeypatch.setattr(finder, "find", lambda _: {39: FuseServers(pids, certain)})
+    monkeypatch.setattr(peers, "SEARCH_S", 60.0)
+    files = (("4", f"/srv/{IMAGE}"),) if is_open else ()
+    monkeypatch.setattr(peers, "read_descriptors", lambda pid, proc: Descriptors(2, files, ()))
+    mount = Mount("fuse.sshfs", None, None, "0:39")
+    names = {mount.number: frozenset({IMAGE})}
+    with contextlib.closing(peers.ServerReader(1, PeerFinder(), finder, tmp_path)) as reader:
+
+        def sample() -> Mount:
+            tables: dict[str, Any] = {"storage": StorageTable(), "sockets": SocketTable()}
+            return reader.read_all({}, (mount,), names, **tables)[1][0]
+
+        found = sample()
+        assert (found.servers, found.certain) == ((), False)
+        # Not all of them were checked yet.
+        monkeypatch.setattr(peers, "SEARCH_S", 0.0)
+        monkeypatch.setattr(peers, "REFRESH_S", 0.0)
+        reader._matches.clear()
+        assert sample().servers == (() if certain else None)
+
+
 @pytest.mark.usefixtures("patient")
 def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One search is enough even if a guest uses many file systems."""
