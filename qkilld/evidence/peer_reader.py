@@ -14,6 +14,7 @@ from qkilld.debug_log import note_once
 from qkilld.evidence.exports import ExportReader, WaitBudget
 from qkilld.evidence.files import read_descriptors
 from qkilld.evidence.kept_file import count_kept, open_directory, read_once
+from qkilld.evidence.parents import listener_of
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -47,6 +48,8 @@ class PeerReader:
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
         self._parent = _parent(pid, proc)
+        self._looked_for_listener = False
+        """Whether it was checked which process listens for the server."""
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
         """The inodes of the sockets at the other ends of the server's own connections and socket
@@ -88,6 +91,13 @@ class PeerReader:
         connections = self._sockets.read(sockets)
         known = ours if connections is not None else None
         shared = None if known is None else self._is_shared(known, sockets)
+        if ours and not self._looked_for_listener and connections is not None:
+            # Look only once: a server that is being stopped closes its listening socket.
+            self._looked_for_listener = True
+            own = [one for one in connections if one.inode in ours]
+            if own and not shared and (own[0].family == "tcp" or not own[0].accepted):
+                listener = listener_of(self.pid, own[0].inode, sockets, self._proc)
+                self._parent = listener or self._parent
         clients = {*self._sockets.accepted, *(ours or ())}
         made = tuple(one for one in connections or () if one.inode not in clients)
         if ours is None:

@@ -156,8 +156,9 @@ class Peer:
     unread: int | None = None
     """Bytes that this process has sent to the peer and that the peer has not read yet."""
     parent: int = 0
-    """The parent process of the peer, if it has forked the peer, which still runs the same program;
-    otherwise 0. Such a parent has most likely forked the peer for this connection."""
+    """The process that has most likely started the peer for this connection: the nearest ancestor
+    that listens for such connections, if the peer does not, or the parent, if it has forked the
+    peer, which still runs the same program. 0 if there is none."""
     leaves: bool | None = False
     """Whether the peer exits by itself when its client disconnects, according to its command line;
     None if the command line was not read in time."""
