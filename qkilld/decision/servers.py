@@ -430,9 +430,15 @@ def _may_lose_data(node: Node) -> bool:
 
 
 def _should_be_connected(node: Node, sample: Sample) -> bool:
-    """Return whether a missing connection means that the node has lost its server. Otherwise, QEMU
-    may have closed the node, or may use a connection that the command line does not name."""
-    return node.served is False or (node.protocol == "nbd" and sample.pluggable is False)
+    """Return whether a missing connection means that the node has lost its server. QEMU connects an
+    NBD node when it opens the node. But through a monitor, QEMU may have closed the node, which a
+    flush shows. Or one of the connections of unknown use is that of the node."""
+    is_nbd = node.protocol == "nbd"
+    return node.served is False or (is_nbd and not any(map(_is_unknown, sample.sockets or ())))
+
+
+def _is_unknown(socket: Socket) -> bool:
+    return socket.role == "unknown" or (socket.role == "storage" and not socket.node)
 
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:

@@ -19,6 +19,7 @@ from qkilld.model.sample import ImagePlace, Mount, Node, Peer, Sample, Socket
 
 S = 1_000_000
 NODE = Node("disk", "nbd")
+LUN = Node("disk", "iscsi")
 PEER = Peer(90, "nbdkit", (), None, None, ())
 UNSURE = replace(PEER, leaves=True, behind_unknown=True)
 UNIX = Socket(7, "unix", True, 0, 0, role="storage", node="disk", peer=PEER)
@@ -117,10 +118,13 @@ def test_a_node_for_which_qemu_holds_no_data(node: Node) -> None:
     ("shown", "is_risk"),
     [
         (sample(), True),
-        # A monitor may have closed the node.
-        (sample(pluggable=True), False),
-        (sample(pluggable=None), False),
-        (sample(node=replace(NODE, served=True), pluggable=True), False),
+        # A monitor may have closed the node, but a proxy may have closed its connection.
+        (sample(pluggable=True), True),
+        (sample(node=replace(NODE, served=True), pluggable=True), True),
+        # A connection of unknown use may be that of the node.
+        (sample(replace(UNIX, node="", role="unknown")), False),
+        (sample(replace(UNIX, node="")), False),
+        (sample(replace(UNIX, node="", role="other")), True),
         (sample(node=replace(NODE, served=False), pluggable=True), True),
         # The command line does not name the server.
         (sample(node=Node("disk", "rbd")), False),
@@ -187,21 +191,22 @@ def test_two_nodes_with_one_server() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "pluggable", "is_risk"),
+    ("nodes", "is_known", "is_risk"),
     [
-        ((A, B), False, True),
-        ((A, B), True, False),
+        ((A, B), True, True),
+        ((A, B), False, False),
         # It is unknown which of the nodes is connected.
-        ((replace(A, read_only=True), B), False, True),
-        ((replace(A, reconnect=30), B), False, True),
-        ((replace(A, reconnect=30), replace(B, reconnect=30)), False, False),
-        ((replace(A, read_only=True), replace(B, read_only=True)), False, False),
+        ((replace(A, read_only=True), B), True, True),
+        ((replace(A, reconnect=30), B), True, True),
+        ((replace(A, reconnect=30), replace(B, reconnect=30)), True, False),
+        ((replace(A, read_only=True), replace(B, read_only=True)), True, False),
     ],
 )
 def test_one_connection_for_two_nodes(
-    nodes: tuple[Node, ...], pluggable: bool, is_risk: bool
+    nodes: tuple[Node, ...], is_known: bool, is_risk: bool
 ) -> None:
-    shown = replace(SHOWN, nodes=nodes, sockets=(FIRST_OF_A,), pluggable=pluggable)
+    other = replace(UNIX, inode=9, node="", role="other" if is_known else "unknown")
+    shown = replace(SHOWN, nodes=nodes, sockets=(FIRST_OF_A, other))
     assert ("one of the nbd nodes a, b had no" in risk(shown)) is is_risk
 
 
@@ -310,23 +315,23 @@ def test_many_connections_to_the_server_of_many_nodes_take_little_time() -> None
 @pytest.mark.parametrize(
     ("later", "is_risk"),
     [
-        ([sample(node=replace(NODE, served=False))], True),
-        ([sample(), sample(node=replace(NODE, served=False))], True),
+        ([sample(node=replace(LUN, served=False))], True),
+        ([sample(node=LUN), sample(node=replace(LUN, served=False))], True),
         # A server listens again, so it was QEMU that closed the connection.
-        ([sample(node=replace(NODE, served=True))], False),
+        ([sample(node=replace(LUN, served=True))], False),
         (
-            [sample(node=replace(NODE, served=True)), sample(node=replace(NODE, served=False))],
+            [sample(node=replace(LUN, served=True)), sample(node=replace(LUN, served=False))],
             False,
         ),
-        ([sample()], False),
-        ([sample(UNIX), sample(node=replace(NODE, served=False))], False),
+        ([sample(node=LUN)], False),
+        ([sample(UNIX, node=LUN), sample(node=replace(LUN, served=False))], False),
     ],
 )
 def test_whether_a_server_listens_may_be_known_late(later: list[Sample], is_risk: bool) -> None:
     """A sample without detail does not search for servers."""
     servers = None
-    for shown in (sample(), *later):
-        servers = follow_servers(servers, replace(shown, pluggable=True))
+    for shown in (sample(node=LUN), *later):
+        servers = follow_servers(servers, shown)
     assert servers is not None
     assert bool(risk(servers)) is is_risk
 
