@@ -55,8 +55,9 @@ def choose(
     cut_off      names of connections that were cut off already
     still_since  do not cut off connections that have moved since this time; CLOCK_MONOTONIC, µs
     """
-    waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
-    sample = evidence.seen  # `waits` comes from this sample, too.
+    known_waits = (*evidence.hidden, *evidence.waits)
+    waits = {wait.key: wait for wait in known_waits if wait.kind is WaitKind.STORAGE}
+    sample = evidence.seen
     groups = {node.name: group for group in groups_of(sample).values() for node in group.nodes}
     candidates = []
     for instance in instances:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qkilld.decision import yank
-from qkilld.decision.waits import tells_nothing
+from qkilld.decision.waits import blind_to, tells_nothing
 from qkilld.decision.yank import CutOff
 from qkilld.engine import events
 from qkilld.engine.flush_phase import FlushPhase
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 5 * USEC_PER_SEC
 """Timeout (µs) for each of the commands `query-yank` and `yank`, and for opening the monitor, if
 necessary. If one of them has no reply when its timeout expires, SIGKILL follows."""
+RETRY: Final = USEC_PER_SEC
+"""The time (µs) until the next sample, if a source of the last one was unreadable."""
 MAX_ROUNDS: Final = 8
 """Storage is cut off at most this often. A hostile QEMU could name another connection each time,
 and so delay SIGKILL by StorageStallSec= each time."""
@@ -87,11 +89,15 @@ class YankRung:
 
         Return False if nothing more can be cut off: SIGKILL is then next.
         """
+        now = self._clock.now()
+        if self._instances is not None and self._may_see_more(now):
+            self._job.wait_until(self._job.deadline, now + RETRY)
+            return True
         if self._instances is not None:
             # Useless samples may have delayed this, so the deadline of `query-yank` may be over.
-            self._until = self._clock.now() + TIMEOUT
+            self._until = now + TIMEOUT
             self._cut_off(self._instances)
-        elif self._until is not None and self._clock.now() >= self._until:
+        elif self._until is not None and now >= self._until:
             self._note_unanswered()
             self._give_up()
         elif self._until is None and not self._exhausted:
@@ -101,6 +107,13 @@ class YankRung:
         if self._until is not None:
             self._job.wait_until(self._job.deadline, self._until)
         return True
+
+    def _may_see_more(self, now: int) -> bool:
+        """Return whether a source of the last sample was unreadable, and the next sample may show
+        it. Without it, healthy storage may look dead."""
+        evidence = self._job.assessment
+        in_time = self._until is not None and now < self._until
+        return in_time and evidence is not None and bool(blind_to(evidence.last))
 
     def withdraw(self) -> None:
         """End the attempt, because progress or a caller delays SIGKILL. Do nothing while `yank`

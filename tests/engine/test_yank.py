@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM, Signals
+from typing import Any
 
 import pytest
 
@@ -240,6 +241,40 @@ def test_a_reply_is_used_however_late_the_next_good_sample_is(blind_s: float) ->
     assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM])
     world.clock.advance(66)
     assert (world.monitors.yanked, process.sent) == ([["dead"]], [SIGTERM, SIGKILL])
+
+
+WELL = YankInstance("block-node", "well", {"type": "block-node", "node-name": "well"})
+TWO = replace(
+    STUCK,
+    nodes=(Node("dead", "nbd", served=True), Node("well", "nbd", served=True)),
+    sockets=(SOCKET, replace(SOCKET, inode=2, send_queue=0, node="well")),
+)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "seconds", "yanked"),
+    [
+        ("sockets", 3, [["dead"]]),
+        ("nodes", 3, [["dead"]]),
+        ("rings", 3, [["dead"]]),
+        # What is never readable cannot be waited for.
+        ("sockets", 600, [["dead", "well"]]),
+        ("rings", 600, [["dead"]]),
+    ],
+)
+def test_if_a_source_is_unreadable_when_storage_is_chosen_the_next_sample_counts(
+    hidden: str, seconds: int, yanked: list[list[str]]
+) -> None:
+    world, process = stuck_world()
+    world.monitors.instances = (DEAD, WELL)
+    begins = world.clock.now() + 60 * S
+    changes: dict[str, Any] = {hidden: None}
+    world.sampler.shows = lambda now: (
+        replace(TWO, **changes) if begins <= now < begins + seconds * S else TWO
+    )
+    begun(world, process)
+    world.clock.advance(70)
+    assert (world.monitors.yanked, process.sent) == (yanked, [SIGTERM])
 
 
 @pytest.mark.parametrize("blind_s", [0, 0.5, 4, 8])
