@@ -16,6 +16,7 @@ SHELLS: Final = frozenset(["sh", "bash", "dash", "zsh", "ksh", "ash", "mksh"])
 _EXEC: Final = re.compile(
     r"\s*exec\s+((?:[\w./=:,@%+-]|\s|\$?\$(?:MAINPID\b|\{MAINPID\}))+)", re.ASCII
 )
+_WITHIN_WORD: Final = re.compile(r"(?<=\S)\$MAINPID\b|\$MAINPID\b(?=\S)", re.ASCII)
 _INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
 
 
@@ -43,10 +44,12 @@ def _without_shell(command: Command) -> Command:
 
 def text_after_exec(text: str) -> str:
     """Return what a shell executes in place of itself, as words for a unit file; "" if the text is
-    more than one `exec`, or has words that the shell or systemd would change."""
+    more than one `exec`, or has words that the shell would change."""
     match = _EXEC.fullmatch(text)
-    # In a unit file, `$$` is the `$` of a shell.
-    return match[1].replace("$$", "$") if match else ""
+    if match is None:
+        return ""
+    # In a unit file, `$$` is the `$` of a shell. Within a word, systemd expands only `${MAINPID}`.
+    return _WITHIN_WORD.sub("${MAINPID}", match[1].replace("$$", "$"))
 
 
 def helper_words(command: Command) -> tuple[str, ...]:

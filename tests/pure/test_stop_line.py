@@ -6,7 +6,8 @@ import pytest
 
 from qkilld.model.constants import INFINITY
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import is_helper
+from qkilld.unitcheck.command import helper_arguments, is_helper
+from qkilld.unitcheck.command_text import helper_arguments_of
 from qkilld.unitcheck.shell import MAX_DEPTH, MAX_TEXT, read_shell
 from qkilld.unitcheck.stop_act import ActKind
 from qkilld.unitcheck.stop_line import StopLine, read_line
@@ -193,6 +194,25 @@ def test_programs_without_a_shell() -> None:
         assert not is_helper(Command("/bin/sh", ("/bin/sh", "-c", text))), text
     assert kinds(program("kill", "-n", "9", "$MAINPID")) == [KILLS]
     assert kinds(program("vm-stop")) == [UNKNOWN]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--pid=$MAINPID", "--pid=${MAINPID}"),
+        ("--pid=$$MAINPID", "--pid=${MAINPID}"),
+        ("--pidfile /run/$MAINPID.pid", "--pidfile /run/${MAINPID}.pid"),
+        ("--pidfile $MAINPID$MAINPID", "--pidfile ${MAINPID}${MAINPID}"),
+        ("--pid ${MAINPID} --force", "--pid ${MAINPID} --force"),
+        ("--pid $MAINPID", "--pid $MAINPID"),
+        ("--pid $MAINPID --force", "--pid $MAINPID --force"),
+    ],
+)
+def test_the_words_of_a_shell_become_words_for_systemd(text: str, words: str) -> None:
+    """Unlike a shell, systemd expands $MAINPID only if it is a whole word."""
+    command = Command("/bin/sh", ("sh", "-c", f"exec qkilld-stop {text}"))
+    assert helper_arguments(command) == words
+    assert helper_arguments_of(f"/bin/sh -c 'exec qkilld-stop {text}'") == words
 
 
 def test_the_environment_of_the_unit() -> None:
