@@ -78,13 +78,15 @@ def later_line_stops(facts: UnitFacts, *, fails: bool) -> bool:
     """Return whether it is certain that a later line of ExecStop= stops the other guests of the
     unit. `fails`: the running line fails. systemd then runs no later line, unless the running line
     has the prefix `-`."""
+    from qkilld.unitcheck.command import runs_alike
     from qkilld.unitcheck.helper_usage import stops_own_unit
 
     lines = _running_line(facts)
     if not lines or (fails and not lines[0].ignores_failure):
         return False
     for line in lines[1:]:
-        if stops_own_unit(line):
+        # Another program may not exist, and another prefix may hide the bus or the guests.
+        if runs_alike(line, lines[0]) and stops_own_unit(line):
             return True
         # After a failure, systemd runs no later line.
         if not (line.ignores_failure and _ignores_guests(line)):

@@ -34,6 +34,13 @@ def helper_program(command: Command) -> str:
     return _without_shell(command).path
 
 
+def runs_alike(one: Command, other: Command) -> bool:
+    """Return whether two helper's lines run the same program with the same rights, both or neither
+    through a shell."""
+    programs = [(each.path, helper_program(each), {*each.flags}) for each in (one, other)]
+    return programs[0] == programs[1]
+
+
 def _without_shell(command: Command) -> Command:
     words = command.arguments
     is_shell = PurePosixPath(command.path).name in SHELLS and words[1:2] == ("-c",)

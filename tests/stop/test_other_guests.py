@@ -84,7 +84,9 @@ def stopping(*lines: str, **settings: Any) -> UnitFacts:
         ("control-group", A, ["--pidfile a", "$OPTS"], True, 0),
         ("control-group", A, ["--pidfile a", "--pidfile $FILE"], True, 0),
         ("control-group", A, ["--pidfile a", "--max soon"], True, 0),
-        ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --pidfile b"], False, 0),
+        # Such a line may lack the rights or the program that the running line has.
+        ("control-group", A, ["--pidfile a", "/bin/sh -c exec qkilld-stop --pidfile b"], True, 0),
+        ("control-group", A, ["--pidfile a", "/no/qkilld-stop --pidfile b"], True, 0),
         # systemd runs no later line if a line between them fails.
         ("control-group", A, ["--pidfile a", "/bin/rm a", "--pidfile b"], True, 0),
         ("control-group", A, ["--pidfile a", "- /bin/rm a", "--pidfile b"], False, 0),
@@ -159,6 +161,21 @@ def test_a_line_that_systemd_forgot_in_a_reload(
     assert systemd_units.later_line_stops(facts, fails=False) is is_left
     assert not systemd_units.is_only_line(facts)
     assert not systemd_units.later_line_stops(replace(facts, control_pid=999), fails=False)
+
+
+def test_a_later_line_with_other_rights() -> None:
+    first, second = stopping("--pidfile a", "--pidfile b").exec_stop
+    for ours in ((), ("privileged",)):
+        for theirs in ((), ("privileged",), ("no-setuid",)):
+            lines = replace(first, flags=ours), replace(second, flags=theirs)
+            facts = replace(stopping(""), exec_stop=lines)
+            assert systemd_units.later_line_stops(facts, fails=False) is (ours == theirs)
+
+
+def test_a_later_line_through_a_shell() -> None:
+    shell = "/bin/sh -c exec qkilld-stop --pidfile"
+    facts = stopping(f"{shell} a", f"{shell} b")
+    assert systemd_units.later_line_stops(facts, fails=False)
 
 
 def test_the_only_line() -> None:
