@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -14,19 +13,20 @@ from qkilld.model.unit import Command
 HELPER: Final = "qkilld-stop"
 SHELLS: Final = frozenset(["sh", "bash", "dash", "zsh", "ksh", "ash", "mksh"])
 _EXEC: Final = re.compile(
-    r"\s*exec\s+((?:[\w./=:,@%+-]|\s|\$?\$(?:MAINPID\b|\{MAINPID\}))+)", re.ASCII
+    r"[ \t]*exec[ \t]+((?:[\w./=:,@%+ \t-]|\$?\$(?:MAINPID\b|\{MAINPID\}))+)", re.ASCII
 )
 _WITHIN_WORD: Final = re.compile(r"(?<=\S)\$MAINPID\b|\$MAINPID\b(?=\S)", re.ASCII)
+_PYTHON: Final = re.compile(r"python[\d.]*")
+_FLAG: Final = re.compile(r"-[BEIOPSsu]+")
+"""Options of Python that take no value."""
 _INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
 
 
 def is_helper(command: Command) -> bool:
     """Return whether a command runs qkilld-stop, by itself or as `sh -c 'exec qkilld-stop …'`."""
     command = _without_shell(command)
-    words = command.arguments
-    return PurePosixPath(command.path).name == HELPER or any(
-        pair == ("-m", "qkilld.stop") for pair in pairwise(words)
-    )
+    is_program = PurePosixPath(command.path).name == HELPER
+    return is_program or words_before_options(command.path, command.arguments[1:]) > 1
 
 
 def helper_program(command: Command) -> str:
@@ -62,7 +62,8 @@ def text_after_exec(text: str) -> str:
 def helper_words(command: Command) -> tuple[str, ...]:
     """Return the arguments of a helper's line."""
     command = _without_shell(command)
-    return command.arguments[_words_before_options(command) :]
+    first = words_before_options(command.path, command.arguments[1:])
+    return command.arguments[first:]
 
 
 def helper_options(command: Command) -> dict[str, str]:
@@ -82,15 +83,14 @@ def helper_arguments(command: Command) -> str:
     return " ".join(map(quoted, helper_words(command)))
 
 
-def _words_before_options(command: Command) -> int:
-    return next(
-        (
-            n
-            for n, pair in enumerate(pairwise(command.arguments), 2)
-            if pair == ("-m", "qkilld.stop")
-        ),
-        1,
-    )
+def words_before_options(program: str, words: Sequence[str]) -> int:
+    """Return how many words of a helper's line, including argv[0], precede its arguments: 1, or
+    more if Python runs the helper as a module. `words`: those after argv[0]."""
+    if _PYTHON.fullmatch(PurePosixPath(program).name):
+        at = next((n for n, word in enumerate(words) if not _FLAG.fullmatch(word)), 0)
+        if tuple(words[at : at + 2]) == ("-m", "qkilld.stop"):
+            return at + 3
+    return 1
 
 
 def programs_of(command: Command) -> Iterator[str]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Final
 
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import text_after_exec
+from qkilld.unitcheck.command import text_after_exec, words_before_options
 
 _SPACE: Final = " \t\r\n"
 _PREFIXES: Final = "-@:+!"
@@ -68,8 +67,8 @@ def helper_arguments_of(text: str) -> str:
     first = 2 if "@" in _prefixes(words[0].text) else 1
     if len(words) == first + 2 and (inner := text_after_exec(words[-1].text)):
         return helper_arguments_of(inner)
-    pairs = enumerate(pairwise(word.text for word in words), 2)
-    first = next((number for number, pair in pairs if pair == ("-m", "qkilld.stop")), first)
+    program = words[0].text.lstrip(_PREFIXES)
+    first += words_before_options(program, [word.text for word in words[first:]]) - 1
     return text[words[first].start :] if len(words) > first else ""
 
 

@@ -308,7 +308,7 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     [
         ("/usr/bin/qkilld-stop --pidfile /run/%i.pid", " --pidfile /run/%i.pid"),
         ("@/usr/bin/qkilld-stop q --pidfile  '/run/%i.pid'", " --pidfile  '/run/%i.pid'"),
-        ("/opt/py -m qkilld.stop --pidfile /run/%i.pid", " --pidfile /run/%i.pid"),
+        ("/opt/python3 -m qkilld.stop --pidfile /run/%i.pid", " --pidfile /run/%i.pid"),
         ("/usr/bin/qkilld-stop", ""),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qkilld.model.constants import INFINITY
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import helper_arguments, is_helper
+from qkilld.unitcheck.command import helper_arguments, helper_words, is_helper
 from qkilld.unitcheck.command_text import helper_arguments_of
 from qkilld.unitcheck.shell import MAX_DEPTH, MAX_TEXT, read_shell
 from qkilld.unitcheck.stop_act import ActKind
@@ -187,13 +189,44 @@ def test_a_line_of_shell(text: str, expected: list[ActKind]) -> None:
 
 def test_programs_without_a_shell() -> None:
     assert kinds(program("qkilld-stop", "--force")) == [HELPER]
-    assert kinds(read_line(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")))) == [HELPER]
+    assert kinds(read_line(Command("/opt/python3", ("/opt/python3", "-m", "qkilld.stop")))) == [
+        HELPER
+    ]
     # The shell executes qkilld-stop in place of itself.
     assert is_helper(Command("/bin/sh", ("/bin/sh", "-c", "exec qkilld-stop --force")))
-    for text in ("qkilld-stop", "exec qkilld-stop; true", "exec qkilld-stop $X", "true", "exec "):
+    for text in (
+        *("qkilld-stop", "exec qkilld-stop; true", "exec qkilld-stop $X", "true", "exec "),
+        *("exec\nqkilld-stop", "exec qkilld-stop\n--force", "true\nexec qkilld-stop"),
+    ):
         assert not is_helper(Command("/bin/sh", ("/bin/sh", "-c", text))), text
     assert kinds(program("kill", "-n", "9", "$MAINPID")) == [KILLS]
     assert kinds(program("vm-stop")) == [UNKNOWN]
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("/usr/bin/python3.13 -m qkilld.stop --force", ["--force"]),
+        ("/usr/bin/python3 -Es -S -m qkilld.stop", []),
+        ("/usr/bin/python3 -m qkilld.stop -m qkilld.stop", ["-m", "qkilld.stop"]),
+        ("/usr/bin/qkilld-stop --reason -m", ["--reason", "-m"]),
+        ("/usr/bin/timeout 5 python3 -m qkilld.stop", None),
+        ("/bin/echo -m qkilld.stop", None),
+        ("/usr/bin/python3 -c -m qkilld.stop", None),
+        ("/usr/bin/python3 /opt/x -m qkilld.stop", None),
+        ("/usr/bin/python3", None),
+        ("/bin/sh -c /usr/bin/python3 -m qkilld.stop", None),
+    ],
+)
+def test_a_line_that_runs_the_helper_directly(words: str, arguments: list[str] | None) -> None:
+    """The SIGTERM of timeout(1) would end the helper."""
+    command = Command(words.split()[0], tuple(words.split()))
+    assert is_helper(command) is (arguments is not None)
+    for each in (command, replace(command, arguments=("x", *command.arguments[1:]))):
+        if arguments is not None:
+            assert list(helper_words(each)) == arguments
+            assert helper_arguments_of(words).split() == arguments
+    assert not is_helper(Command("/bin/echo", ("python3", "-m", "qkilld.stop")))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
         replace(SAFE, type="forking", pid_file="/run/web.pid"),
         replace(SAFE, type="oneshot", remain_after_exit=True),
         replace(SAFE, restart="on-failure"),
-        replace(SAFE, exec_stop=(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")),)),
+        replace(SAFE, exec_stop=(Command("/opt/python3", ("/opt/python3", "-m", "qkilld.stop")),)),
     ],
 )
 def test_units_without_findings(facts: UnitFacts) -> None:
