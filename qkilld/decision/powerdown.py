@@ -38,7 +38,6 @@ what the guest did during the gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from itertools import pairwise
@@ -283,7 +282,9 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
         after = replace(after, effect_at=observation.at, progress_at=observation.at)
     elif after.signs and works_at_all(before, observation):
         after = replace(after, progress_at=observation.at)
-    elif before.at >= requested_at and works(before, observation, attempt.baseline):
+    elif _is_after(requested_at, before, observation) and works(
+        before, observation, attempt.baseline
+    ):
         after = replace(after, effect_at=observation.at)
         if _is_lasting(after):
             after = replace(after, progress_at=observation.at)
@@ -531,8 +532,11 @@ def _is_measured(attempt: Attempt) -> bool:
 def _is_lasting(attempt: Attempt) -> bool:
     """Return whether, since it was asked, the guest has done more work than in the baseline for at
     least LASTING in total."""
-    pairs = _since_request(attempt)
-    return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
+    asked_at, times = attempt.asked[0].at, 0
+    for a, b in pairwise(attempt.recent):
+        if _is_after(asked_at, a, b) and works(a, b, attempt.baseline):
+            times += b.at - max(a.at, asked_at)
+    return times >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
@@ -558,9 +562,11 @@ def _load_ended(attempt: Attempt) -> bool:
     return False
 
 
-def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestObservation]]:
-    requested_at = attempt.asked[0].at
-    return pairwise(one for one in attempt.recent if one.at >= requested_at)
+def _is_after(asked_at: int, before: GuestObservation, after: GuestObservation) -> bool:
+    """Return whether the time between two observations is after the request. A tenth of a long
+    time may be earlier, because the last daemon may have ended right after the request."""
+    duration, earlier = after.at - before.at, asked_at - before.at
+    return earlier <= 0 or (duration >= LASTING and earlier * 10 <= duration)
 
 
 def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:

@@ -183,7 +183,7 @@ class MonitorStaysInUse(Exception):
 def stopped_by_many(client: Client, start: Start, guest: Guest) -> tuple[str, dict[str, Any]]:
     """Return the result and the receipt. Raises MonitorStaysInUse."""
     daemon = start()
-    job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
+    job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 20 * S))
     daemon = killed(daemon, start, guest)
     until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
     daemon = killed(daemon, start, guest)
@@ -214,7 +214,7 @@ def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
     return start()
 
 
-def becomes_free(guest: Guest, timeout: float = 10) -> bool:
+def becomes_free(guest: Guest, timeout: float = 20) -> bool:
     """Wait up to `timeout` seconds; return whether the guest's monitor then has no client."""
     deadline = time.monotonic() + timeout
     while any(each.in_use for each in read_listeners(guest.pid)):

@@ -604,6 +604,24 @@ def test_an_attempt_goes_on_in_the_next_daemon() -> None:
     assert powerdown.judge(idle, powerdown=POWERDOWN, agent=False).conclusion is Conclusion.IGNORED
 
 
+@pytest.mark.parametrize(("requests", "works"), [(30, True), (0, False)])
+def test_the_daemon_ends_right_after_the_guest_was_asked(requests: int, works: bool) -> None:
+    """No observation follows the press. Most of the time since the last one is after the press."""
+    course = Course(constantly(Moment())).run(0)
+    (ask,), last = course.attempt.asked, course.attempt.last
+    assert last is not None and last.requests is not None
+    kept = replace(course.attempt, asked=(replace(ask, at=last.at + S // 5),))
+    for gap in (6, 59, 61, 299):
+        seen = replace(last, at=START + gap * S, requests=last.requests + gap * requests)
+        after = powerdown.observe(powerdown.go_on(kept, seen.at), seen)
+        judgement = powerdown.judge(after, powerdown=POWERDOWN, agent=False)
+        assert (judgement.conclusion is Conclusion.SHUTTING_DOWN) is works
+    # Short work proves nothing.
+    seen = replace(last, at=START + 4 * S, requests=last.requests + 4 * requests)
+    judgement = powerdown.judge(powerdown.observe(kept, seen), powerdown=POWERDOWN, agent=False)
+    assert judgement.conclusion is Conclusion.WATCH
+
+
 def test_a_load_that_ends_when_it_is_asked() -> None:
     def goes_down(now: float, since: float | None) -> Moment:
         return Moment(vcpus=1.0 if since is None or since < 20 else 0.1)
