@@ -48,7 +48,8 @@ def test_isolate_leaves_the_guests_in_a_users_scopes_running(system: Container) 
     for unit in (SCOPE, GUESTS):
         assert property(system, unit, "ActiveState") == "active", unit
         assert property(system, unit, "Job") in ("", "0"), unit
-    assert property(system, "basic.target", "ActiveState") == "inactive", "nothing was isolated"
+    # The stops may take longer on a busy host.
+    wait_for(lambda: property(system, "basic.target", "ActiveState") == "inactive")
 
 
 def test_a_logout_stops_them_through_the_daemon(system: Container) -> None:
