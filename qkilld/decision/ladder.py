@@ -6,12 +6,16 @@ A job that is held sends no signals and does not give up. Extend delays SIGKILL.
 time decides. Otherwise, these rules apply between SIGTERM and SIGKILL:
 
 - No SIGKILL is sent without FORCE, or within the grace after SIGTERM.
-- No SIGKILL is sent within `stall` after the last progress, or after the end of the last wait. If
-  unreadable evidence may hide a wait, this delays SIGKILL in the same way, but not forever.
-- While the process waits for something that does not move, no SIGKILL is sent within
-  `storage_stall` after the last progress, or after SIGTERM. If evidence is missing, the process
-  counts as waiting.
-- Doubtful movement delays SIGKILL, but not forever (DOUBT).
+- `stall` and `storage_stall` count from the last progress, or from SIGTERM, SIGCONT or the cut-off
+  of storage if that is later. If SIGKILL was due, but a hold, an extension or a long grace delayed
+  it, and the process then begins to wait or stops waiting, they count from this change.
+- While the process waits for something, no SIGKILL is sent within `storage_stall`. If evidence is
+  missing, the process counts as waiting. A wait that begins later, and doubtful movement, start
+  `storage_stall` again.
+- While the process waits for nothing, no SIGKILL is sent within `stall`. The end of a wait starts
+  `stall` again. So does unreadable evidence, because it may hide a wait.
+- Waits and doubts that begin more than DOUBT times `storage_stall` later start nothing again, so a
+  process that waits again and again without progress cannot delay SIGKILL forever.
 - Only time with samples is counted, because a gap without samples does not prove that nothing
   moved.
 - After `max`, SIGKILL is sent whatever the evidence shows. But if SIGTERM was late, because the
@@ -52,9 +56,9 @@ PER_JOB: Final = 2_000
 """The interval between samples of a process is at least this time (µs) multiplied by the number of
 jobs. This limits the cost of all samples together."""
 DOUBT: Final = 5
-"""Doubtful movement, which other processes may have caused, delays SIGKILL for at most this many
-times `storage_stall` after the last progress. The limit is needed because a server may work for
-others and be stuck for this guest."""
+"""Doubtful movement, which other processes may have caused, and new waits delay SIGKILL for at most
+this many times `storage_stall` after the last progress. The limit is needed because a server may
+work for others and be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
 
@@ -88,6 +92,9 @@ class Promise:
     """When the waiting times last started; 0 if not known."""
     unsampled: int = 0
     """The value of Assessment.unsampled at `start`."""
+    overdue_at: int = 0
+    """The time of the last usable sample if the evidence already allowed SIGKILL then; otherwise
+    0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +184,10 @@ def decide(facts: JobFacts, now: int) -> Decision:
     # Promise a time only if it is based on a real sample, not on assumptions about a gap or a
     # useless sample. Otherwise, on a busy host, every useless sample would delay SIGKILL further.
     if evidence is not None and not tells_nothing(evidence.last):
-        promise = replace(promise, due=max(promise.due, due))
+        allowed = max(facts.promise.due, _evidence_due(facts, evidence))
+        is_overdue = _add(allowed, _reap(facts)) <= evidence.last.at
+        overdue_at = evidence.last.at if is_overdue else 0
+        promise = replace(promise, due=min(allowed, _latest(facts)), overdue_at=overdue_at)
     return _by_evidence(facts, _deadline(facts, due), now, promise)
 
 
@@ -204,8 +214,13 @@ def _deadline(facts: JobFacts, due: int) -> int:
     """Return the time at which SIGKILL is sent or the job gives up. `due`: when the ladder allows
     SIGKILL."""
     due = max(due, facts.control.not_before)
-    deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
+    deadline = _add(due, _reap(facts))
     return max(deadline, facts.control.held_until) if facts.control.held else deadline
+
+
+def _reap(facts: JobFacts) -> int:
+    """Return the time (µs) by which giving up comes later than SIGKILL would come."""
+    return 0 if Flag.FORCE in facts.flags else facts.policy.reap
 
 
 def kill_due(facts: JobFacts) -> int:
@@ -214,33 +229,40 @@ def kill_due(facts: JobFacts) -> int:
     Time without samples is not counted. Only a shorter `max` or `grace` can make the result earlier
     than `promise.due`.
     """
-    assert facts.term_at is not None
     policy, evidence = facts.policy, facts.assessment
     start = _last_action_at(facts)
+    # If there is no evidence yet, this is only an estimate, because SIGKILL needs a fresh sample.
+    due = start + policy.stall if evidence is None else _evidence_due(facts, evidence)
+    return min(max(start + policy.grace, facts.promise.due, due), _latest(facts))
+
+
+def _latest(facts: JobFacts) -> int:
+    """Return the time at which SIGKILL is sent whatever the evidence shows."""
+    assert facts.term_at is not None
+    policy = facts.policy
     began_at = facts.term_at if facts.started is None else facts.started
     earliest = facts.term_at + min(policy.grace, policy.max // 2)
-    latest = min(max(began_at + policy.max, earliest), INFINITY)
-    due = max(start + policy.grace, facts.promise.due)
-    if evidence is None:
-        # This is only an estimate, because SIGKILL needs a fresh sample.
-        return min(max(due, start + policy.stall), latest)
+    return min(max(began_at + policy.max, earliest), INFINITY)
+
+
+def _evidence_due(facts: JobFacts, evidence: Assessment) -> int:
+    """Return the time at which the evidence alone allows SIGKILL, whatever the grace, `max`, and
+    earlier decisions."""
+    policy = facts.policy
     since = max(_start_from(_started(facts), evidence), evidence.progress_from)
-    if evidence.progress_at is not None:
-        due = max(due, evidence.progress_from + policy.stall)
+    due = since + policy.stall if evidence.progress_at is not None else 0
     if tells_nothing(evidence.last) and not tells_nothing(evidence.seen):
         since = max(since, evidence.seen.at)
+    limit = since + policy.storage_stall * DOUBT
     if evidence.may_be_outstanding:
-        longest = since + policy.storage_stall * (DOUBT - 1)
-        doubted = min(max(since, evidence.doubt_from), longest)
-        due = max(due, doubted + policy.storage_stall)
-    else:
-        # Unreadable samples, and a process that is starved again and again, must not restart
-        # `stall` without limit. But a wait that was seen to end always starts it, even after the
-        # time at which SIGKILL would be due if the wait were still open, because something else,
-        # such as a hold, may have delayed SIGKILL until then.
-        latest_end = max(since, evidence.idle_from) + policy.storage_stall * DOUBT
-        due = max(due, min(max(since, evidence.outstanding_from), latest_end) + policy.stall)
-    return min(due, latest)
+        # An unreadable sample starts nothing again: on a busy host, there may be many.
+        begun = evidence.waiting_from if evidence.outstanding else 0
+        moved = max(since, evidence.doubt_from, begun)
+        return max(due, min(moved + policy.storage_stall, limit))
+    ended = evidence.outstanding_from
+    if evidence.waiting_from > limit:
+        ended = min(ended, limit)
+    return max(due, max(since, ended) + policy.stall)
 
 
 def _last_action_at(facts: JobFacts) -> int:
@@ -251,15 +273,27 @@ def _last_action_at(facts: JobFacts) -> int:
 
 def _started(facts: JobFacts) -> Promise:
     """Return the promise with the present start of the waiting times."""
-    start, evidence = _last_action_at(facts), facts.assessment
-    if start <= facts.promise.start:
-        return facts.promise
-    unsampled = 0
-    # If a sample was taken since then, the value at `start` is no longer known. This happens only
-    # if an earlier version of qkilld has saved the job.
-    if evidence is not None and evidence.last.at <= start:
-        unsampled = evidence.unsampled_until(start, sample_interval(facts.jobs))
-    return replace(facts.promise, start=start, unsampled=unsampled)
+    start, evidence, promise = _last_action_at(facts), facts.assessment, facts.promise
+    if start > promise.start:
+        unsampled = 0
+        # If a sample was taken since then, the value at `start` is no longer known. This happens
+        # only if an earlier version of qkilld has saved the job.
+        if evidence is not None and evidence.last.at <= start:
+            unsampled = evidence.unsampled_until(start, sample_interval(facts.jobs))
+        return replace(promise, start=start, unsampled=unsampled, overdue_at=0)
+    if evidence is None or tells_nothing(evidence.last) or not promise.overdue_at:
+        return promise
+    # Something else has delayed SIGKILL. If the process has begun or stopped waiting since then,
+    # the waiting times start at this change.
+    if evidence.may_be_outstanding:
+        at, unsampled = evidence.waiting_at, evidence.waiting_unsampled
+        has_changed = at is not None and at > promise.overdue_at
+    else:
+        at, unsampled = evidence.outstanding_at, evidence.outstanding_unsampled
+        has_changed = at is not None and at >= promise.overdue_at
+    if at is None or not has_changed:
+        return promise
+    return replace(promise, start=at, unsampled=unsampled)
 
 
 def _start_from(promise: Promise, evidence: Assessment) -> int:

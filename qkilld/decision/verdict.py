@@ -114,11 +114,10 @@ class Assessment:
     """The value of `unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
     """The written amounts."""
-    idle_at: int | None = None
-    """When `outstanding` was first False since it was last True; None for never. While
-    `outstanding` is None, the value stays."""
-    idle_unsampled: int = 0
-    """The value of `unsampled` at `idle_at`."""
+    waiting_at: int | None = None
+    """When `outstanding` last became True or None after it was False; None for never."""
+    waiting_unsampled: int = 0
+    """The value of `unsampled` at `waiting_at`."""
     hidden: tuple[OpenWait, ...] = ()
     """Earlier waits that the last usable sample lacks only because their source was unreadable.
     When it is readable again, they continue, so movement around that sample is not lost."""
@@ -155,12 +154,9 @@ class Assessment:
         return self._from(self.outstanding_at, self.outstanding_unsampled)
 
     @property
-    def idle_from(self) -> int:
-        """`idle_at` plus the time without samples since then; the time of the last sample for
-        never."""
-        if self.idle_at is None:
-            return self.last.at
-        return self._from(self.idle_at, self.idle_unsampled)
+    def waiting_from(self) -> int:
+        """`waiting_at` plus the time without samples since then; 0 for never."""
+        return self._from(self.waiting_at, self.waiting_unsampled)
 
     def _from(self, at: int | None, unsampled: int) -> int:
         return 0 if at is None else at + max(0, self.unsampled - unsampled)
@@ -204,11 +200,9 @@ def assess(
     if outstanding is not False and not _is_passing_blindness(before, waits):
         outstanding_at, outstanding_unsampled = sample.at, unsampled
     doubt_at = sample.at if doubts else before.doubt_at
-    idle_at, idle_unsampled = before.idle_at, before.idle_unsampled
-    if outstanding:
-        idle_at = None
-    elif idle_at is None and outstanding is False:
-        idle_at, idle_unsampled = sample.at, unsampled
+    waiting_at, waiting_unsampled = before.waiting_at, before.waiting_unsampled
+    if before.outstanding is False and outstanding is not False:
+        waiting_at, waiting_unsampled = sample.at, unsampled
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
     amounts = count_amounts(before.amounts, before.first, sample)
     return Assessment(
@@ -230,8 +224,8 @@ def assess(
         doubt_at=doubt_at,
         doubt_unsampled=unsampled if doubts else before.doubt_unsampled,
         amounts=amounts,
-        idle_at=idle_at,
-        idle_unsampled=idle_unsampled,
+        waiting_at=waiting_at,
+        waiting_unsampled=waiting_unsampled,
         hidden=hidden,
     )
 
@@ -295,8 +289,8 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
         doubt_at=before.doubt_at,
         doubt_unsampled=before.doubt_unsampled,
         amounts=amounts,
-        idle_at=before.idle_at,
-        idle_unsampled=before.idle_unsampled,
+        waiting_at=before.waiting_at,
+        waiting_unsampled=before.waiting_unsampled,
         hidden=before.hidden,
     )
 
@@ -330,6 +324,7 @@ def _first(sample: Sample) -> Assessment:
 def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
     """Return the assessment after a useless sample. Only the present state becomes unknown."""
     is_passing = _is_passing_blindness(before, ())
+    begins = before.outstanding is False
     return Assessment(
         first=before.first,
         last=sample,
@@ -349,8 +344,8 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
         doubt_at=before.doubt_at,
         doubt_unsampled=before.doubt_unsampled,
         amounts=before.amounts,
-        idle_at=before.idle_at,
-        idle_unsampled=before.idle_unsampled,
+        waiting_at=sample.at if begins else before.waiting_at,
+        waiting_unsampled=unsampled if begins else before.waiting_unsampled,
         hidden=before.hidden,
     )
 

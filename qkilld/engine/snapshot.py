@@ -29,9 +29,8 @@ VERSION: Final = 13
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
-and `cut_off`. Version 10 lacks Assessment.idle_at and Assessment.idle_unsampled. Version 11
-lacks `earlier_risks`. Version 12 lacks `servers`, `promise` and Assessment.hidden. Any version may
-lack `forced`.
+and `cut_off`. Version 11 lacks `earlier_risks`. Version 12 lacks `servers`, `promise`,
+Assessment.hidden and Assessment.waiting_at. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"

@@ -391,8 +391,8 @@ WAITING = Sample(0, "S", threads=())
         (IDLE, replace(IDLE, sockets=None), 1, 60),
         # Several unreadable samples in a row may hide a wait, so StallSec= starts again, but not
         # without limit.
-        (IDLE, Sample(0, "?"), 2, 314),
-        (IDLE, replace(IDLE, sockets=None), 2, 312),
+        (IDLE, Sample(0, "?"), 2, 310),
+        (IDLE, replace(IDLE, sockets=None), 2, 310),
     ],
 )
 def test_unreadable_samples_do_not_start_the_time_again(
@@ -436,6 +436,50 @@ def test_the_end_of_a_late_wait_starts_the_time_again(
     assert kill_second(shows, controls, policy) == expected
 
 
+@pytest.mark.parametrize(
+    ("begins", "controls", "policy", "expected"),
+    [
+        (95, held_until(100), Policy(), 155),
+        (100, held_until(100), Policy(), 160),
+        (900, held_until(901), Policy(), 960),
+        (100, lambda second: Control(not_before=T0 + 101 * S), Policy(), 160),
+        (119, lambda second: Control(), Policy(grace=120 * S), 179),
+        (50, held_until(52), Policy(), 110),
+    ],
+)
+def test_a_late_wait_gets_its_time(
+    begins: int, controls: Callable[[int], Control], policy: Policy, expected: int
+) -> None:
+    """The process was idle, and only a hold, an extension or a long grace has delayed SIGKILL."""
+
+    def shows(second: int) -> Sample:
+        return IDLE if second < begins else ON_PIPE
+
+    assert kill_second(shows, controls, policy) == expected
+
+
+def test_each_late_wait_gets_its_time() -> None:
+    """The process is held, and waits from 200 s to 600 s and from 605 s on."""
+
+    def shows(second: int) -> Sample:
+        return ON_PIPE if 200 <= second < 600 or second >= 605 else IDLE
+
+    assert kill_second(shows, held_until(610)) == 665
+
+
+@pytest.mark.parametrize("every", [2, 3, 8, 10, 11])
+@pytest.mark.parametrize("controls", [held_until(0), held_until(600)])
+def test_short_waits_delay_sigkill_for_a_limited_time(
+    every: int, controls: Callable[[int], Control]
+) -> None:
+    """One of `every` samples shows a wait. None of them moves."""
+    killed = kill_second(lambda second: IDLE if second % every else ON_PIPE, controls)
+    is_held = controls(599).held
+    assert killed <= (600 if is_held else 0) + 5 * 60 + 10
+    if not is_held and every <= 10:
+        assert killed >= 5 * 60
+
+
 def test_the_end_of_a_wait_that_was_last_seen_long_ago() -> None:
     """A starved guest moves in a doubtful way, then cannot be read, and then is idle."""
 
@@ -455,7 +499,7 @@ def test_unreadable_samples_after_a_late_wait_delay_sigkill_for_a_limited_time()
             return ON_PIPE
         return Sample(0, "?") if second % 8 in (1, 2) else IDLE
 
-    assert kill_second(shows, held_until(402)) == 710
+    assert kill_second(shows, held_until(402)) == 709
 
 
 def test_time_without_samples_after_a_late_wait_is_not_counted() -> None:
