@@ -31,7 +31,10 @@ OLD: Final = USEC_PER_SEC
 INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
 """Runstates of a migration in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
-_REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
+_REQUESTS: Final = (
+    *("call:storage:", "io_uring", "aio"),
+    *("unseen:threads", "unseen:io_urings", "unseen:Linux AIO"),
+)
 """If a wait may be for a request of a local disk, its key (waits.py) begins with one of these."""
 
 

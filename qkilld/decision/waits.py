@@ -115,6 +115,7 @@ def blind_to(sample: Sample) -> list[str]:
             ("threads", sample.threads),
             ("sockets", sample.sockets),
             ("io_urings", sample.rings),
+            ("Linux AIO", sample.direct),
             ("command line", sample.nodes),
         )
         if value is None
@@ -221,13 +222,9 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         # The kernel reports AIO requests only when they are complete, so some may be in flight at
         # any time.
         stuck = bool(stuck_disks(sample, previous))
-        signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
+        signs = _aio_signs(sample, previous)
         if stuck:
             signs = doubtful(signs)
-        # It is unknown which file system the requests are for, so the signs of all mounts are
-        # doubtful.
-        earlier = (previous and previous.mounts) or ()
-        signs += doubtful(mount_signs(sample.mounts or (), None, earlier))
         if sample.completions is not None:
             text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
@@ -238,6 +235,25 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         # them, the process cannot exit without that disk.
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
+
+
+def _aio_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
+    """Return the signs of asynchronous requests that do not depend on their completions."""
+    # It is unknown which file system the requests are for, so the signs of all mounts are doubtful.
+    earlier = (previous and previous.mounts) or ()
+    mounts = doubtful(mount_signs(sample.mounts or (), None, earlier))
+    return [*io_signs(sample.io, "it"), *group_signs(sample), *mounts]
+
+
+def _hidden_aio_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
+    """Return the signs of asynchronous requests if it is unknown whether the process has any. Only
+    disks that the process itself has opened show progress, because it is their only user."""
+    devices = [device for device in sample.devices or () if device.writable]
+    disks = [
+        replace(sign, sure=sign.sure and device.own)
+        for device, sign in zip(devices, disk_signs(devices), strict=True)
+    ]
+    return [*doubtful(_aio_signs(sample, previous)), *disks]
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
@@ -264,6 +280,8 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     signs = []
     if what == "io_urings":
         signs = request_signs(sample, previous)
+    elif what == "Linux AIO":
+        signs = _hidden_aio_signs(sample, previous)
     elif what == "threads":
         # The unreadable threads may wait for any file of the process. The signs of its disks are
         # doubtful, because other processes may use these disks, too.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qkilld.decision.ladder import JobFacts, kill_due
+from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import Flag
 from qkilld.model.policy import Policy
@@ -20,6 +21,7 @@ from tests.pure.test_verdict import (
     IDLE,
     NBD,
     NFS,
+    NO_IO,
     OF_NBD,
     ON_MOUNT,
     SERVER,
@@ -71,6 +73,7 @@ MOVES: list[tuple[str, Callable[[int], dict[str, Any]]]] = [
     ),
     ("rings", lambda n: {"rings": 4, **disk(n)}),
     ("rings", lambda n: {"rings": 1, "timers": 1, **disk(n)}),
+    ("direct", lambda n: {"direct": True, "completions": n}),
     ("sockets", lambda n: {"sockets": (replace(STRANGER, **bytes_of(n)),)}),
     ("nodes", lambda n: {"nodes": (NBD,), "sockets": (replace(OF_NBD, **bytes_of(n)),)}),
     ("nodes", lambda n: {"nodes": (NBD,), **server(n)}),
@@ -122,3 +125,28 @@ def test_servers_are_read_although_the_threads_are_often_unreadable() -> None:
         threads = None if second % 2 else (FDATASYNC,)
         now = assess(now, replace(IDLE, at=second * S, threads=threads))
         assert now.wants_detail
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        (lambda n: {"devices": (replace(DISK, writes=n, own=True),)}, None),
+        # Other processes may use the disk under an image file, or the mount.
+        (disk, 300),
+        (lambda n: {"mounts": (replace(NFS, operations=n),)}, 300),
+        (lambda n: {"io": replace(NO_IO, write_bytes=n * 65_536)}, None),
+        (lambda n: {}, 60),
+        # It becomes known that there are no requests.
+        (lambda n: {"direct": None if n < 10 else False}, 19),
+    ],
+)
+def test_an_unknown_number_of_aio_requests_is_not_none(
+    moves: Callable[[int], dict[str, Any]], expected: int | None
+) -> None:
+    """While /proc/PID/maps cannot be read, AIO requests may be in flight."""
+
+    def shown(second: int) -> Sample:
+        return replace(IDLE, **{"direct": None, **moves(second)})
+
+    assert kill_time(shown, 310) == expected
+    assert [risk.code for risk in risks_of_kill(assess(None, shown(0)))] == ["unknown"]
