@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
 
 from qkilld.model import timespan
-from qkilld.model.text import MAX_TEXT
+from qkilld.model.text import check_reason
 
 _INVALID_CHOICE: Final = re.compile(r"argument (\S+): invalid choice: '(.*?)' ")
 
@@ -66,12 +66,9 @@ def span(text: str) -> int:
 
 
 def reason(text: str) -> str:
-    """Check that the reason for a stop is not too long, and is valid UTF-8, as the bus requires.
-    Raises ArgumentTypeError."""
+    """Raises ArgumentTypeError as text.check_reason() raises ValueError."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ArgumentTypeError("it is not valid UTF-8") from None
-    if len(text) > MAX_TEXT:
-        raise ArgumentTypeError(f"it has {len(text)} characters, at most {MAX_TEXT} are allowed")
+        check_reason(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
     return text

@@ -21,6 +21,22 @@ def printable(text: str, limit: int = MAX_TEXT) -> str:
     return cleaned[: limit - 1] + "…" if len(text) > limit else cleaned
 
 
+def check_reason(text: str) -> None:
+    """Raise ValueError if the reason for a stop is too long, or is not valid UTF-8, as the bus
+    requires."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not valid UTF-8") from None
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"it has {len(text)} characters, at most {MAX_TEXT} are allowed")
+
+
+def is_pid(text: str) -> bool:
+    """Return whether the text may be the id of a process, as a decimal number."""
+    return text.isascii() and text.isdecimal() and len(text) < 11 and 0 < int(text) < 2**31
+
+
 def format_bytes(count: int) -> str:
     """Return `312 bytes`, `4.1 kB`, `12.3 MB`. 1 MB is 10^6 bytes."""
     if count < 1000:

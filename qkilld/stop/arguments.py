@@ -10,6 +10,7 @@ from typing import Final
 from qkilld import __version__
 from qkilld.adapters import argument_types
 from qkilld.model.policy import JOB_SPANS
+from qkilld.model.text import is_pid
 from qkilld.stop.options import Options
 from qkilld.stop.process import stops_unit
 
@@ -153,6 +154,6 @@ def _pid(text: str) -> int:
     """Return 0 for an empty text."""
     if not text:
         return 0
-    if not (text.isascii() and text.isdecimal() and len(text) < 11 and 0 < int(text) < 2**31):
+    if not is_pid(text):
         raise argparse.ArgumentTypeError(f'"{text[:80]}" is not the id of a process')
     return int(text)

@@ -66,18 +66,6 @@ def helper_words(command: Command) -> tuple[str, ...]:
     return command.arguments[first:]
 
 
-def helper_options(command: Command) -> dict[str, str]:
-    """Return the options of a helper's line, with their values; "" for options without a value."""
-    words = helper_words(command)
-    options: dict[str, str] = {}
-    for number, word in enumerate(words):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            following = words[number + 1] if number + 1 < len(words) else ""
-            options[name] = value if equals or following.startswith("--") else following
-    return options
-
-
 def helper_arguments(command: Command) -> str:
     """Return the arguments of a helper's line, as in a unit file."""
     return " ".join(map(quoted, helper_words(command)))

@@ -15,12 +15,11 @@ from qkilld.model.policy import DEFAULT_EXECUTABLES, JOB_SPANS, Policy, Span, is
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.command import (
     HELPER,
-    helper_options,
     helper_program,
     is_helper,
     programs_of,
 )
-from qkilld.unitcheck.helper_usage import usage_fault
+from qkilld.unitcheck.helper_usage import helper_options, usage_fault
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
 from qkilld.unitcheck.stop_line import StopLine, read_line
 from qkilld.unitcheck.stop_outcome import Helper

@@ -10,8 +10,9 @@ from typing import Final
 
 from qkilld.model import timespan
 from qkilld.model.policy import JOB_SPANS
+from qkilld.model.text import check_reason, is_pid, printable
 from qkilld.model.unit import Command
-from qkilld.unitcheck.command import helper_options, helper_program, helper_words, is_helper
+from qkilld.unitcheck.command import helper_program, helper_words, is_helper
 
 SPANS: Final = frozenset(span.argument for span in JOB_SPANS)
 WITH_VALUE: Final = SPANS | {"--pid", "--pidfile", "--unit", "--reason", "--socket"}
@@ -46,56 +47,86 @@ _MAIN_PID: Final = ("$MAINPID", "${MAINPID}")
 def stops_own_unit(command: Command) -> bool:
     """Return whether it is certain that a line of ExecStop= runs qkilld-stop directly, and that it
     stops guests of its own unit."""
-    if not is_helper(command) or usage_fault(command):
+    if not is_helper(command):
         return False
-    options = helper_options(command)
-    pid, pidfile = options.get("--pid", ""), options.get("--pidfile", "")
-    if pid not in ("", *_MAIN_PID) or _WORDS.fullmatch(pidfile) or options.keys() & OTHER_TARGETS:
+    fault, options = _read(command)
+    if fault or options.keys() & OTHER_TARGETS:
         return False
     # Other variables may contain anything, for example another target.
-    words = (
-        word.removeprefix("--pid=").removeprefix("--pidfile=") for word in helper_words(command)
+    return not any(
+        ("$" in name + value and name not in ("--pid", "--pidfile"))
+        or (name == "--pid" and value not in ("", *_MAIN_PID))
+        or (name == "--pidfile" and _WORDS.fullmatch(value))
+        for name, values in options.items()
+        for value in values
     )
-    return not any("$" in word for word in words if word not in (pid, pidfile))
 
 
 def usage_fault(command: Command) -> str:
     """Return why this line of qkilld-stop stops nothing, as a clause without a subject; "" if its
     arguments are valid, or if that depends on a variable."""
+    return _read(command)[0]
+
+
+def helper_options(command: Command) -> dict[str, str]:
+    """Return the options of a helper's line, with their values; "" for options without a value. If
+    an option is repeated, its last value counts."""
+    return {name: values[-1] for name, values in _read(command)[1].items()}
+
+
+def _read(command: Command) -> tuple[str, dict[str, list[str]]]:
+    """Return what `usage_fault` returns, and the options that argparse would see, with all their
+    values. Variables that may contain options are among these, by their names."""
     in_shell = helper_program(command) != command.path
     expands = in_shell or "no-env-expand" not in command.flags
-    words, given = list(helper_words(command)), set()
+    words, faults = list(helper_words(command)), list[str]()
+    given: dict[str, list[str]] = {}
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
         if word in PRINTING:
-            return f"stops nothing, because of {word}"
-        if expands and _VARIABLE.fullmatch(word) and word not in _MAIN_PID:
+            faults.append(f"stops nothing, because of {word}")
+        elif expands and _VARIABLE.fullmatch(word) and word not in _MAIN_PID:
             # The variable may contain any options, or nothing. The next word may be its value.
+            given[word] = [""]
             if words and not _is_option(words[0]):
                 words.pop(0)
-            continue
-        if name not in WITH_VALUE | WITHOUT_VALUE or (equals and name in WITHOUT_VALUE):
-            return f"stops nothing, because it does not accept {word}"
-        given.add(name)
-        if name in WITHOUT_VALUE:
-            continue
-        if not equals:
-            if words and not _is_option(words[0]):
-                value = words.pop(0)
-            elif name != "--pid":
-                return f"stops nothing, because {name} has no value"
-        elif expands and not in_shell and _WORDS.fullmatch(value):
-            return f"stops nothing, because systemd does not expand {word}. Write {name} {value}"
-        if name == "--pid" and "$" in value and not expands:
-            return "gets no process id, because of the prefix :"
-        if name in SPANS and not (expands and "$" in value) and not _is_span(value):
-            return f"stops nothing, because {name} {value} is not a time"
+        elif name not in WITH_VALUE | WITHOUT_VALUE or (equals and name in WITHOUT_VALUE):
+            faults.append(f"stops nothing, because it does not accept {word}")
+        else:
+            if name in WITH_VALUE and not equals:
+                if words and not _is_option(words[0]):
+                    value = words.pop(0)
+                elif name != "--pid":
+                    faults.append(f"stops nothing, because {name} has no value")
+            elif expands and not in_shell and _WORDS.fullmatch(value):
+                faults.append(
+                    f"stops nothing, because systemd does not expand {word}. Write {name} {value}"
+                )
+            given.setdefault(name, []).append(value)
+            if name == "--pid" and "$" in value and not expands:
+                faults.append("gets no process id, because of the prefix :")
+            elif not (expands and "$" in value) and (fault := _value_fault(name, value)):
+                faults.append(f"stops nothing, because {fault}")
     for group in EXCLUSIVE:
         if len(both := [name for name in group if name in given]) > 1:
-            return f"stops nothing, because it does not accept {both[0]} with {both[1]}"
+            faults.append(f"stops nothing, because it does not accept {both[0]} with {both[1]}")
     if "--json" in given and "--dry-run" not in given:
-        return "stops nothing, because it accepts --json only with --dry-run"
+        faults.append("stops nothing, because it accepts --json only with --dry-run")
+    return (faults[0] if faults else ""), given
+
+
+def _value_fault(name: str, value: str) -> str:
+    """Return why argparse refuses the value of an option; "" if it does not."""
+    try:
+        if name in SPANS:
+            timespan.parse(value)
+        elif name == "--reason":
+            check_reason(value)
+    except ValueError as error:
+        return f"{name} {printable(value)} is not a time" if name in SPANS else f"{name}: {error}"
+    if name == "--pid" and value and not is_pid(value):
+        return f"{name} {printable(value)} is not the id of a process"
     return ""
 
 
@@ -106,11 +137,3 @@ def _is_option(word: str) -> bool:
     if word.partition("=")[0] in _OPTIONS or word.startswith("-h"):
         return True
     return " " not in word and _NUMBER.fullmatch(word) is None
-
-
-def _is_span(text: str) -> bool:
-    try:
-        timespan.parse(text)
-    except ValueError:
-        return False
-    return True

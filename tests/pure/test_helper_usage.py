@@ -63,6 +63,14 @@ def test_the_options_are_those_of_the_program() -> None:
         ("--reason '--max=3 s'", False),
         ("--pidfile -", True),
         ("--socket '-x y'", True),
+        (f"--reason {'x' * 256}", True),
+        (f"--reason {'x' * 257}", False),
+        ("--reason \udcff", False),
+        ("--pid '--x y'", False),
+        ("--pid=x --pid 1", False),
+        ("--pid 1 --pid=0", False),
+        ("--max soon --max 3", False),
+        ("--pid 2147483648", False),
     ],
 )
 def test_what_the_program_accepts(
@@ -142,6 +150,11 @@ def test_a_line_in_which_systemd_expands_nothing(words: str, fault: str) -> None
         ("--pid $MAINPID $OPTIONS", False),
         ("--version", False),
         ("--max soon", False),
+        # systemd drops the word if the main process is gone.
+        ("--reason $MAINPID --pid $MAINPID", False),
+        ("--pid=7 --pid $MAINPID", False),
+        ("--pidfile $FILE --pidfile a", False),
+        (f"--reason {'x' * 257}", False),
     ],
 )
 def test_a_line_that_certainly_stops_guests_of_its_unit(words: str, certain: bool) -> None:
