@@ -103,6 +103,8 @@ class Targets:
             had_main = "EXIT_CODE" in os.environ or self._options.names_one
             if self.finder.in_own_unit and had_main:
                 processes = self.left_to_us(processes)
+            elif self.finder.in_own_unit:
+                self.spare_others()
             if not processes:
                 raise NoSuchProcess("the main process is gone")
             return processes
@@ -220,7 +222,7 @@ class Targets:
         """
         if not others:
             return []
-        from qkilld.stop.systemd_units import is_only_line, started_as_qemu
+        from qkilld.stop.systemd_units import started_as_qemu
 
         facts = self._own_facts()
         ours = list(others)
@@ -243,12 +245,25 @@ class Targets:
             self._failures.append(missing.exit_code)  # Nobody stops the others.
         if self._leaves_others(facts, fails=fails or bool(self._failures)):
             ours = []
-        elif facts is None or not is_only_line(facts):
-            self._options.spare_others(self._configuration.policy_for(None))
+        else:
+            self._spare_others(facts)
         for other in others:
             if other not in ours:
                 other.close()
         return ours
+
+    def spare_others(self) -> None:
+        """Prepare to stop guests of our own unit that the command line does not name. Asks systemd
+        if an option might harm a guest that has a line of its own."""
+        options = self._options
+        if options.force or options.powerdown is False or options.spans:
+            self._spare_others(self._own_facts())
+
+    def _spare_others(self, facts: UnitFacts | None) -> None:
+        from qkilld.stop.systemd_units import is_only_line
+
+        if facts is None or not is_only_line(facts):
+            self._options.spare_others(self._configuration.policy_for(None))
 
     def _own_facts(self) -> UnitFacts | None:
         from qkilld.stop.systemd_units import on_bus, own_facts
@@ -309,6 +324,8 @@ class Targets:
         if others:
             if self._options.names_one:
                 others = self.left_to_us(others, missing=NotQemu(message))
+            else:
+                self.spare_others()
             if self._failures:
                 say(message)
             return ExitCode.OK, others

@@ -235,6 +235,35 @@ def test_the_options_for_guests_that_a_line_does_not_name(
 
 
 @pytest.mark.parametrize(
+    ("lines", "kept"),
+    [(["--force"], True), (["- --pidfile a --no-force", "> --force"], False), (["/opt/x"], False)],
+)
+@pytest.mark.parametrize("had_main", [True, False])
+def test_the_options_of_a_line_without_a_target(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], kept: bool, had_main: bool
+) -> None:
+    """If the main process is a shell, another line may have been for one of the guests."""
+    monkeypatch.setenv("MAINPID", "4" if had_main else "")
+    monkeypatch.delenv("EXIT_CODE", raising=False)
+    options = Options(force=True, powerdown=False, spans={"max": 1})
+    targets, guest = Targets(options), FakeHandle(5)
+    targets.finder = ProcessFinder(options, os.environ)
+    targets.finder.stops_unit = True
+    facts = stopping(*lines, type="oneshot")
+    monkeypatch.setattr(systemd_units, "on_bus", lambda what, user: facts)
+    monkeypatch.setattr(targets.finder, "in_unit", lambda globs: [guest])
+    monkeypatch.setattr(procfs, "read_executable", lambda pid: ("/bin/sh", False))
+    if had_main:
+        assert targets.judge_not_qemu(4, "Process 4 is not a QEMU", [guest]) == (0, [guest])
+    else:
+        assert targets.choose() == [guest]
+    assert options.force is (True if kept else None)
+    assert options.powerdown is (False if kept else None)
+    assert options.spans == {"max": 1 if kept else INFINITY}
+    guest.close()
+
+
+@pytest.mark.parametrize(
     ("options", "is_missing", "stopped"),
     [(A, False, False), (A, True, True), ({}, False, True), ({"pid": 4}, False, False)],
 )
