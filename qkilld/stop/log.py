@@ -47,8 +47,21 @@ class Log:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr. Under systemd, it goes to the unit's journal."""
-    print(f"qkilld-stop: {text}", file=sys.stderr, flush=True)
+    """Print a line on stderr. Under systemd, it goes to the unit's journal. The text may contain
+    names that a guest or a caller has chosen."""
+    _print("", text)
+
+
+def _print(prefix: str, text: str) -> None:
+    if not text.isprintable():
+        from qkilld.model.text import printable
+
+        text = printable(text, len(text))
+    from qkilld.debug_log import ignore
+
+    # If the disk with the unit's log is full, the guest must be stopped nevertheless.
+    with ignore("printing a line", OSError):
+        print(f"{prefix}qkilld-stop: {text}", file=sys.stderr, flush=True)
 
 
 def say_ending(text: str) -> None:
@@ -64,4 +77,4 @@ def say_failure(code: int) -> None:
     if stderr_is_journal():
         why = _FAILURES.get(code, "see above")
         text = f"The stop failed with exit status {code}: {why}. systemd continues with KillSignal="
-        print(f"<3>qkilld-stop: {text}", file=sys.stderr, flush=True)
+        _print("<3>", text)
