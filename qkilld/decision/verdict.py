@@ -377,7 +377,7 @@ def _follow(
         elif followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
-            is_certain = is_certain or wait.certain
+            is_certain = is_certain or (wait.certain and not _was_doubted(followed, sample.at))
             is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
@@ -402,6 +402,12 @@ def _follow(
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), hidden, moves, doubts
+
+
+def _was_doubted(wait: OpenWait, now: int) -> bool:
+    """Return whether the wait has moved doubtfully not long ago, so it does not prove that doubtful
+    movement elsewhere is in vain: slow storages seldom move in the same sample."""
+    return wait.doubted_at is not None and now - wait.doubted_at < STUCK
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
