@@ -11,7 +11,8 @@ from qkilld.decision.waits import Wait, WaitKind
 from qkilld.model.dataclass import dataclass
 
 MAX_MARKS: Final = 256
-"""At most this many signs are remembered for one wait."""
+"""If a wait has more marks than this, those of missing signs are forgotten. The readers limit the
+number of present signs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,12 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         marks[sign.name] = _new_mark(sign, mark, at)
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
-        sign_names = {sign.name for sign in wait.signs}
-        # If there is no room for all marks, drop those of missing signs first. Otherwise, keep
-        # them: a sign may reappear, for example if a server was not read this time.
-        missing_last = sorted(kept_marks, key=lambda mark: mark.name not in sign_names)
-        kept_marks = tuple(missing_last[:MAX_MARKS])
+        # Otherwise, keep the marks of missing signs: a sign may reappear, for example if a server
+        # was not read this time.
+        present = {sign.name for sign in wait.signs}
+        room = max(0, MAX_MARKS - len(present))
+        missing = [mark for mark in kept_marks if mark.name not in present][:room]
+        kept_marks = (*(mark for mark in kept_marks if mark.name in present), *missing)
     return OpenWait(
         key=wait.key,
         kind=wait.kind,

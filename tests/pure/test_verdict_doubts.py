@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qkilld.model.sample import Mount, Sample
-from tests.pure.test_verdict import IDLE, ON_MOUNT
+from tests.pure.test_verdict import IDLE, NBD, OF_NBD, ON_MOUNT
 from tests.pure.test_verdict_unreadable import kill_time
 
 
@@ -32,3 +32,17 @@ def test_two_slow_storages_delay_sigkill_although_they_take_turns(every: int) ->
 def test_a_storage_that_stands_for_30_seconds_hides_doubtful_movement_again() -> None:
     """Both storages move for 20 s, then one hangs for ever."""
     assert kill_time(lambda second: two_mounts(second, min(second, 20)), 310) in range(105, 115)
+
+
+def test_all_connections_of_a_node_show_progress() -> None:
+    """A node has 200 connections, and only the last one moves."""
+
+    def shown(second: int) -> Sample:
+        moved = [0] * 199 + [second * 10_000]
+        sockets = tuple(
+            replace(OF_NBD, inode=1_000 + n, acked=20_000 + size, received=20_000 + size)
+            for n, size in enumerate(moved)
+        )
+        return replace(IDLE, nodes=(NBD,), sockets=sockets)
+
+    assert kill_time(shown, 100) is None
