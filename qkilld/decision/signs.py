@@ -400,8 +400,10 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
         # Nothing shows which calls of the server are for this guest, so no sign is sure.
-        signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
-        return [replace(sign, sure=False) for sign in (*signs, *_copied_signs(peer))]
+        signs = [*_served_signs(peer), *_server_disk_signs(peer, working), *_copied_signs(peer)]
+        if peer.threads is not None:
+            signs.append(_answers(peer, working))
+        return [replace(sign, sure=False) for sign in signs]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     is_stuck = _may_be_stuck(own_threads, before)
     # If a call on the image's storage is stuck, assume that it is for this guest, and ignore other
@@ -422,7 +424,8 @@ def _may_be_stuck(threads: Collection[Thread], before: Peer | None) -> bool:
     if before is None:
         return bool(threads)
     earlier = {(thread.tid, thread.switches) for thread in before.threads or ()}
-    return any((thread.tid, thread.switches) in earlier for thread in threads)
+    now = ((thread.tid, thread.switches) for thread in threads if thread.switches is not None)
+    return not earlier.isdisjoint(now)
 
 
 def _may_wait_behind(peer: Peer, before: Peer | None) -> bool:

@@ -150,3 +150,12 @@ def test_an_unknown_number_of_aio_requests_is_not_none(
 
     assert kill_time(shown, 310) == expected
     assert [risk.code for risk in risks_of_kill(assess(None, shown(0)))] == ["unknown"]
+
+
+@pytest.mark.parametrize("shared", [True, None])
+def test_unreadable_calls_of_a_server_are_not_calls_that_returned(shared: bool | None) -> None:
+    def shown(second: int) -> Sample:
+        peer = replace(SERVER, shared=shared, threads=(WRITING,) if second % 2 else None)
+        return replace(IDLE, nodes=(NBD,), sockets=(replace(UNIX, peer=peer),))
+
+    assert kill_time(shown) in range(60, 63)
