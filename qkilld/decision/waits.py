@@ -117,6 +117,7 @@ def blind_to(sample: Sample) -> list[str]:
             ("io_urings", sample.rings),
             ("Linux AIO", sample.direct),
             ("command line", sample.nodes),
+            ("pending signals", sample.term_pending),
         )
         if value is None
     ]

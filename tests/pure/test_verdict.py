@@ -1137,7 +1137,7 @@ def test_reasons_name_the_wait_and_who_moved_it_last() -> None:
     [
         ({}, []),
         ({"term_pending": True}, ["unknown", "killed-io"]),
-        ({"term_pending": None}, ["unknown"]),
+        ({"term_pending": None}, ["unknown", "unknown"]),
         ({"state": "T", "term_pending": True}, ["unknown"]),
         ({"formatted": 2}, ["unknown", "qcow2-open"]),
         ({"formatted": None}, ["unknown"]),

@@ -152,6 +152,11 @@ def test_an_unknown_number_of_aio_requests_is_not_none(
     assert [risk.code for risk in risks_of_kill(assess(None, shown(0)))] == ["unknown"]
 
 
+def test_unknown_pending_signals_do_not_look_idle() -> None:
+    """SIGTERM may be pending, so QEMU may not have taken it yet."""
+    assert kill_time(lambda _n: replace(IDLE, term_pending=None)) == 60
+
+
 @pytest.mark.parametrize("shared", [True, None])
 def test_unreadable_calls_of_a_server_are_not_calls_that_returned(shared: bool | None) -> None:
     def shown(second: int) -> Sample:
