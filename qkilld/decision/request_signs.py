@@ -14,20 +14,34 @@ from qkilld.decision.signs import (
     mount_signs,
     only_writes,
     sleeps_without_disk,
+    woken_sign,
     write_signs,
 )
 from qkilld.model.sample import Device, Sample, Thread
 
 
 def call_signs(
-    sample: Sample, previous: Sample | None, threads: Sequence[Thread], *, for_storage: bool
+    sample: Sample,
+    previous: Sample | None,
+    threads: Sequence[Thread],
+    before: Sequence[Thread],
+    *,
+    for_storage: bool,
 ) -> list[Sign]:
-    """Return the signs of the threads that wait in one kind of call, or for one disk or mount."""
-    tids = hash(tuple(sorted(thread.tid for thread in threads)))
-    signs = [Sign("threads", SignKind.CHANGE, tids, "one of its calls returned")]
+    """Return the signs of the threads that wait in one kind of call, or for one disk or mount.
+
+    `before`: the threads that waited so in the previous sample.
+    """
+    tids = {thread.tid for thread in threads}
+    # A thread that only joins the others shows no progress.
+    joined = bool(before) and tids.issuperset(thread.tid for thread in before)
+    kind = SignKind.QUIET if joined else SignKind.CHANGE
+    signs = [Sign("threads", kind, hash(tuple(sorted(tids))), "one of its calls returned")]
+    woken = woken_sign("woken", threads, before or None, "the storage answered its thread")
     if not for_storage:
         # Only the reader of a pipe or socket wakes a thread that writes to it.
-        return [*signs, _woken(threads, "its reader reads")] if writes_output(threads) else signs
+        woken = replace(woken, text="its reader reads")
+        return [*signs, woken] if writes_output(threads) else signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
     disk_numbers = {number for thread in located for number in thread.disks}
     mounts = {thread.mount for thread in located if thread.mount}
@@ -36,7 +50,7 @@ def call_signs(
     # waits for a disk.
     if not located and not all(sleeps_without_disk(thread) for thread in threads):
         signs += unlocated_signs(sample, previous, dirties)
-        return signs if sample.devices or dirties else [*signs, _woken(threads)]
+        return signs if sample.devices or dirties else [*signs, woken]
     devices = [d for d in _steady(sample, previous) if d.number in disk_numbers]
     writing = all(only_writes(thread) for thread in threads)
     signs += write_signs(devices) if writing else disk_signs(devices)
@@ -47,7 +61,7 @@ def call_signs(
     elif dirties or disk_numbers:
         signs += [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
     if not devices and not dirties:
-        signs.append(_woken(threads))
+        signs.append(woken)
     return signs
 
 
@@ -61,13 +75,6 @@ def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
         else device
         for device in sample.devices or ()
     ]
-
-
-def _woken(threads: Sequence[Thread], text: str = "the storage answered its thread") -> Sign:
-    """Return a sign for threads that wait for storage without counters: how often they were woken.
-    Only a reply wakes a thread that waits for it."""
-    woken = sum(thread.switches or 0 for thread in threads)
-    return Sign("woken", SignKind.CHANGE, woken, text)
 
 
 def writes_output(threads: Sequence[Thread]) -> bool:

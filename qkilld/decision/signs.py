@@ -381,7 +381,7 @@ def _own_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
-        signs.append(_answers(peer, answers))
+        signs.append(_answers(peer, answers, before))
     if _may_wait_behind(peer, before):
         # The same is true if a server behind this one is stuck.
         signs = [replace(sign, sure=False) for sign in signs]
@@ -402,7 +402,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
         # Nothing shows which calls of the server are for this guest, so no sign is sure.
         signs = [*_served_signs(peer), *_server_disk_signs(peer, working), *_copied_signs(peer)]
         if peer.threads is not None:
-            signs.append(_answers(peer, working))
+            signs.append(_answers(peer, working, before))
         return [replace(sign, sure=False) for sign in signs]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     is_stuck = _may_be_stuck(own_threads, before)
@@ -410,7 +410,9 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     # work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
-    answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []
+    answers = (
+        [replace(_answers(peer, own_threads, before), sure=not is_stuck)] if own_threads else []
+    )
     unplaced = _server_disk_signs(peer, [thread for thread in working if not thread.target])
     known = _server_disk_signs(peer, own_threads)
     names = {sign.name for sign in known}
@@ -521,12 +523,35 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = F
     ]
 
 
-def _answers(peer: Peer, working: Sequence[Thread]) -> Sign:
-    """Return a sign that moves if one of the waiting threads was woken, or if different threads
-    wait."""
-    calls = hash(tuple(sorted((thread.tid, thread.switches or 0) for thread in working)))
+def _answers(peer: Peer, working: Sequence[Thread], before: Peer | None) -> Sign:
+    """Return a sign that moves if one of these waiting threads was woken, or waits no longer."""
+    tids = {thread.tid for thread in working}
+    places = {_place(thread) for thread in working}
+    earlier = None
+    if before is not None and before.threads is not None:
+        earlier = [
+            thread
+            for thread in before.threads
+            if waits_for_storage(thread) and (thread.tid in tids or _place(thread) in places)
+        ]
     text = f"calls of {_server_title(peer)} return"
-    return Sign(f"{_of(peer)}calls", SignKind.CHANGE, calls, text)
+    return woken_sign(f"{_of(peer)}calls", working, earlier, text)
+
+
+def woken_sign(
+    name: str, threads: Sequence[Thread], earlier: Sequence[Thread] | None, text: str
+) -> Sign:
+    """Return a sign that moves if one of the threads that wait for a reply was woken, or waits no
+    longer. Only a reply wakes such a thread. A thread that only joins the others shows nothing.
+
+    `earlier`: the threads that waited so in the previous sample; None if unknown.
+    """
+    now = {(thread.tid, thread.switches or 0) for thread in threads}
+    joined = earlier is not None and now.issuperset(
+        (thread.tid, thread.switches or 0) for thread in earlier
+    )
+    kind = SignKind.QUIET if joined else SignKind.CHANGE
+    return Sign(name, kind, hash(tuple(sorted(now))), text)
 
 
 def _place(thread: Thread) -> tuple[str, ...]:

@@ -164,22 +164,26 @@ def _exit_wait(sample: Sample) -> list[Wait]:
 def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     """Return a wait for each disk, mount or call that threads wait for."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
-    groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
-    for thread in sample.threads or ():
-        kind = WaitKind.STORAGE if waits_for_storage(thread) else WaitKind.CALL
-        if kind is WaitKind.CALL and frozen:
-            continue  # Not a wait: the freezer of cgroup v1 puts every thread into state D.
-        place = (*thread.disks, thread.mount) if thread.target in ("disk", "mount") else ()
-        if kind is WaitKind.CALL:
-            place = (thread.call, thread.target)
-        groups.setdefault((kind, place), []).append(thread)
+    earlier = _groups_of((previous and previous.threads) or ())
+    groups = {
+        (kind, place): threads
+        for (kind, place), threads in _groups_of(sample.threads or ()).items()
+        # Not a wait: the freezer of cgroup v1 puts every thread into state D.
+        if not (kind is WaitKind.CALL and frozen)
+    }
     return [
         Wait(
             key=f"call:{kind.value}:{','.join(place)}",
             kind=kind,
             text=_shown(threads),
             signs=tuple(
-                call_signs(sample, previous, threads, for_storage=kind is WaitKind.STORAGE)
+                call_signs(
+                    sample,
+                    previous,
+                    threads,
+                    earlier.get((kind, place), ()),
+                    for_storage=kind is WaitKind.STORAGE,
+                )
             ),
             watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
             certain=kind is WaitKind.STORAGE or writes_output(threads),
@@ -188,6 +192,18 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         )
         for (kind, place), threads in groups.items()
     ]
+
+
+def _groups_of(threads: Sequence[Thread]) -> dict[tuple[WaitKind, tuple[str, ...]], list[Thread]]:
+    """Group the threads by what they wait for."""
+    groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
+    for thread in threads:
+        kind = WaitKind.STORAGE if waits_for_storage(thread) else WaitKind.CALL
+        place = (*thread.disks, thread.mount) if thread.target in ("disk", "mount") else ()
+        if kind is WaitKind.CALL:
+            place = (thread.call, thread.target)
+        groups.setdefault((kind, place), []).append(thread)
+    return groups
 
 
 def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:

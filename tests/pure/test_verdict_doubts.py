@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from qkilld.model.sample import Mount, Sample
-from tests.pure.test_verdict import IDLE, NBD, OF_NBD, ON_MOUNT
+from qkilld.model.sample import Mount, Sample, Thread
+from tests.pure.test_verdict import FDATASYNC, IDLE, NBD, NFS, OF_NBD, ON_MOUNT, SERVER, served
 from tests.pure.test_verdict_unreadable import kill_time
 
 
@@ -46,3 +46,32 @@ def test_all_connections_of_a_node_show_progress() -> None:
         return replace(IDLE, nodes=(NBD,), sockets=sockets)
 
     assert kill_time(shown, 100) is None
+
+
+def joining(thread: Thread, second: int) -> tuple[Thread, ...]:
+    """Every 20 s, one more thread waits, and none returns."""
+    return tuple(replace(thread, tid=100 + n) for n in range(1 + second // 20))
+
+
+@pytest.mark.parametrize("on_mount", [False, True])
+def test_threads_that_join_a_hung_storage_are_no_progress(on_mount: bool) -> None:
+    thread = ON_MOUNT if on_mount else FDATASYNC
+    mounts = (replace(NFS, operations=None),) if on_mount else ()
+    assert kill_time(lambda n: replace(IDLE, threads=joining(thread, n), mounts=mounts)) == 60
+
+
+@pytest.mark.parametrize("shared", [False, True, None])
+def test_calls_that_join_the_hung_calls_of_a_server_are_no_progress(shared: bool | None) -> None:
+    def shown(second: int) -> Sample:
+        peer = replace(SERVER, shared=shared, threads=joining(ON_MOUNT, second))
+        return replace(IDLE, **served(peer))
+
+    assert kill_time(shown) == 60
+
+
+def test_a_thread_that_returns_while_another_joins_is_progress() -> None:
+    def shown(second: int) -> Sample:
+        tids = range(second // 20, second // 20 + 3)
+        return replace(IDLE, threads=tuple(replace(FDATASYNC, tid=100 + n) for n in tids))
+
+    assert kill_time(shown) is None
