@@ -237,7 +237,7 @@ def mount_signs(
             continue
         if mount.operations is not None:
             text = f"a mount of type {mount.kind} answers"
-            sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
+            sign = Sign(f"mount:{mount.number or place}", SignKind.COUNT, mount.operations, text)
             signs[sign.name] = sign
         if mount.waiting is not None:
             # Only replies make this number fall, so only a decrease shows progress. The sign is

@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 
 from qkilld.model.sample import Mount, Sample, Thread
-from tests.pure.test_verdict import FDATASYNC, IDLE, NBD, NFS, OF_NBD, ON_MOUNT, SERVER, served
+from tests.pure.test_verdict import (
+    CLOSING,
+    FDATASYNC,
+    IDLE,
+    NBD,
+    NFS,
+    OF_NBD,
+    ON_MOUNT,
+    SERVER,
+    served,
+)
 from tests.pure.test_verdict_unreadable import kill_time
 
 
@@ -75,3 +85,15 @@ def test_a_thread_that_returns_while_another_joins_is_progress() -> None:
         return replace(IDLE, threads=tuple(replace(FDATASYNC, tid=100 + n) for n in tids))
 
     assert kill_time(shown) is None
+
+
+def test_another_mount_at_the_same_place_of_the_list_is_no_progress() -> None:
+    """The first mount disappears, so the second one becomes the first."""
+    mounts = (replace(NFS, operations=10), replace(NFS, operations=500, number="0:10"))
+
+    def shown(second: int) -> Sample:
+        return replace(
+            IDLE, threads=(CLOSING,), devices=(), mounts=mounts[1:] if second >= 30 else mounts
+        )
+
+    assert kill_time(shown) == 60
