@@ -12,6 +12,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Final
 
+from qkilld.decision.connections import BREAKS
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import FLUSH_CALLS, Device, Io, Mount, Peer, Sample, Socket, Thread
@@ -59,6 +60,8 @@ _SERVER: Final = "peer:"
 """The prefix of the names of all signs of servers."""
 _RUNS: Final = "serves"
 """The suffix of the names of signs that show only that a server runs."""
+_EXCHANGED: Final = ":exchanged"
+"""The suffix of the names of signs for the bytes that a server exchanges with its own servers."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
@@ -99,9 +102,10 @@ class Sign:
     """For a sign that moves only if the process has sent nothing since the mark: the bytes that it
     has sent; None for other signs. Keepalives go both ways, but replies only one way."""
     switches: int | None = None
-    """The value of Sample.switches for a sign that moves only if the process has run (each reply
-    makes it run); None for other signs. Until the process runs, the sign is compared with the same
-    earlier value, even if samples lack the sign in between."""
+    """For a sign that moves only if the process has run (each reply makes it run): the value of
+    Sample.switches. If the sign is for the replies to a server: the server's context switches. None
+    for other signs. Until the process runs, the sign is compared with the same earlier value, even
+    if samples lack the sign in between."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
@@ -325,7 +329,10 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
         name, text = f"unread:{socket.inode}", "it read from the server"
         signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:
-        signs += peer_signs(socket.peer, before, protocol)
+        for sign in peer_signs(socket.peer, before, protocol):
+            # A server of unknown use may exchange other data, such as the guest's packets.
+            is_doubtful = not protocol and sign.name.endswith(_EXCHANGED)
+            signs.append(replace(sign, sure=sign.sure and not is_doubtful))
     return signs
 
 
@@ -350,6 +357,8 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
         # the signs of `other` stay sure: a kill would be worse than a long wait.
         certain = other.certain and not (peer.shared and {*peer.place}.isdisjoint(other.serves))
         signs += [replace(sign, sure=sign.sure and certain) for sign in of_other]
+        if not peer.shared and other.certain and not other.serves:
+            signs += _reply_sign(peer, other)
     return signs
 
 
@@ -363,6 +372,17 @@ def runs_sign(peer: Peer) -> Sign | None:
     return Sign(f"{_of(peer)}{_RUNS}", SignKind.TRAFFIC, peer.switches, text)
 
 
+def _reply_sign(peer: Peer, behind: Peer) -> list[Sign]:
+    """Return a sign for the replies of a server to another one that uses it, as in replies.py. It
+    is needed for unix sockets, and doubtful, because both may also run without a reply."""
+    runs = runs_sign(behind)
+    if peer.threads != () or peer.switches is None or runs is None:
+        return []
+    name = f"{_of(peer)}reply:{behind.pid}"
+    text = f"{_server_title(behind)} may have answered {peer.command}"
+    return [replace(runs, name=name, text=text, sure=False, switches=peer.switches)]
+
+
 def _awaited_mounts(peer: Peer) -> set[str] | None:
     """Return the file systems for which calls of the server wait; None if they may wait for any."""
     if peer.threads is None or peer.unseen_requests is not False:
@@ -372,13 +392,14 @@ def _awaited_mounts(peer: Peer) -> set[str] | None:
 
 
 def _own_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
-    """Return the signs of a server without other clients: bytes that it reads and writes, completed
-    writes of the disks that its calls wait for, and the return of its calls on mounts."""
+    """Return the signs of a server without other clients: bytes that it reads, writes and exchanges
+    with its own servers, completed writes of the disks that its calls wait for, and the return of
+    its calls on mounts."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     # If one of the server's calls is stuck, the server's reads and writes may be its own work,
     # such as a backup job.
     is_stuck = _may_be_stuck(working, before)
-    signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
+    signs = [replace(sign, sure=sign.sure and not is_stuck) for sign in _served_signs(peer)]
     signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers, before))
@@ -460,18 +481,22 @@ def _may_store(peer: Peer) -> bool:
 
 
 def _served_signs(peer: Peer) -> list[Sign]:
-    if peer.io is None:
-        return []
-    return [
-        Sign(
-            f"{_of(peer)}{name}",
-            SignKind.TRAFFIC,
-            value,
-            f"{_server_title(peer)} has {name}",
-            PEER_NOISE,
+    """Return signs for the bytes that the server reads, writes, and exchanges with its own
+    servers."""
+    title, signs = _server_title(peer), list[Sign]()
+    if peer.io is not None:
+        for what, value in (("written", peer.io.write_bytes), ("read", peer.io.read_bytes)):
+            name, text = f"{_of(peer)}{what}", f"{title} has {what}"
+            signs.append(Sign(name, SignKind.TRAFFIC, value, text, PEER_NOISE))
+    if peer.exchanged:
+        name, text = (
+            f"{_SERVER}{peer.pid}{_EXCHANGED}",
+            f"{title} exchanges bytes with another server",
         )
-        for name, value in (("written", peer.io.write_bytes), ("read", peer.io.read_bytes))
-    ]
+        # If its connections end again and again, it may send the same requests over each of them.
+        sure = peer.ended < BREAKS
+        signs.append(Sign(name, SignKind.TRAFFIC, peer.exchanged, text, KEEPALIVE, sure))
+    return signs
 
 
 def _copied_signs(peer: Peer) -> list[Sign]:

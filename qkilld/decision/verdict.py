@@ -64,8 +64,6 @@ DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
-_OF_SERVERS: Final = ("node:", "socket:")
-"""The beginnings of the keys of waits for servers."""
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
 """Fields of a sample that change with time or because of other processes. These changes do not
@@ -386,10 +384,9 @@ def _follow(
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
-    if is_stuck and all(wait.key.startswith(_OF_SERVERS) and not wait.certain for wait in moved):
-        # A request makes no progress, and other servers do. But nothing shows that they have a
-        # request of this process: they may work for themselves, or need not even be storage.
-        doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
+    if is_stuck and all(wait.key.startswith("socket:") and not wait.certain for wait in moved):
+        # A request makes no progress, and only connections of unknown use do.
+        doubts, moves = [*doubts, *(f"{move}, perhaps without storage" for move in moves)], []
     hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]

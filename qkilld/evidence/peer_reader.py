@@ -20,7 +20,7 @@ from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import FilePlace, StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
-from qkilld.model.sample import Mount, Peer
+from qkilld.model.sample import Mount, Peer, Socket
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
@@ -60,6 +60,9 @@ class PeerReader:
         self.mounts: tuple[Mount, ...] = ()
         """The file systems that hold the server's files and have no block device."""
         self._sockets = SocketReader(pid, proc)
+        self._counted: dict[int, int] = {}
+        """The bytes that each TCP connection of the server had exchanged at the last reading."""
+        self._exchanged = self._ended = 0
         self._exports = ExportReader(pid, budget, proc, guest)
 
     def read(
@@ -122,6 +125,8 @@ class PeerReader:
             parent=self._parent,
             leaves=self._exports.leaves() if self._command in _MAY_LEAVE else False,
             unseen_requests=_unseen_requests(values["rings"], values["direct"]),
+            exchanged=None if connections is None else self._count_exchanged(made),
+            ended=self._ended,
         )
 
     def _read_process(self, values: dict[str, Any]) -> None:
@@ -133,6 +138,24 @@ class PeerReader:
             self._start_time = self._process.start_time
         elif self._process.start_time != self._start_time:
             values["state"] = "?"
+
+    def _count_exchanged(self, made: Iterable[Socket]) -> int | None:
+        """Return Peer.exchanged. `made`: the connections that the server has made.
+
+        The first bytes of a connection are left out: they may be a handshake, which a server
+        repeats forever if its own server closes each connection.
+        """
+        counts: dict[int, int] = {}
+        for one in made:
+            if one.family == "tcp":
+                if one.acked is None or one.received is None:
+                    return None
+                counts[one.inode] = one.acked + one.received - one.receive_queue
+        for inode, count in counts.items():
+            self._exchanged += max(0, count - self._counted.get(inode, count))
+        self._ended += len(self._counted.keys() - counts.keys())
+        self._counted = counts
+        return self._exchanged
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
         if not ours.keys() >= set(self._sockets.accepted):

@@ -175,6 +175,11 @@ class Peer:
     unseen_requests: bool | None = None
     """Whether the peer may have file requests in flight, on an io_uring or in Linux AIO, for which
     no thread waits."""
+    exchanged: int | None = None
+    """Bytes that the peer has exchanged with its own servers, over TCP connections that it has
+    made: those that were acknowledged, and those that it has read. None if unknown."""
+    ended: int = 0
+    """How many of these connections have ended since the peer was first sampled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ standard input, one on each line:
 
     delay CALL SECONDS    answer this kind of call late ("inf": never); one of _CALLS, or "all"
     fail ERRNO            answer write, fsync and flush with this error; 0 for none
+    upload PORT BYTES     fsync sends so many bytes to a TCP server on this port before the answer
 
-Both apply to pending calls, too. At the end of its input, the server answers all calls and exits.
+The first two apply to pending calls, too. At the end of its input, the server answers all calls and
+exits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -85,6 +88,11 @@ class FuseStore:
     def fail(self, error: int = errno.EIO) -> None:
         """Fail writes with this error; 0 for none."""
         self._say(f"fail {error}")
+
+    def upload(self, port: int, size: int) -> None:
+        """Let each fsync upload so many bytes to a TCP server, to which the file system connects
+        now. Other calls wait meanwhile."""
+        self._say(f"upload {port} {size}")
 
     def fast(self) -> None:
         self._say("fail 0")
@@ -157,6 +165,7 @@ class _Server:
         self._numbers = {name: number for number, name in enumerate(names, _ROOT + 1)}
         self._delays: dict[str, float] = {}
         self._error = 0
+        self._upload: tuple[socket.socket, int] | None = None
         self._waiting: list[tuple[float, bytes]] = []
 
     def serve(self) -> None:
@@ -202,6 +211,9 @@ class _Server:
                     self._delays[name] = float(seconds)
             case ["fail", number]:
                 self._error = int(number)
+            case ["upload", port, size]:
+                self._upload = socket.create_connection(("127.0.0.1", int(port))), int(size)
+                self._upload[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
 
     def _take(self, request: bytes) -> None:
         if _IN.unpack_from(request)[1] not in _UNANSWERED:
@@ -266,6 +278,9 @@ class _Server:
                     "<QQQQQIIII24x", 1 << 30, 1 << 29, 1 << 29, 9, 9, 4096, 255, 0, 0
                 )
             case "fsync":
+                if self._upload is not None:
+                    connection, size = self._upload
+                    connection.sendall(bytes(size))
                 os.fsync(self._files[node])
                 return b""
             case "release" | "releasedir" | "flush":
