@@ -5,14 +5,15 @@ is cut off, the data that QEMU still holds for it is lost. But a healthy NBD ser
 looks like a dead one. So only one set of connections is cut off, the first that is not empty:
 
 - A reply is certainly missing: bytes are unacknowledged or unread, there is no connection or no
-  server, or a request had no reply before SIGTERM.
+  server, or a request had no reply before SIGTERM and nothing has moved since.
+- A request had no reply before SIGTERM, but the connection has moved since, perhaps by the reply.
 - A reply is certainly missing for some nodes of a group (node_groups.py), but it is unknown for
   which.
 - The server waits for its own storage, perhaps on behalf of another disk of the guest.
 - The connection does not move.
 - Only doubtful signs of the connection move, so perhaps the server replies.
 
-If QEMU certainly waits for a local disk, too, only the first two of these are cut off. A wrong
+If QEMU certainly waits for a local disk, too, only the first three of these are cut off. A wrong
 choice loses less than the next rung, SIGKILL, would.
 """
 
@@ -66,7 +67,7 @@ def choose(
             names = [name for name in groups if _is_of(name, instance, titles)]
             candidates.append((instance, titles, names))
     open_nodes = {name for _, _, names in candidates for name in names}
-    suspects, shared, working, others, doubtful = [], [], [], [], []
+    suspects, moved, shared, working, others, doubtful = [], [], [], [], [], []
     for instance, titles, names in candidates:
         own = [groups[name] for name in names]
         node_waits = [waits[group.wait_key] for group in own if group.wait_key in waits]
@@ -74,8 +75,11 @@ def choose(
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
         owes = sample.sockets is not None and any(map(_owes, own))
-        if owes or instance.name in known.stuck:
+        is_stuck = instance.name in known.stuck
+        if owes or (is_stuck and all(wait.moved_at is None for wait in node_waits)):
             suspects.append(candidate)
+        elif is_stuck:
+            moved.append(candidate)
         elif sample.sockets is not None and any(_may_owe(group, open_nodes) for group in own):
             shared.append(candidate)
         elif any(works(socket.peer) for group in own for socket in group.sockets):
@@ -84,8 +88,8 @@ def choose(
             doubtful.append(candidate)
         elif node_waits or (instance.kind == "block-node" and not names):
             others.append((candidate, bool(node_waits)))
-    if suspects or shared:
-        return tuple(suspects or shared)
+    if suspects or moved or shared:
+        return tuple(suspects or moved or shared)
     elsewhere = [wait for key, wait in waits.items() if not key.startswith((NODE_WAIT, _SOCKET))]
     if any(wait.certain for wait in elsewhere):
         return ()

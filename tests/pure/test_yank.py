@@ -123,6 +123,25 @@ def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -
     assert chosen(silent, node("dead"), node("well")) == ["dead", "well"]
 
 
+def test_a_slow_server_that_may_have_answered_since_is_not_cut_off_with_a_dead_one() -> None:
+    samples = []
+    for second in range(130):
+        well = link("well", inode=2)
+        well = replace(well, family="tcp", acked=900, received=500 if second < 5 else 516)
+        samples.append(with_nodes(link("dead", queue=9), well))
+    evidence = seen(*samples)
+    known = NetworkStorage(stuck=("well",))
+    for cut_off, expected in ((set[str](), "dead"), ({"dead"}, "well")):
+        cuts = choose(
+            (node("dead"), node("well")),
+            evidence,
+            known=known,
+            cut_off=cut_off,
+            still_since=TERM + 60 * S,
+        )
+        assert [cut.instance.name for cut in cuts] == [expected]
+
+
 def test_a_moving_connection_is_not_cut_off() -> None:
     moving = [
         with_nodes(link("dead"), replace(link("well", inode=2), family="tcp", acked=at, received=8))
