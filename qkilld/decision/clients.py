@@ -11,13 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from qkilld.decision.signs import (
-    HANDSHAKE,
-    KEEPALIVE,
-    only_writes,
-    sleeps_without_disk,
-    waits_for_storage,
-)
+from qkilld.decision.server_signs import HANDSHAKE, KEEPALIVE
+from qkilld.decision.signs import only_writes, sleeps_without_disk, waits_for_storage
 from qkilld.decision.waits import Wait, WaitKind
 from qkilld.model.sample import FLUSH_CALLS, Device, Peer, Sample, Socket, Thread
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Final
 
-from qkilld.decision.signs import KEEPALIVE_PROTOCOLS
+from qkilld.decision.server_signs import KEEPALIVE_PROTOCOLS
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Node, Sample, Socket
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.connections import Connections
+from qkilld.decision.server_signs import is_own_work
 from qkilld.decision.signs import WINDOW, Sign, SignKind
 from qkilld.decision.waits import Wait, WaitKind
 from qkilld.model.dataclass import dataclass
@@ -54,6 +55,8 @@ class OpenWait:
     connections: Connections = Connections()
     certain: bool = False
     """Wait.certain in the last usable sample."""
+    by_server: bool = False
+    """Whether only the own work of servers moved at `moved_at`."""
 
 
 def new_wait(wait: Wait, at: int) -> OpenWait:
@@ -79,6 +82,7 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     """Return the wait after one more sample, taken at `at` (µs)."""
     marks = {mark.name: mark for mark in old.marks}
     movement, doubted = (old.moved_at, old.moved_by), (old.doubted_at, old.doubted_by)
+    by_server = old.by_server
     connections = old.connections.follow(wait.connections, at)
     for sign in wait.signs:
         mark = marks.get(sign.name)
@@ -88,6 +92,7 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
             # With an unreadable mark, it is unknown whether the process has run since then.
             has_run = sign.switches is None or mark.switches is not None
             if sign.sure and has_run and (sign.is_reply or not connections.repeats):
+                by_server = is_own_work(sign) and (by_server or movement[0] != at)
                 movement = at, sign.text
             else:
                 doubted = at, sign.text
@@ -114,6 +119,7 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         watched=max(wait.watched, old.watched),
         connections=connections,
         certain=wait.certain,
+        by_server=by_server,
     )
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.node_groups import NodeGroup, groups_of
-from qkilld.decision.signs import KEEPALIVE_PROTOCOLS, SERVES, Sign, runs_sign
+from qkilld.decision.server_signs import KEEPALIVE_PROTOCOLS, SERVES, runs_sign
+from qkilld.decision.signs import Sign
 from qkilld.model.sample import Peer, Sample, Socket
 
 _IDLE_WITHOUT_CONNECTION: Final = frozenset({"http", "https", "ftp", "ftps", "vhost-user"})

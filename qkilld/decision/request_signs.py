@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qkilld.decision.server_signs import mount_signs
 from qkilld.decision.signs import (
     Sign,
     SignKind,
     disk_signs,
     group_signs,
     io_signs,
-    mount_signs,
     only_writes,
     sleeps_without_disk,
     woken_sign,

@@ -365,6 +365,7 @@ def _follow(
     known = {wait.key: wait for wait in (*before.waits, *before.hidden)}
     waits, moves, doubts, moved = [], [], [], []
     is_certain = is_untaken = is_stuck = False
+    is_others = True
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
         followed = new_wait(wait, sample.at) if old is None else update_wait(wait, old, sample.at)
@@ -374,6 +375,7 @@ def _follow(
         if followed.moved_at == sample.at:
             moves.append(followed.moved_by)
             moved.append(wait)
+            is_others = is_others and _may_be_for_others(followed)
         elif followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
@@ -384,9 +386,10 @@ def _follow(
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
-    if is_stuck and all(wait.key.startswith("socket:") and not wait.certain for wait in moved):
-        # A request makes no progress, and only connections of unknown use do.
-        doubts, moves = [*doubts, *(f"{move}, perhaps without storage" for move in moves)], []
+    if is_stuck and is_others:
+        # A request makes no progress, and other servers do. But nothing shows that they have a
+        # request of this process: they may work for themselves, or need not even be storage.
+        doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
@@ -408,6 +411,12 @@ def _was_doubted(wait: OpenWait, now: int) -> bool:
     """Return whether the wait has moved doubtfully not long ago, so it does not prove that doubtful
     movement elsewhere is in vain: slow storages seldom move in the same sample."""
     return wait.doubted_at is not None and now - wait.doubted_at < STUCK
+
+
+def _may_be_for_others(wait: OpenWait) -> bool:
+    """Return whether a wait may have moved without a request of this process: only a server's own
+    work was seen, or the connection's use is unknown."""
+    return not wait.certain and (wait.by_server or wait.key.startswith("socket:"))
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:

@@ -26,6 +26,7 @@ from qkilld.decision.request_signs import (
     unlocated_signs,
     writes_output,
 )
+from qkilld.decision.server_signs import is_of, mount_signs, only_runs, socket_signs, works
 from qkilld.decision.signs import (
     TALK,
     Sign,
@@ -33,12 +34,7 @@ from qkilld.decision.signs import (
     disk_signs,
     group_signs,
     io_signs,
-    is_of,
-    mount_signs,
-    only_runs,
-    socket_signs,
     waits_for_storage,
-    works,
 )
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Peer, Sample, Socket, Thread

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from qkilld.decision.node_groups import NODE_WAIT, NodeGroup, groups_of
 from qkilld.decision.open_wait import OpenWait
-from qkilld.decision.signs import works
+from qkilld.decision.server_signs import works
 from qkilld.decision.verdict import Assessment
 from qkilld.decision.waits import WaitKind, owes_reply
 from qkilld.model.block_state import NetworkDisk, NetworkStorage, YankInstance

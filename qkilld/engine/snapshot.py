@@ -24,14 +24,13 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 14
+VERSION: Final = 13
 """Earlier versions can be read, too. Version 1 lacks `control`. Version 2 lacks `error_name`,
 Identity.exiting and `risks`, and its assessment has a different format. Version 3 lacks the state
 of asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote.
 Versions 5 to 8 may lack some fields of samples, waits and observations. Version 9 lacks `storage`
 and `cut_off`. Version 11 lacks `earlier_risks`. Version 12 lacks `servers`, `promise`,
-Assessment.hidden and Assessment.waiting_at. Version 13 lacks Peer.exchanged and Peer.ended. Any
-version may lack `forced`.
+and some fields of assessments, waits and servers. Any version may lack `forced`.
 
 If a field is added to a class of a snapshot, increase this number, and give the field a default."""
 YANK: Final = "yank"
