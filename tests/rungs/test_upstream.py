@@ -69,7 +69,7 @@ def test_an_upload_at_a_flush(lab_dir: Path, sticks: bool) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_server_whose_server_answers_slowly_on_a_unix_socket(lab_dir: Path) -> None:
-    """One request of QEMU is up to four requests of qemu-storage-daemon, for the tables of the
+    """One request of QEMU is several requests of qemu-storage-daemon, for the tables of the
     image. Each is answered after 3 s. The whole takes less than five times storage_stall."""
     image, path, front = make_image(lab_dir / "image"), lab_dir / "socket", lab_dir / "front"
     nbdkit = [needs.program("nbdkit", "nbdkit"), "--foreground", "-U", path, "--filter=delay"]
