@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -66,16 +67,24 @@ def shut_down(domain: Domain) -> str:
     command = [virsh, f"--connect={domain.uri}", "--quiet", "shutdown"]
     command += ["--mode", "agent,acpi", f"--domain={domain.name}"]
     try:
-        process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
     except OSError as error:
         return f"virsh cannot be started: {error.strerror}"
+    try:
+        _, said = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        process.kill()
+        # Do not wait for its end here: it may be waiting in the kernel for a dead disk.
+        threading.Thread(target=process.communicate, daemon=True).start()
         return f"virsh does not return within {TIMEOUT_S:g} s"
     if process.returncode == 0:
         return ""
-    message = process.stderr.decode(errors="replace").strip()
+    message = said.decode(errors="replace").strip()
     return printable(message, MAX_TEXT) or "virsh failed"
 
 
