@@ -19,6 +19,9 @@ from qkilld.model.sample import Sample, Socket
 RATE_WINDOW: Final = 10 * USEC_PER_SEC
 """The rate is a mean over at most this time (µs). Disks write data back in bursts that are up to 5
 s apart."""
+MAX_SERVERS: Final = 256
+"""At most this many servers are remembered, the last read ones. A sample reads at most 64, but a
+server may be started again and again."""
 _STEP: Final = 2 * USEC_PER_SEC
 """At most one total is kept for each interval of this length (µs)."""
 
@@ -47,6 +50,7 @@ class Amounts:
     served: int = 0
     """How many bytes the servers behind unix sockets have written since their first sample."""
     servers: tuple[ServerCount, ...] = ()
+    """The counts of the last MAX_SERVERS servers, the last read one at the end."""
     points: tuple[Point, ...] = ()
     """The totals at points in the last RATE_WINDOW, the oldest first."""
     rate: int | None = None
@@ -62,9 +66,10 @@ def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
     if pairs := _served_bytes(sample):
         earlier = {server.pid: server.written for server in servers}
         for pid, written in pairs:
-            served += max(0, written - earlier.get(pid, written))
+            served += max(0, written - earlier.pop(pid, written))
             earlier[pid] = written
-        servers = tuple(ServerCount(pid, written) for pid, written in earlier.items())
+        counts = [ServerCount(pid, written) for pid, written in earlier.items()]
+        servers = tuple(counts[-MAX_SERVERS:])
     total = written_since(first, sample, served)
     if total is None:
         return Amounts(served, servers, before.points, None)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.gap import unsampled_assessment
-from qkilld.decision.ladder import Action, Decision, JobFacts, Promise, decide, policy_for
+from qkilld.decision.ladder import Action, Decision, JobFacts, decide, policy_for
 from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import Flag, Result, Verdict
@@ -170,9 +170,7 @@ class _Walk:
         self.now = moment.at
         if isinstance(moment, ChangeRecord):
             flags, policy = self._overrides.override(moment.flags, moment.policy)
-            self.facts = replace(
-                self.facts, flags=flags, policy=policy, control=moment.control, promise=Promise()
-            )
+            self.facts = replace(self.facts, flags=flags, policy=policy, control=moment.control)
         elif isinstance(moment, RungRecord):
             self.facts = replace(self.facts, yank_at=moment.at)
         else:

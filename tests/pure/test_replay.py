@@ -172,6 +172,15 @@ def test_a_trace_without_an_end_goes_as_far_as_its_records() -> None:
     assert outcome(replay(traced([], 0, None))) == (None, 0)
 
 
+def test_a_request_does_not_make_sigkill_earlier() -> None:
+    """The process waits for storage until 2 s, so SIGKILL is due StorageStallSec= after SIGTERM. A
+    request at 5 s changes nothing, as in the recorded job."""
+    waits, idle = looks(WAITING, [0.1, 1, 2]), looks(IDLE, range(3, 70))
+    trace = traced([*waits, *idle, ChangeRecord(at(5), FORCE, Policy())], 70)
+    unchanged = traced([*waits, *idle], 70)
+    assert outcome(replay(trace)) == outcome(replay(unchanged)) == (Result.KILLED, 60)
+
+
 def test_requests_that_join_count_from_their_time_on() -> None:
     quick = replace(Policy(), grace=2 * S, stall=0)
     joined = ChangeRecord(at(12.5), FORCE, quick)
@@ -179,7 +188,7 @@ def test_requests_that_join_count_from_their_time_on() -> None:
     trace = traced([*idle, joined], 20, flags=Flag(0), grace=50 * S)
     assert outcome(replay(trace)) == (Result.KILLED, 12.5)
     assert replay(trace).flags == FORCE
-    assert outcome(replay(trace, Overrides(remove=FORCE))) == (Result.SURVIVED, 12.5)
+    assert outcome(replay(trace, Overrides(remove=FORCE))) == (Result.SURVIVED, 15)
     assert outcome(replay(trace, Overrides(spans={"grace": 15 * S}))) == (Result.KILLED, 15)
 
 

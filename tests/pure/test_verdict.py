@@ -968,22 +968,23 @@ def test_a_server_of_unknown_use_that_runs_may_have_replied() -> None:
     assert follow(idle).doubt_at is None
 
 
-def test_activity_of_unknown_use_does_not_excuse_a_request_that_stands_for_ever() -> None:
-    """A program writes a log of its own while an NBD server is frozen."""
+@pytest.mark.parametrize("role", ["unknown", "storage"])
+def test_the_own_work_of_a_server_does_not_excuse_a_request_that_stands_for_ever(role: str) -> None:
+    """A program writes a log of its own, or copies a disk, while an NBD server is frozen."""
     logger = replace(SERVER, pid=95, command="conserver")
     now = follow(
         [
             replace(
                 IDLE,
                 at=at * S,
-                nodes=(NBD,),
+                nodes=(NBD, replace(NBD, name="disk2")),
                 sockets=(
                     replace(UNIX, send_queue=700),
                     replace(
                         UNIX,
                         inode=16,
-                        node="",
-                        role="unknown",
+                        node="disk2" if role == "storage" else "",
+                        role=role,
                         peer=replace(logger, io=replace(NO_IO, write_bytes=at << 16)),
                     ),
                 ),
