@@ -93,8 +93,8 @@ class Promise:
     unsampled: int = 0
     """The value of Assessment.unsampled at `start`."""
     overdue_at: int = 0
-    """The time of the last usable sample if the evidence already allowed SIGKILL then; otherwise
-    0."""
+    """The time of the last usable sample if the evidence already allowed SIGKILL then, but a hold,
+    an extension or the grace delayed it; otherwise 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,7 @@ def decide(facts: JobFacts, now: int) -> Decision:
     # useless sample. Otherwise, on a busy host, every useless sample would delay SIGKILL further.
     if evidence is not None and not tells_nothing(evidence.last):
         allowed = max(facts.promise.due, _evidence_due(facts, evidence))
-        is_overdue = _add(allowed, _reap(facts)) <= evidence.last.at
+        is_overdue = _add(allowed, _reap(facts)) <= evidence.last.at < _deadline(facts, due)
         overdue_at = evidence.last.at if is_overdue else 0
         promise = replace(promise, due=min(allowed, _latest(facts)), overdue_at=overdue_at)
     return _by_evidence(facts, _deadline(facts, due), now, promise)

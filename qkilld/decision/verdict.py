@@ -115,7 +115,7 @@ class Assessment:
     amounts: Amounts = NOTHING_COUNTED
     """The written amounts."""
     waiting_at: int | None = None
-    """When `outstanding` last became True or None after it was False; None for never."""
+    """When the process last began to wait, as far as the samples showed; None for never."""
     waiting_unsampled: int = 0
     """The value of `unsampled` at `waiting_at`."""
     hidden: tuple[OpenWait, ...] = ()
@@ -201,7 +201,7 @@ def assess(
         outstanding_at, outstanding_unsampled = sample.at, unsampled
     doubt_at = sample.at if doubts else before.doubt_at
     waiting_at, waiting_unsampled = before.waiting_at, before.waiting_unsampled
-    if before.outstanding is False and outstanding is not False:
+    if _begins_to_wait(before, outstanding):
         waiting_at, waiting_unsampled = sample.at, unsampled
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
     amounts = count_amounts(before.amounts, before.first, sample)
@@ -228,6 +228,14 @@ def assess(
         waiting_unsampled=waiting_unsampled,
         hidden=hidden,
     )
+
+
+def _begins_to_wait(before: Assessment, outstanding: bool | None) -> bool:
+    """Return whether the process waits now, but did not in the last usable sample, as far as that
+    one showed. Most guests have a monitor, so whether they wait is never certainly False."""
+    if outstanding and not before.outstanding and not tells_nothing(before.seen):
+        return not any(wait.kind in _OUTSTANDING for wait in (*before.waits, *before.hidden))
+    return outstanding is None and before.outstanding is False
 
 
 def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:
@@ -376,11 +384,12 @@ def _follow(
             moves.append(followed.moved_by)
             moved.append(wait)
             is_others = is_others and _may_be_for_others(followed)
-        elif followed.doubted_at == sample.at:
+            continue
+        is_untaken = is_untaken or wait.holds_sigterm
+        if followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
             is_certain = is_certain or (wait.certain and not _was_doubted(followed, sample.at))
-            is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as

@@ -258,15 +258,14 @@ def _aio_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     return [*io_signs(sample.io, "it"), *group_signs(sample), *mounts]
 
 
-def _hidden_aio_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
-    """Return the signs of asynchronous requests if it is unknown whether the process has any. Only
-    disks that the process itself has opened show progress, because it is their only user."""
-    devices = [device for device in sample.devices or () if device.writable]
-    disks = [
-        replace(sign, sure=sign.sure and device.own)
-        for device, sign in zip(devices, disk_signs(devices), strict=True)
+def _hidden_signs(sample: Sample, signs: Sequence[Sign]) -> list[Sign]:
+    """Return the signs of requests if it is unknown whether the process has any. Completed writes
+    are sure only for disks that the process itself has opened, because it is their only user."""
+    own = {f"disk:{device.number}" for device in sample.devices or () if device.own}
+    return [
+        replace(sign, sure=sign.sure and (not sign.name.startswith("disk:") or sign.name in own))
+        for sign in signs
     ]
-    return [*doubtful(_aio_signs(sample, previous)), *disks]
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
@@ -292,9 +291,10 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     """Return the wait that an unreadable source may hide, with the wait's readable signs."""
     signs = []
     if what == "io_urings":
-        signs = request_signs(sample, previous)
+        signs = _hidden_signs(sample, request_signs(sample, previous))
     elif what == "Linux AIO":
-        signs = _hidden_aio_signs(sample, previous)
+        disks = disk_signs(device for device in sample.devices or () if device.writable)
+        signs = [*doubtful(_aio_signs(sample, previous)), *_hidden_signs(sample, disks)]
     elif what == "threads":
         # The unreadable threads may wait for any file of the process. The signs of its disks are
         # doubtful, because other processes may use these disks, too.

@@ -447,13 +447,19 @@ def test_the_end_of_a_late_wait_starts_the_time_again(
         (50, held_until(52), Policy(), 110),
     ],
 )
+@pytest.mark.parametrize("is_pluggable", [False, True])
 def test_a_late_wait_gets_its_time(
-    begins: int, controls: Callable[[int], Control], policy: Policy, expected: int
+    begins: int,
+    controls: Callable[[int], Control],
+    policy: Policy,
+    expected: int,
+    is_pluggable: bool,
 ) -> None:
-    """The process was idle, and only a hold, an extension or a long grace has delayed SIGKILL."""
+    """The process was idle, and only a hold, an extension or a long grace has delayed SIGKILL.
+    Whether a guest with a monitor is idle is unknown."""
 
     def shows(second: int) -> Sample:
-        return IDLE if second < begins else ON_PIPE
+        return replace(IDLE if second < begins else ON_PIPE, pluggable=is_pluggable)
 
     assert kill_second(shows, controls, policy) == expected
 

@@ -16,9 +16,10 @@ from tests.pure.test_verdict import (
     OF_NBD,
     ON_MOUNT,
     SERVER,
+    UNIX,
     served,
 )
-from tests.pure.test_verdict_unreadable import kill_time
+from tests.pure.test_verdict_unreadable import DISK, kill_time
 
 
 def fuse(number: str, answered: int) -> Mount:
@@ -97,3 +98,39 @@ def test_another_mount_at_the_same_place_of_the_list_is_no_progress() -> None:
         )
 
     assert kill_time(shown) == 60
+
+
+def test_a_guest_that_cannot_take_sigterm_makes_no_progress_beside_doubtful_movement() -> None:
+    """The first thread waits for a file system that others use. The guest still runs, and writes to
+    another disk."""
+    waiting = replace(ON_MOUNT, first=True)
+    disk = replace(DISK, in_flight=1)
+
+    def shown(second: int) -> Sample:
+        return replace(
+            IDLE,
+            term_pending=True,
+            threads=(waiting,),
+            mounts=(fuse("0:9", second),),
+            rings=4,
+            devices=(replace(disk, writes=disk.writes + second),),
+        )
+
+    assert kill_time(shown, 400) == 300
+
+
+def test_a_shared_disk_is_no_progress_if_the_requests_are_unreadable() -> None:
+    """Other processes write to the disk, and an NBD server is frozen."""
+    disk = replace(DISK, in_flight=1)
+
+    def shown(second: int, *, own: bool = False) -> Sample:
+        return replace(
+            IDLE,
+            rings=None,
+            nodes=(NBD,),
+            sockets=(replace(UNIX, send_queue=700),),
+            devices=(replace(disk, writes=disk.writes + second, own=own),),
+        )
+
+    assert kill_time(shown, 400) == 60
+    assert kill_time(lambda second: shown(second, own=True), 400) is None
