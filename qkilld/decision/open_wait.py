@@ -7,7 +7,7 @@ from typing import Final
 
 from qkilld.decision.connections import Connections
 from qkilld.decision.server_signs import is_own_work
-from qkilld.decision.signs import WINDOW, Sign, SignKind
+from qkilld.decision.signs import RISE, WINDOW, Sign, SignKind
 from qkilld.decision.waits import Wait, WaitKind
 from qkilld.model.dataclass import dataclass
 
@@ -24,8 +24,6 @@ class Mark:
     value: int
     at: int
     """When the value was first read; for TRAFFIC, when its window began. CLOCK_MONOTONIC, µs."""
-    sent: int | None = None
-    """Sign.sent when the value was read."""
     switches: int | None = None
     """Sign.switches when the value was read. But if Sign.switches was unreadable then, or the count
     had begun again, the value of the mark before."""
@@ -124,11 +122,11 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _mark(sign: Sign, at: int) -> Mark:
-    return Mark(sign.name, sign.value, at, sign.sent, sign.switches)
+    return Mark(sign.name, sign.value, at, sign.switches)
 
 
 def _has_moved(sign: Sign, mark: Mark) -> bool:
-    if _must_wait(sign, mark) or sign.sent != mark.sent:
+    if _must_wait(sign, mark):
         return False
     match sign.kind:
         case SignKind.COUNT | SignKind.TRAFFIC:
@@ -136,7 +134,7 @@ def _has_moved(sign: Sign, mark: Mark) -> bool:
             return sign.value - mark.value >= sign.least
         case SignKind.CHANGE:
             return sign.value != mark.value
-        case SignKind.LOW:
+        case SignKind.LOW | SignKind.FALL:
             return mark.value - sign.value >= sign.least
         case SignKind.QUIET:
             return False
@@ -166,11 +164,13 @@ def _stays(mark: Mark, sign: Sign, at: int) -> bool:
         return grown >= 0
     match sign.kind:
         case SignKind.COUNT:
-            return 0 <= grown < sign.least and sign.sent == mark.sent
+            return 0 <= grown < sign.least
         case SignKind.CHANGE:
             return False
         case SignKind.LOW:
             return -grown < sign.least
+        case SignKind.FALL:
+            return -sign.least < grown < RISE
         case SignKind.TRAFFIC:
             return 0 <= grown < sign.least and at - mark.at < WINDOW
         case SignKind.QUIET:

@@ -122,17 +122,17 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
                 )
             )
             if chatty:
-                # Other programs than storage send by themselves, too.
+                # A keepalive goes both ways, and a reply to an earlier request goes one way.
+                # Programs other than storage send by themselves, too.
                 is_storage = protocol != ""
                 signs.append(
                     Sign(
                         f"answers:{inode}",
-                        SignKind.COUNT,
-                        read,
+                        SignKind.FALL,
+                        socket.acked + socket.send_queue - read,
                         "the server answered earlier requests",
                         sure=is_storage,
                         is_reply=is_storage,
-                        sent=socket.acked + socket.send_queue,
                     )
                 )
     elif socket.family == "unix" or not chatty:

@@ -19,6 +19,8 @@ from qkilld.model.sample import FLUSH_CALLS, Device, Io, Sample, Thread
 WINDOW: Final = 6 * USEC_PER_SEC
 """The time (µs) over which traffic is counted. Disks write data back in bursts that are up to 5 s
 apart."""
+RISE: Final = 512
+"""See SignKind.FALL."""
 TALK: Final = 256
 """QEMU's threads exchange at least this many bytes in a WINDOW only if replies arrive. Without
 replies, they exchange 8 to 16 bytes a second."""
@@ -55,6 +57,8 @@ class SignKind(StrEnum):
     LOW = "low"
     """The sign has moved if its value is lower by `least` than ever before. A fall to an earlier
     value does not count: new requests may have filled the queue in between."""
+    FALL = "fall"
+    """Like LOW, but once the value has risen by RISE, only later values are compared."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
@@ -76,9 +80,6 @@ class Sign:
     is_reply: bool = False
     """Whether the sign moves only if the server has answered a request. QEMU does not repeat an
     answered request over the next connection."""
-    sent: int | None = None
-    """For a sign that moves only if the process has sent nothing since the mark: the bytes that it
-    has sent; None for other signs. Keepalives go both ways, but replies only one way."""
     switches: int | None = None
     """For a sign that moves only if the process has run (each reply makes it run): the value of
     Sample.switches. If the sign is for the replies to a server: the server's context switches. None

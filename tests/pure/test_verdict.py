@@ -921,7 +921,8 @@ def test_replies_to_earlier_requests_are_progress_over_iscsi(
                 sockets=(
                     replace(
                         OF_ISCSI,
-                        acked=200_000 + second // 7 * 48,
+                        # The second half of each keepalive comes a second later.
+                        acked=200_000 + (second + 1) // 7 * 48,
                         received=500 + received[second] + second // 7 * 48,
                     ),
                 ),
