@@ -135,8 +135,7 @@ def _losses(servers: StorageServers, young: frozenset[int], ended: frozenset[int
         for place, text in servers.lost.items()
     }
     for pid, left in servers.left.items():
-        # A present server is judged with its own connection.
-        if pid in ended and not servers.serves(pid, left.place):
+        if pid in ended:
             lost.setdefault(left.place, f"{left.text} during the stop;")
     yield from (f"{text} {_MAY_BE_LOST}" for text in lost.values())
     known = {left.place for left in servers.left.values()}

@@ -174,8 +174,7 @@ class StorageServers:
     mounts: Mapping[str, MountServers] = field(default_factory=dict)
     """Keyed by Mount.number."""
     left: Mapping[int, Left] = field(default_factory=dict)
-    """The processes that the guest has left, keyed by process id. They may still run, or serve the
-    guest again."""
+    """The processes that the guest has left, keyed by process id. They may still run."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """For each node that has lost its connection to a server that was not found: what was lost.
     Keyed by the node's name."""
@@ -218,10 +217,24 @@ class StorageServers:
         }
         return {**present, **self.left}
 
-    def serves(self, pid: int, place: str) -> bool:
-        """Return whether a process is between the guest and this node or mount."""
-        server = self.connected.get(place) or self.mounts.get(place)
-        return server is not None and pid in server.serving | server.lasting
+    def with_left(self, left: Mapping[int, Left]) -> StorageServers:
+        """Return the same with these processes in `left`, except those that serve their place."""
+        present = {
+            place: self._processes_at(place) for place in {one.place for one in left.values()}
+        }
+        others = {pid: one for pid, one in left.items() if pid not in present[one.place]}
+        return self if others == self.left else replace(self, left=others)
+
+    def _processes_at(self, place: str) -> frozenset[int]:
+        """Return the processes that serve a node or mount, as far as known. It is unknown which
+        connection of a group belongs to which node."""
+        servers: list[NodeServer | MountServers] = []
+        if place in self.mounts:
+            servers.append(self.mounts[place])
+        if place in self.connected:
+            nodes = self.alike(self.connected[place].node)
+            servers += (self.connected[one.name] for one in nodes if one.name in self.connected)
+        return frozenset[int]().union(*(one.serving | one.lasting for one in servers))
 
     def _title(self, server: NodeServer | MountServers) -> str:
         if isinstance(server, MountServers):
@@ -246,6 +259,7 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if servers is None:
         return None
     servers = _follow_mounts(servers, sample)
+    servers = servers.with_left(servers.left)
     if len(servers.left) <= MAX_LEFT and len(servers.mounts) <= MAX_MOUNTS:
         return servers
     return replace(

@@ -189,7 +189,7 @@ class ServerWatch:
         for one in saved:
             exits.add(one.pid, one.started)
         self._watched |= {one.pid for one in saved}
-        return replace(servers, left={**{one.pid: one.left for one in saved}, **servers.left})
+        return servers.with_left({**{one.pid: one.left for one in saved}, **servers.left})
 
     def _watch_mounts(self) -> None:
         """If only mounts need the watch, begin it."""

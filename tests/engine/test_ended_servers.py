@@ -95,6 +95,17 @@ def test_the_next_daemon_watches_the_same_servers(is_other: bool, has_ended: boo
     assert len(texts) == has_ended and all(LOST in text for text in texts)
 
 
+def test_the_next_daemon_judges_a_server_that_it_finds_by_its_connection() -> None:
+    """The kernel proves that the guest closed the connection first."""
+    over_tcp = replace(CONNECTED, sockets=(replace(SOCKET, family="tcp", tcp_id="02"),))
+    world, process = ServedWorld(lambda now: over_tcp), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    after, process, job = resumed(world, process)
+    after.exits.first, after.exits.after = True, frozenset({SERVER})
+    assert end(after, process, job) == ()
+
+
 def test_a_daemon_that_saw_no_servers_keeps_what_was_saved() -> None:
     world, process, _ = begun()
     world.sampler.shows = lambda now: None

@@ -447,7 +447,7 @@ def test_servers_that_are_replaced_again_and_again() -> None:
     """The node returns to a server that it had before, but has lost another one."""
     sockets = [replace(UNIX, inode=i, peer=replace(PEER, pid=90 + i % 3)) for i in range(7)]
     servers = follow(*map(sample, sockets))
-    assert servers.left.keys() == {90, 91, 92} and not servers.incomplete
+    assert servers.left.keys() == {91, 92} and not servers.incomplete
     text = risk(servers, before=frozenset({91}))
     assert "process 91" in text and "process 90" not in text
     many = [replace(UNIX, inode=i, peer=replace(PEER, pid=90 + i)) for i in range(50)]
@@ -465,6 +465,15 @@ def test_a_server_on_another_host_may_have_been_replaced(protocol: str, is_risk:
     servers = follow(sample(far, node=node), sample(replace(far, inode=8), node=node))
     assert ("lost its connection" in early(servers)) is is_risk
     assert ("lost its connection" in risk(servers)) is is_risk
+
+
+def test_two_nodes_whose_connections_change_places() -> None:
+    """Both lost their connections at once. Both servers still run, and serve the nodes."""
+    old = (replace(UNIX, node="a"), replace(NEW, node="a"))
+    new = tuple(replace(one, inode=one.inode + 10) for one in reversed(old))
+    servers = follow(*(replace(SHOWN, nodes=(A, B), sockets=sockets) for sockets in (old, new)))
+    assert {name: one.serving for name, one in servers.connected.items()} == {"a": {91}, "b": {90}}
+    assert servers.left == {} and early(servers, ended=90) == ""
 
 
 def test_a_worker_behind_the_server_was_replaced_but_still_runs() -> None:
