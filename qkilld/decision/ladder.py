@@ -186,6 +186,8 @@ def decide(facts: JobFacts, now: int) -> Decision:
     if evidence is not None and not tells_nothing(evidence.last):
         allowed = max(facts.promise.due, _evidence_due(facts, evidence))
         is_overdue = _add(allowed, _reap(facts)) <= evidence.last.at < _deadline(facts, due)
+        # When a hold ends, the last sample is still the one that was taken during the hold.
+        is_overdue = is_overdue or facts.promise.overdue_at == evidence.last.at
         overdue_at = evidence.last.at if is_overdue else 0
         promise = replace(promise, due=min(allowed, _latest(facts)), overdue_at=overdue_at)
     return _by_evidence(facts, _deadline(facts, due), now, promise)

@@ -363,7 +363,6 @@ def kill_second(
     evidence, promise = None, Promise()
     for second in range(1, 999):
         now = T0 + second * S
-        evidence = assess(evidence, replace(shows(second), at=now))
         facts = JobFacts(
             flags=FORCE,
             policy=policy,
@@ -373,7 +372,11 @@ def kill_second(
             control=controls(second),
             promise=promise,
         )
-        decision = decide(facts, now)
+        if evidence is not None:
+            # A call, such as the end of a hold, comes right before the sample.
+            promise = decide(facts, now - 1).promise or promise
+        evidence = assess(evidence, replace(shows(second), at=now))
+        decision = decide(replace(facts, assessment=evidence, promise=promise), now)
         promise = decision.promise or promise
         if decision.action is Action.KILL:
             return second
@@ -442,6 +445,8 @@ def test_the_end_of_a_late_wait_starts_the_time_again(
         (95, held_until(100), Policy(), 155),
         (100, held_until(100), Policy(), 160),
         (900, held_until(901), Policy(), 960),
+        (901, held_until(901), Policy(), 961),
+        (400, held_until(400), Policy(), 460),
         (100, lambda second: Control(not_before=T0 + 101 * S), Policy(), 160),
         (119, lambda second: Control(), Policy(grace=120 * S), 179),
         (50, held_until(52), Policy(), 110),
