@@ -52,7 +52,9 @@ class OpenWait:
     """The largest Wait.watched so far."""
     connections: Connections = Connections()
     certain: bool = False
-    """Wait.certain in the last usable sample."""
+    """Wait.certain in the last sample that showed the wait."""
+    holds_sigterm: bool = False
+    """Wait.holds_sigterm in the same sample."""
     by_server: bool = False
     """Whether only the own work of servers moved at `moved_at`."""
 
@@ -73,6 +75,7 @@ def new_wait(wait: Wait, at: int) -> OpenWait:
         watched=wait.watched,
         connections=Connections().follow(wait.connections, at),
         certain=wait.certain,
+        holds_sigterm=wait.holds_sigterm,
     )
 
 
@@ -117,6 +120,7 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         watched=max(wait.watched, old.watched),
         connections=connections,
         certain=wait.certain,
+        holds_sigterm=wait.holds_sigterm,
         by_server=by_server,
     )
 

@@ -371,35 +371,32 @@ def _follow(
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
         return tuple(waits), (), moves, []
     known = {wait.key: wait for wait in (*before.waits, *before.hidden)}
-    waits, moves, doubts, moved = [], [], [], []
-    is_certain = is_untaken = is_stuck = False
+    waits, moves, doubts, moved, still = [], [], [], [], []
     is_others = True
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
         followed = new_wait(wait, sample.at) if old is None else update_wait(wait, old, sample.at)
         waits.append(followed)
-        moved_at = max(followed.since, followed.moved_at or 0)
-        is_stuck = is_stuck or (wait.certain and sample.at - moved_at >= STUCK)
         if followed.moved_at == sample.at:
             moves.append(followed.moved_by)
             moved.append(wait)
             is_others = is_others and _may_be_for_others(followed)
             continue
-        is_untaken = is_untaken or wait.holds_sigterm
+        still.append(followed)
         if followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
-        else:
-            is_certain = is_certain or (wait.certain and not _was_doubted(followed, sample.at))
-    if is_certain:
+    hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
+    still += hidden
+    if any(one.certain and not _was_doubted(one, sample.at) for one in still):
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
+    is_stuck = any(one.certain and _stands(one, sample.at) >= STUCK for one in still)
     if is_stuck and is_others:
         # A request makes no progress, and other servers do. But nothing shows that they have a
         # request of this process: they may work for themselves, or need not even be storage.
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
-    hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
@@ -407,6 +404,7 @@ def _follow(
         # storage answered.
         moves.append("it has begun to exit")
     serves = is_stuck and has_client(sample)
+    is_untaken = any(one.holds_sigterm for one in still)
     if is_untaken or (serves and not any(is_own(wait, sample, before.seen) for wait in moved)):
         # The movement may be for others: either the guest still runs, because QEMU cannot take
         # SIGTERM yet, or an export serves a client while QEMU's main loop waits.
@@ -414,6 +412,11 @@ def _follow(
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), hidden, moves, doubts
+
+
+def _stands(wait: OpenWait, now: int) -> int:
+    """Return for how long (µs) the wait has not moved."""
+    return now - max(wait.since, wait.moved_at or 0)
 
 
 def _was_doubted(wait: OpenWait, now: int) -> bool:

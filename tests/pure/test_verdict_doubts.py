@@ -13,6 +13,7 @@ from tests.pure.test_verdict import (
     IDLE,
     NBD,
     NFS,
+    NO_IO,
     OF_NBD,
     ON_MOUNT,
     SERVER,
@@ -134,3 +135,32 @@ def test_a_shared_disk_is_no_progress_if_the_requests_are_unreadable() -> None:
 
     assert kill_time(shown, 400) == 60
     assert kill_time(lambda second: shown(second, own=True), 400) is None
+
+
+@pytest.mark.parametrize("every", [2, 10, 50])
+@pytest.mark.parametrize("takes_sigterm", [True, False])
+def test_a_hung_request_counts_although_its_source_is_often_unreadable(
+    every: int, takes_sigterm: bool
+) -> None:
+    """A thread waits for a hung disk. A program on a connection of unknown use writes its log or,
+    if SIGTERM is not taken, the guest writes to another disk."""
+    thread = replace(FDATASYNC, disks=("8:16",), first=not takes_sigterm)
+    hung = replace(DISK, number="8:16", in_flight=1)
+    logger = replace(SERVER, pid=95)
+
+    def shown(second: int) -> Sample:
+        busy = replace(logger, io=replace(NO_IO, write_bytes=second << 16))
+        socket = replace(UNIX, node="", role="unknown", peer=busy)
+        other = replace(DISK, writes=second, in_flight=1)
+        return replace(
+            IDLE,
+            term_pending=not takes_sigterm,
+            threads=None if second % every == 1 else (thread,),
+            devices=(hung,) if takes_sigterm else (hung, other),
+            sockets=(socket,) if takes_sigterm else (),
+            rings=0 if takes_sigterm else 4,
+            ringless=() if takes_sigterm else ("8:16",),
+        )
+
+    killed = kill_time(shown, 600)
+    assert killed is not None and killed <= 30 + 300
