@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -10,6 +11,7 @@ from qkilld.decision.server_signs import is_own_work
 from qkilld.decision.signs import RISE, WINDOW, Sign, SignKind
 from qkilld.decision.waits import Wait, WaitKind
 from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Thread
 
 MAX_MARKS: Final = 256
 """If a wait has more marks than this, those of missing signs are forgotten. The readers limit the
@@ -55,6 +57,8 @@ class OpenWait:
     """Wait.certain in the last sample that showed the wait."""
     holds_sigterm: bool = False
     """Wait.holds_sigterm in the same sample."""
+    calls: frozenset[str] = frozenset()
+    """calls_of(Wait.threads) in the same sample."""
     by_server: bool = False
     """Whether only the own work of servers moved at `moved_at`."""
 
@@ -76,6 +80,7 @@ def new_wait(wait: Wait, at: int) -> OpenWait:
         connections=Connections().follow(wait.connections, at),
         certain=wait.certain,
         holds_sigterm=wait.holds_sigterm,
+        calls=calls_of(wait.threads),
     )
 
 
@@ -121,8 +126,14 @@ def update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         connections=connections,
         certain=wait.certain,
         holds_sigterm=wait.holds_sigterm,
+        calls=calls_of(wait.threads),
         by_server=by_server,
     )
+
+
+def calls_of(threads: Iterable[Thread]) -> frozenset[str]:
+    """Return names of the threads that change if the threads run."""
+    return frozenset(f"{thread.tid} {thread.switches}" for thread in threads)
 
 
 def _mark(sign: Sign, at: int) -> Mark:

@@ -34,7 +34,7 @@ from qkilld.decision.amounts import (
     written_since,
 )
 from qkilld.decision.clients import has_client, is_own
-from qkilld.decision.open_wait import OpenWait, new_wait, update_wait
+from qkilld.decision.open_wait import OpenWait, calls_of, new_wait, update_wait
 from qkilld.decision.signs import CACHE_NOISE, OWN_IO
 from qkilld.decision.waits import (
     WaitKind,
@@ -440,10 +440,13 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
     """Return whether a wait that is no longer listed was for storage and has certainly ended; False
-    if the wait may have become unreadable instead."""
-    if wait.kind is not WaitKind.STORAGE or may_be_hidden(wait.key, sample):
+    if the wait may have become unreadable instead. A call of a thread that has not run is not over,
+    even if it is no longer known what the thread waits for."""
+    if wait.kind is not WaitKind.STORAGE:
         return False
-    return wait.key == "io_uring" or wait.key.startswith("call:")
+    if wait.key.startswith("call:"):
+        return sample.threads is not None and calls_of(sample.threads).isdisjoint(wait.calls)
+    return wait.key == "io_uring" and sample.rings is not None
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:

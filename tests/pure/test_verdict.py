@@ -1019,11 +1019,12 @@ def test_a_ring_that_timers_fill_and_empty_is_no_progress() -> None:
 
 def test_two_waits_each_with_its_own_signs() -> None:
     """The healthy disk flushes for 20 s. From then on, the dead disk decides."""
+    hung = replace(ON_MOUNT, tid=99)
     slow = [
         replace(
             IDLE,
             at=second * S,
-            threads=(FDATASYNC, ON_MOUNT) if second < 20 else (ON_MOUNT,),
+            threads=(FDATASYNC, hung) if second < 20 else (hung,),
             mounts=(FUSE,),
             devices=(Device("8:0", "sda", 1_000 + second, 80_000, 500, 1),),
         )
