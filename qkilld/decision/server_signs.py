@@ -123,16 +123,16 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
             )
             if chatty:
                 # A keepalive goes both ways, and a reply to an earlier request goes one way.
-                # Programs other than storage send by themselves, too.
-                is_storage = protocol != ""
+                # But the server may send by itself, too, except over iSCSI and NFS.
+                is_known = protocol in ("iscsi", "nfs")
                 signs.append(
                     Sign(
                         f"answers:{inode}",
                         SignKind.FALL,
                         socket.acked + socket.send_queue - read,
                         "the server answered earlier requests",
-                        sure=is_storage,
-                        is_reply=is_storage,
+                        sure=is_known,
+                        is_reply=is_known,
                     )
                 )
     elif socket.family == "unix" or not chatty:

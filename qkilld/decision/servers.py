@@ -219,22 +219,30 @@ class StorageServers:
 
     def with_left(self, left: Mapping[int, Left]) -> StorageServers:
         """Return the same with these processes in `left`, except those that serve their place."""
-        present = {
-            place: self._processes_at(place) for place in {one.place for one in left.values()}
+        groups = {
+            name: group
+            for group, nodes in self.groups.items()
+            for name in (node.name for node in nodes)
         }
-        others = {pid: one for pid, one in left.items() if pid not in present[one.place]}
+        present: dict[str, frozenset[int]] = {}
+        others = {}
+        for pid, one in left.items():
+            # It is unknown which connection of a group belongs to which node.
+            group = groups.get(one.place, "")
+            if (key := group or one.place) not in present:
+                present[key] = self._processes_at(group, one.place)
+            if pid not in present[key]:
+                others[pid] = one
         return self if others == self.left else replace(self, left=others)
 
-    def _processes_at(self, place: str) -> frozenset[int]:
-        """Return the processes that serve a node or mount, as far as known. It is unknown which
-        connection of a group belongs to which node."""
-        servers: list[NodeServer | MountServers] = []
-        if place in self.mounts:
-            servers.append(self.mounts[place])
-        if place in self.connected:
-            nodes = self.alike(self.connected[place].node)
-            servers += (self.connected[one.name] for one in nodes if one.name in self.connected)
-        return frozenset[int]().union(*(one.serving | one.lasting for one in servers))
+    def _processes_at(self, group: str, mount: str) -> frozenset[int]:
+        """Return the processes that serve the nodes of a group or, if it is "", a mount."""
+        if group:
+            nodes = (self.connected.get(node.name) for node in self.groups[group])
+            peers = tuple(_chain(one.peer for one in nodes if one is not None))
+            return _serving(peers) | _lasting(peers)
+        server = self.mounts.get(mount)
+        return frozenset() if server is None else server.serving | server.lasting
 
     def _title(self, server: NodeServer | MountServers) -> str:
         if isinstance(server, MountServers):
@@ -259,7 +267,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if servers is None:
         return None
     servers = _follow_mounts(servers, sample)
-    servers = servers.with_left(servers.left)
+    if servers.left:
+        servers = servers.with_left(servers.left)
     if len(servers.left) <= MAX_LEFT and len(servers.mounts) <= MAX_MOUNTS:
         return servers
     return replace(

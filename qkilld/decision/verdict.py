@@ -386,12 +386,14 @@ def _follow(
         if followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
     hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
-    still += hidden
     if any(one.certain and not _was_doubted(one, sample.at) for one in still):
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
         # progress.
         doubts = []
+    # A hidden wait may have ended, so it does not remove doubtful movement. But as far as known, it
+    # still prevents the exit.
+    still += hidden
     is_stuck = any(one.certain and _stands(one, sample.at) >= STUCK for one in still)
     if is_stuck and is_others:
         # A request makes no progress, and other servers do. But nothing shows that they have a
@@ -404,7 +406,7 @@ def _follow(
         # storage answered.
         moves.append("it has begun to exit")
     serves = is_stuck and has_client(sample)
-    is_untaken = any(one.holds_sigterm for one in still)
+    is_untaken = sample.term_pending is not False and any(one.holds_sigterm for one in still)
     if is_untaken or (serves and not any(is_own(wait, sample, before.seen) for wait in moved)):
         # The movement may be for others: either the guest still runs, because QEMU cannot take
         # SIGTERM yet, or an export serves a client while QEMU's main loop waits.

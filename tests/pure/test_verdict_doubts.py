@@ -176,3 +176,28 @@ def test_a_call_of_a_thread_that_has_not_run_is_not_over(has_run: bool) -> None:
         return replace(IDLE, threads=(thread if second % 2 else lost,))
 
     assert kill_time(shown) == (None if has_run else 60)
+
+
+@pytest.mark.parametrize("last", [1, 50])
+def test_a_call_that_may_have_ended_unseen_hides_no_doubtful_movement(last: int) -> None:
+    """The threads become unreadable for good, and the disk completes a request each second."""
+
+    def shown(second: int) -> Sample:
+        disk = replace(DISK, writes=second, in_flight=1)
+        thread = replace(FDATASYNC, first=True)
+        threads = (thread,) if second <= last else None
+        return replace(IDLE, term_pending=second <= last, threads=threads, devices=(disk,))
+
+    killed = kill_time(shown, 600)
+    assert killed is not None and killed >= 300
+
+
+def test_a_call_of_unknown_end_does_not_prove_that_the_guest_still_runs() -> None:
+    """The process has taken SIGTERM since then, and requests on its io_urings complete."""
+
+    def shown(second: int) -> Sample:
+        disk = replace(DISK, writes=second, in_flight=1)
+        threads = None if second else (replace(FDATASYNC, first=True),)
+        return replace(IDLE, term_pending=not second, threads=threads, devices=(disk,), rings=4)
+
+    assert kill_time(shown, 600) is None
