@@ -22,26 +22,35 @@ from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_gra
 from qkilld.evidence.storage import FilePlace
 from qkilld.model.sample import ImagePlace
 
+FIRST_TIMEOUT_S: Final = 0.5
+"""How long the first sample waits for the command line, which usually takes 1 ms to read. On a busy
+host, the thread may get no processor for a while. A sample without the command line may hide a
+wait, and so delays SIGKILL until StorageStallSec=. After a second, an empty sample replaces a
+sample that is not complete (engine.sampling.TIMEOUT)."""
 TIMEOUT_S: Final = 0.05
+"""How long each later sample waits for it. The read is probably blocked."""
 
 
 class GraphReader:
     """Reads a command line once, because it does not change. Not thread-safe."""
 
-    __slots__ = ("_graph", "_pid", "_proc", "_thread")
+    __slots__ = ("_graph", "_pid", "_proc", "_thread", "_timeout_s")
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc
         self._thread: threading.Thread | None = None
         self._graph: BlockGraph | None = None
+        self._timeout_s = FIRST_TIMEOUT_S
 
     def read(self) -> BlockGraph | None:
-        """Return the graph; None while it is unknown. Blocks for at most TIMEOUT_S."""
+        """Return the graph; None while it is unknown. Blocks for at most FIRST_TIMEOUT_S, later
+        for at most TIMEOUT_S."""
         if self._graph is None:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = self._start()
             if self._thread is not None:
-                self._thread.join(TIMEOUT_S)
+                self._thread.join(self._timeout_s)
+                self._timeout_s = TIMEOUT_S
             if self._graph is not None:
                 self._thread = None
         return self._graph

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from qkilld.adapters.process import open_process
+from qkilld.evidence import command_line
 from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.storage import FilePlace
 from qkilld.monitor.reach import read_options
@@ -44,6 +50,32 @@ def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_di
     assert [reader.read() for _ in range(3)] == [None, None, None]
     assert reader.formatted([]) is None
     assert reader.ringless({"/a": FilePlace(("7:1",), "")}) == ()
+
+
+def test_only_the_first_read_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host, the first sample of an idle guest lacked its command line, and so SIGKILL
+    came after StorageStallSec=."""
+    goes_on = threading.Event()
+
+    def read_late(pid: int, proc: Path) -> list[str]:
+        goes_on.wait()
+        return ["qemu-system-x86_64", ""]
+
+    monkeypatch.setattr(command_line, "read_command_line", read_late)
+    timer = threading.Timer(0.2, goes_on.set)
+    timer.start()
+    try:
+        assert GraphReader(os.getpid()).read() is not None
+        goes_on.clear()
+        blocked = GraphReader(os.getpid())
+        assert blocked.read() is None
+        began = time.monotonic()
+        assert blocked.read() is None
+        assert time.monotonic() - began < command_line.FIRST_TIMEOUT_S
+    finally:
+        goes_on.set()
+        timer.join()
+    until(blocked.read, lambda graph: graph is not None)
 
 
 def test_very_much_in_config_files_takes_no_memory(lab_dir: Path) -> None:
