@@ -60,6 +60,7 @@ def choose(
     waits = {wait.key: wait for wait in known_waits if wait.kind is WaitKind.STORAGE}
     sample = evidence.seen
     groups = {node.name: group for group in groups_of(sample).values() for node in group.nodes}
+    unknown = [wait for key, wait in waits.items() if key.startswith(_SOCKET)]
     candidates = []
     for instance in instances:
         if instance.kind in ("block-node", "chardev") and instance.name not in cut_off:
@@ -71,6 +72,9 @@ def choose(
     for instance, titles, names in candidates:
         own = [groups[name] for name in names]
         node_waits = [waits[group.wait_key] for group in own if group.wait_key in waits]
+        if is_unnamed := instance.kind == "block-node" and not names:
+            # It was added through a monitor. Any connection of unknown use may belong to it.
+            node_waits = unknown
         if any(_is_after(still_since, wait.moved_at) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
@@ -86,8 +90,8 @@ def choose(
             working.append(candidate)
         elif any(_is_after(still_since, wait.doubted_at) for wait in node_waits):
             doubtful.append(candidate)
-        elif node_waits or (instance.kind == "block-node" and not names):
-            others.append((candidate, bool(node_waits)))
+        elif node_waits or is_unnamed:
+            others.append((candidate, bool(node_waits) and not is_unnamed))
     if suspects or moved or shared:
         return tuple(suspects or moved or shared)
     elsewhere = [wait for key, wait in waits.items() if not key.startswith((NODE_WAIT, _SOCKET))]

@@ -298,3 +298,19 @@ def test_never_without_force_nor_when_max_sec_is_over() -> None:
 def test_never_for_a_process_that_waits_for_nothing() -> None:
     idle = still(IDLE, 12)
     assert decide(facts(idle), idle.last.at).action is Action.KILL
+
+
+@pytest.mark.parametrize("stuck", [(), ("hot",)])
+def test_an_added_disk_whose_connection_may_be_the_one_that_moves_is_not_cut_off(
+    stuck: tuple[str, ...],
+) -> None:
+    """It had not answered before SIGTERM, but one connection of unknown use moves now."""
+
+    def shown(second: int) -> Sample:
+        moved = 4_000 * second
+        hot = Socket(2, "tcp", True, 0, 0, 0, 30_000 + moved, 20_000 + moved, role="unknown")
+        sockets = (link("dead", queue=700), hot)
+        return replace(with_nodes(*sockets, nodes=(DEAD,)), pluggable=True)
+
+    evidence = seen(*map(shown, range(70)))
+    assert chosen(evidence, node("dead"), node("hot"), stuck=frozenset(stuck)) == ["dead"]
