@@ -119,7 +119,7 @@ class Assessment:
     waiting_unsampled: int = 0
     """The value of `unsampled` at `waiting_at`."""
     hidden: tuple[OpenWait, ...] = ()
-    """Earlier waits that the last usable sample lacks only because their source was unreadable.
+    """Earlier waits that the last usable sample lacks only because something was unreadable.
     When it is readable again, they continue, so movement around that sample is not lost."""
 
     @property
@@ -385,7 +385,11 @@ def _follow(
         still.append(followed)
         if followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
-    hidden = tuple(old for old in known.values() if may_be_hidden(old.key, sample))
+    hidden = tuple(
+        old
+        for old in known.values()
+        if may_be_hidden(old.key, sample) or _is_in_same_call(old, sample)
+    )
     if any(one.certain and not _was_doubted(one, sample.at) for one in still):
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
@@ -442,13 +446,18 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
     """Return whether a wait that is no longer listed was for storage and has certainly ended; False
-    if the wait may have become unreadable instead. A call of a thread that has not run is not over,
-    even if it is no longer known what the thread waits for."""
+    if the wait may have become unreadable instead."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     if wait.key.startswith("call:"):
-        return sample.threads is not None and calls_of(sample.threads).isdisjoint(wait.calls)
+        return sample.threads is not None and not _is_in_same_call(wait, sample)
     return wait.key == "io_uring" and sample.rings is not None
+
+
+def _is_in_same_call(wait: OpenWait, sample: Sample) -> bool:
+    """Return whether a thread of the wait has not run, so its call has not ended, even if it is no
+    longer known what the thread waits for."""
+    return not wait.calls.isdisjoint(calls_of(sample.threads or ()))
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:

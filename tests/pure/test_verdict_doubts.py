@@ -166,16 +166,22 @@ def test_a_hung_request_counts_although_its_source_is_often_unreadable(
     assert killed is not None and killed <= 30 + 300
 
 
-@pytest.mark.parametrize("has_run", [True, False])
-def test_a_call_of_a_thread_that_has_not_run_is_not_over(has_run: bool) -> None:
+@pytest.mark.parametrize(
+    ("has_run", "completes", "killed"),
+    [(True, False, None), (False, False, 60), (False, True, None)],
+)
+def test_a_call_of_a_thread_that_has_not_run_is_not_over(
+    has_run: bool, completes: bool, killed: int | None
+) -> None:
     """The file for which the thread waits is found only in every other sample."""
 
     def shown(second: int) -> Sample:
         thread = replace(FDATASYNC, switches=second if has_run else 5)
         lost = replace(thread, target="", disks=())
-        return replace(IDLE, threads=(thread if second % 2 else lost,))
+        disk = replace(DISK, writes=second if completes else 0, in_flight=1)
+        return replace(IDLE, threads=(thread if second % 2 else lost,), devices=(disk,))
 
-    assert kill_time(shown) == (None if has_run else 60)
+    assert kill_time(shown) == killed
 
 
 @pytest.mark.parametrize("last", [1, 50])
