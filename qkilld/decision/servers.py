@@ -327,6 +327,8 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
         if socket.node in group_of:
             sockets.setdefault(group_of[socket.node], []).append(socket)
     nodes_now = {node.name: node for nodes in groups.values() for node in nodes}
+    # Later, QEMU may have closed the connection of unknown use that was the node's.
+    is_clear = before is None and not any(map(_is_unknown, sample.sockets))
     if before is None:
         before = StorageServers(unchecked=tuple(nodes_now.values()))
     known, left, lost = dict(before.connected), dict(before.left), dict(before.lost)
@@ -337,7 +339,7 @@ def _follow_nodes(before: StorageServers | None, sample: Sample) -> StorageServe
             if old.peer is None and old.inode != new.inode and old.node.protocol in _ONE_CONNECTION:
                 lost[new.node.name] = f"{title} lost its connection"
     unchecked = [nodes_now.get(node.name, node) for node in before.unchecked]
-    unserved = {node.name: node for node in unchecked if _should_be_connected(node, sample)}
+    unserved = {node.name: node for node in unchecked if _has_lost(node, is_clear)}
     unchecked = [one for one in unchecked if one.served is None and one.name not in unserved]
     return StorageServers(
         connected=known,
@@ -452,12 +454,11 @@ def _may_lose_data(node: Node) -> bool:
     return not node.read_only and node.protocol != "vhost-user"
 
 
-def _should_be_connected(node: Node, sample: Sample) -> bool:
+def _has_lost(node: Node, is_clear: bool) -> bool:
     """Return whether a missing connection means that the node has lost its server. QEMU connects an
     NBD node when it opens the node. But through a monitor, QEMU may have closed the node, which a
-    flush shows. Or one of the connections of unknown use is that of the node."""
-    is_nbd = node.protocol == "nbd"
-    return node.served is False or (is_nbd and not any(map(_is_unknown, sample.sockets or ())))
+    flush shows. `is_clear`: this is the first sample, and the use of each connection is known."""
+    return node.served is False or (node.protocol == "nbd" and is_clear)
 
 
 def _is_unknown(socket: Socket) -> bool:

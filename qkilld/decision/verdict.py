@@ -385,11 +385,7 @@ def _follow(
         still.append(followed)
         if followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
-    hidden = tuple(
-        old
-        for old in known.values()
-        if may_be_hidden(old.key, sample) or _is_in_same_call(old, sample)
-    )
+    hidden = [old for old in known.values() if may_be_hidden(old.key, sample)]
     if any(one.certain and not _was_doubted(one, sample.at) for one in still):
         # One of the waits certainly prevents the exit, and does not move. So ignore doubtful
         # movement elsewhere, which would only delay SIGKILL. If this wait ends, its end counts as
@@ -398,6 +394,8 @@ def _follow(
     # A hidden wait may have ended, so it does not remove doubtful movement. But as far as known, it
     # still prevents the exit.
     still += hidden
+    # The thread of such a call is also listed in another wait, which shows whether it moves.
+    hidden += (one for one in known.values() if _is_in_same_call(one, sample))
     is_stuck = any(one.certain and _stands(one, sample.at) >= STUCK for one in still)
     if is_stuck and is_others:
         # A request makes no progress, and other servers do. But nothing shows that they have a
@@ -417,7 +415,7 @@ def _follow(
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
-    return tuple(waits), hidden, moves, doubts
+    return tuple(waits), tuple(hidden), moves, doubts
 
 
 def _stands(wait: OpenWait, now: int) -> int:

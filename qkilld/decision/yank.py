@@ -72,15 +72,17 @@ def choose(
     for instance, titles, names in candidates:
         own = [groups[name] for name in names]
         node_waits = [waits[group.wait_key] for group in own if group.wait_key in waits]
-        if is_unnamed := instance.kind == "block-node" and not names:
-            # It was added through a monitor. Any connection of unknown use may belong to it.
-            node_waits = unknown
+        # If it was added through a monitor, any connection of unknown use may belong to it.
+        is_unnamed = instance.kind == "block-node" and not names
+        if is_unnamed and unknown and all(_is_after(still_since, one.moved_at) for one in unknown):
+            continue
         if any(_is_after(still_since, wait.moved_at) for wait in node_waits):
             continue
         candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
         owes = sample.sockets is not None and any(map(_owes, own))
         is_stuck = instance.name in known.stuck
-        if owes or (is_stuck and all(wait.moved_at is None for wait in node_waits)):
+        its_waits = unknown if is_unnamed else node_waits
+        if owes or (is_stuck and all(wait.moved_at is None for wait in its_waits)):
             suspects.append(candidate)
         elif is_stuck:
             moved.append(candidate)
@@ -91,7 +93,7 @@ def choose(
         elif any(_is_after(still_since, wait.doubted_at) for wait in node_waits):
             doubtful.append(candidate)
         elif node_waits or is_unnamed:
-            others.append((candidate, bool(node_waits) and not is_unnamed))
+            others.append((candidate, bool(node_waits)))
     if suspects or moved or shared:
         return tuple(suspects or moved or shared)
     elsewhere = [wait for key, wait in waits.items() if not key.startswith((NODE_WAIT, _SOCKET))]

@@ -336,6 +336,11 @@ def test_whether_a_server_listens_may_be_known_late(later: list[Sample], is_risk
     assert bool(risk(servers)) is is_risk
 
 
+def test_qemu_may_have_closed_the_connection_of_unknown_use() -> None:
+    servers = follow(sample(replace(UNIX, node="", role="unknown")), sample())
+    assert servers.unchecked == (NODE,) and risk(servers) == ""
+
+
 def test_guests_without_network_disks_share_one_object() -> None:
     no_disks = replace(SHOWN, nodes=(), sockets=())
     servers = follow_servers(None, no_disks)

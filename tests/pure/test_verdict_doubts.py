@@ -207,3 +207,17 @@ def test_a_call_of_unknown_end_does_not_prove_that_the_guest_still_runs() -> Non
         return replace(IDLE, term_pending=not second, threads=threads, devices=(disk,), rings=4)
 
     assert kill_time(shown, 600) is None
+
+
+@pytest.mark.parametrize("until", [0, 1, 5])
+def test_a_call_whose_place_is_known_only_at_first_still_makes_progress(until: int) -> None:
+    """The first thread cannot take SIGTERM before its flush is done."""
+
+    def shown(second: int) -> Sample:
+        thread = replace(FDATASYNC, first=True, switches=5)
+        lost = replace(thread, target="", disks=())
+        disk = replace(DISK, writes=second, in_flight=1)
+        threads = (thread if second <= until else lost,)
+        return replace(IDLE, term_pending=True, threads=threads, devices=(disk,))
+
+    assert kill_time(shown, 600) is None

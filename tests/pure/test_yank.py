@@ -314,3 +314,15 @@ def test_an_added_disk_whose_connection_may_be_the_one_that_moves_is_not_cut_off
 
     evidence = seen(*map(shown, range(70)))
     assert chosen(evidence, node("dead"), node("hot"), stuck=frozenset(stuck)) == ["dead"]
+
+
+def test_a_busy_connection_does_not_protect_an_added_disk_that_had_not_answered() -> None:
+    """There is another connection of unknown use, which does not move."""
+
+    def shown(second: int) -> Sample:
+        moved = 4_000 * second
+        busy = Socket(2, "tcp", True, 0, 0, 0, 30_000 + moved, 20_000 + moved, role="unknown")
+        hung = replace(busy, inode=3, send_queue=700, acked=30_000, received=20_000)
+        return replace(with_nodes(busy, hung, nodes=()), pluggable=True)
+
+    assert chosen(seen(*map(shown, range(70))), node("hot"), stuck=frozenset({"hot"})) == ["hot"]
