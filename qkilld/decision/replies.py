@@ -38,10 +38,15 @@ def reply_signs(
 
 
 def possible_replies(socket: Socket, switches: int | None) -> tuple[Sign, ...]:
-    """Return the signs of replies on a connection of unknown use: its server may be an NBD server
-    that was added later. `switches`: Sample.switches."""
+    """Return the signs of replies on a unix socket of unknown use: its server may be an NBD server
+    that was added later. TCP counts the bytes of replies. `switches`: Sample.switches."""
     peer = socket.peer
-    if peer is None or socket.accepted or not (peer.devices or peer.behind):
+    if (
+        socket.family != "unix"
+        or peer is None
+        or socket.accepted
+        or not (peer.devices or peer.behind)
+    ):
         return ()
     runs = runs_sign(peer)
     return () if runs is None else reply_signs(runs, peer, switches, sure=False)

@@ -201,7 +201,7 @@ def assess(
         outstanding_at, outstanding_unsampled = sample.at, unsampled
     doubt_at = sample.at if doubts else before.doubt_at
     waiting_at, waiting_unsampled = before.waiting_at, before.waiting_unsampled
-    if _begins_to_wait(before, outstanding):
+    if _begins_to_wait(before, waits, outstanding):
         waiting_at, waiting_unsampled = sample.at, unsampled
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
     amounts = count_amounts(before.amounts, before.first, sample)
@@ -230,12 +230,21 @@ def assess(
     )
 
 
-def _begins_to_wait(before: Assessment, outstanding: bool | None) -> bool:
-    """Return whether the process waits now, but did not in the last usable sample, as far as that
-    one showed. Most guests have a monitor, so whether they wait is never certainly False."""
-    if outstanding and not before.outstanding and not tells_nothing(before.seen):
-        return not any(wait.kind in _OUTSTANDING for wait in (*before.waits, *before.hidden))
-    return outstanding is None and before.outstanding is False
+def _begins_to_wait(
+    before: Assessment, waits: Sequence[OpenWait], outstanding: bool | None
+) -> bool:
+    """Return whether the process waits now, but did not in the last usable sample. Most guests have
+    a monitor, so whether they wait is never certainly False. For such a guest, only a request that
+    is certainly in flight counts: a new connection may have replaced a lost one."""
+    if before.outstanding is False:
+        return outstanding is not False
+    known = (*before.waits, *before.hidden)
+    was_seen = before.outstanding is None and not tells_nothing(before.seen)
+    return (
+        was_seen
+        and any(wait.certain for wait in waits)
+        and not any(wait.kind in _OUTSTANDING for wait in known)
+    )
 
 
 def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:

@@ -17,6 +17,7 @@ from tests.pure.test_verdict import (
     OF_NBD,
     ON_MOUNT,
     SERVER,
+    STRANGER,
     UNIX,
     served,
 )
@@ -221,3 +222,16 @@ def test_a_call_whose_place_is_known_only_at_first_still_makes_progress(until: i
         return replace(IDLE, term_pending=True, threads=threads, devices=(disk,))
 
     assert kill_time(shown, 600) is None
+
+
+def test_a_new_connection_of_unknown_use_starts_nothing_again() -> None:
+    """An added iSCSI disk connects to a frozen server again. The server of a third disk runs for
+    itself, as an iSCSI server does."""
+
+    def shown(second: int) -> Sample:
+        busy = replace(SERVER, threads=(), switches=10 * second)
+        new = replace(STRANGER, inode=100 + second // 20, peer=busy)
+        sockets = () if second % 20 == 19 else (new,)
+        return replace(IDLE, pluggable=True, switches=100 + second, sockets=sockets)
+
+    assert kill_time(shown, 400) == 60
