@@ -176,6 +176,17 @@ def test_a_server_that_is_not_found_is_looked_for_again() -> None:
     assert end(world, process, job) == ()
 
 
+def test_a_connection_that_the_first_sample_lacks_is_looked_for_again() -> None:
+    world, process = ServedWorld(lambda now: replace(CONNECTED, sockets=())), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.05)
+    assert process.sent == []
+    world.sampler.shows = lambda now: CONNECTED
+    world.clock.advance(0.1)
+    assert process.sent == [SIGTERM] and world.exits.watched == {SERVER}
+    assert end(world, process, job) == ()
+
+
 def test_a_search_that_takes_two_seconds() -> None:
     unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
     world, process = ServedWorld(lambda now: unfound), client()
