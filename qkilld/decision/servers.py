@@ -183,11 +183,16 @@ class StorageServers:
 
     @property
     def unfound(self) -> bool:
-        """Whether another sample may show more: a connection or a local server was not found yet,
-        it is not known yet whether a server exits with its client, or servers behind a server are
-        missing."""
+        """Whether another sample may show more: a local server was not found yet, it is not known
+        yet whether a server exits with its client, or servers behind a server are missing."""
         missing = any(one.local for one in self.connected.values() if one.peer is None)
-        return bool(missing or self.disconnected or self.unchecked) or not _are_known(self._chain())
+        return missing or not _are_known(self._chain())
+
+    @property
+    def lacks_connections(self) -> bool:
+        """Whether a node should be connected, as far as known, but is not."""
+        nodes = (*self.disconnected, *self.unchecked)
+        return any(node.protocol in _ONE_CONNECTION for node in nodes)
 
     def alike(self, node: Node) -> tuple[Node, ...]:
         """Return the nodes in the group of `node` (Node.group), including `node` itself."""

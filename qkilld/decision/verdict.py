@@ -20,7 +20,7 @@ other guests move counters forever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from typing import Final
@@ -63,6 +63,8 @@ requests to slow servers take up to 25 s (measured)."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 
+MAX_HIDDEN: Final = 256
+"""At most this many hidden waits are kept."""
 _NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
@@ -234,17 +236,17 @@ def _begins_to_wait(
     before: Assessment, waits: Sequence[OpenWait], outstanding: bool | None
 ) -> bool:
     """Return whether the process waits now, but did not in the last usable sample. Most guests have
-    a monitor, so whether they wait is never certainly False. For such a guest, only a request that
-    is certainly in flight counts: a new connection may have replaced a lost one."""
+    a monitor or a connection that may owe a reply, so whether they wait is never certainly False.
+    For such a guest, only a new request that is certainly in flight counts, if there was none."""
     if before.outstanding is False:
         return outstanding is not False
-    known = (*before.waits, *before.hidden)
-    was_seen = before.outstanding is None and not tells_nothing(before.seen)
-    return (
-        was_seen
-        and any(wait.certain for wait in waits)
-        and not any(wait.kind in _OUTSTANDING for wait in known)
+    if tells_nothing(before.seen):
+        return False
+    known = {wait.key: wait.certain for wait in (*before.waits, *before.hidden)}
+    stands = any(wait.certain for wait in before.hidden) or any(
+        known.get(wait.key, False) for wait in waits
     )
+    return not stands and any(wait.certain and wait.key not in known for wait in waits)
 
 
 def _is_passing_blindness(before: Assessment, waits: Sequence[OpenWait]) -> bool:
@@ -404,14 +406,15 @@ def _follow(
     # still prevents the exit.
     still += hidden
     # The thread of such a call is also listed in another wait, which shows whether it moves.
-    hidden += (one for one in known.values() if _is_in_same_call(one, sample))
+    calls = _calls_of(known.values(), sample)
+    hidden += (one for one in known.values() if not calls.isdisjoint(one.calls))
     is_stuck = any(one.certain and _stands(one, sample.at) >= STUCK for one in still)
     if is_stuck and is_others:
         # A request makes no progress, and other servers do. But nothing shows that they have a
         # request of this process: they may work for themselves, or need not even be storage.
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not sample.exiting:
-        moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
+        moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample, calls)]
     elif not before.seen.exiting:
         # Do not count calls that have ended, because the exit may have interrupted them before the
         # storage answered.
@@ -424,7 +427,7 @@ def _follow(
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
-    return tuple(waits), tuple(hidden), moves, doubts
+    return tuple(waits), tuple(hidden[-MAX_HIDDEN:]), moves, doubts
 
 
 def _stands(wait: OpenWait, now: int) -> int:
@@ -451,20 +454,23 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
     return max((time for time in delays if time > SLACK), default=0)
 
 
-def _is_over(wait: OpenWait, sample: Sample) -> bool:
+def _is_over(wait: OpenWait, sample: Sample, calls: frozenset[str]) -> bool:
     """Return whether a wait that is no longer listed was for storage and has certainly ended; False
-    if the wait may have become unreadable instead."""
+    if the wait may have become unreadable instead. `calls`: see _calls_of."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     if wait.key.startswith("call:"):
-        return sample.threads is not None and not _is_in_same_call(wait, sample)
+        # The call of a thread that has not run has not ended, even if it is no longer known what
+        # the thread waits for.
+        return sample.threads is not None and calls.isdisjoint(wait.calls)
     return wait.key == "io_uring" and sample.rings is not None
 
 
-def _is_in_same_call(wait: OpenWait, sample: Sample) -> bool:
-    """Return whether a thread of the wait has not run, so its call has not ended, even if it is no
-    longer known what the thread waits for."""
-    return not wait.calls.isdisjoint(calls_of(sample.threads or ()))
+def _calls_of(missing: Iterable[OpenWait], sample: Sample) -> frozenset[str]:
+    """Return the names of the calls in the sample (calls_of) if one of the missing waits has a
+    call."""
+    has_calls = any(wait.calls for wait in missing)
+    return calls_of(sample.threads or ()) if has_calls else frozenset()
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:

@@ -60,7 +60,8 @@ def choose(
     waits = {wait.key: wait for wait in known_waits if wait.kind is WaitKind.STORAGE}
     sample = evidence.seen
     groups = {node.name: group for group in groups_of(sample).values() for node in group.nodes}
-    unknown = [wait for key, wait in waits.items() if key.startswith(_SOCKET)]
+    accepted = {f"{_SOCKET}{one.inode}" for one in sample.sockets or () if one.accepted}
+    unknown = [w for key, w in waits.items() if key.startswith(_SOCKET) and key not in accepted]
     candidates = []
     for instance in instances:
         if instance.kind in ("block-node", "chardev") and instance.name not in cut_off:

@@ -324,7 +324,11 @@ class ServerWatch:
         self.note_sample(sample)
         if not self.until:
             return  # The search has already ended.
-        is_found = self._servers is not None and not self._servers.unfound
+        servers = self._servers
+        is_found = servers is not None and not servers.unfound
+        if servers is not None and servers.lacks_connections:
+            # The first sample may have missed a connection.
+            is_found = is_found and self._samples > 1
         # An empty sample replaces a late one, so the search may still be in progress.
         searches = sample.searching or sample.state == "?"
         is_over = self._samples >= MAX_SAMPLES and not searches

@@ -22,35 +22,37 @@ from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_gra
 from qkilld.evidence.storage import FilePlace
 from qkilld.model.sample import ImagePlace
 
-FIRST_TIMEOUT_S: Final = 0.5
-"""How long the first sample waits for the command line, which usually takes 1 ms to read. On a busy
-host, the thread may get no processor for a while. A sample without the command line may hide a
-wait, and so delays SIGKILL until StorageStallSec=. After a second, an empty sample replaces a
-sample that is not complete (engine.sampling.TIMEOUT)."""
+START_TIMEOUT_S: Final = 0.5
+"""How long a sample waits until the thread that reads the command line has begun. On a busy host,
+the thread may get no processor for a while. A sample without the command line may hide a wait, and
+so delays SIGKILL until StorageStallSec=. After a second, an empty sample replaces a sample that is
+not complete (engine.sampling.TIMEOUT)."""
 TIMEOUT_S: Final = 0.05
-"""How long each later sample waits for it. The read is probably blocked."""
+"""How long a sample then waits for the result, which usually takes 1 ms. If it takes longer, the
+read is probably blocked."""
 
 
 class GraphReader:
     """Reads a command line once, because it does not change. Not thread-safe."""
 
-    __slots__ = ("_graph", "_pid", "_proc", "_thread", "_timeout_s")
+    __slots__ = ("_graph", "_has_begun", "_pid", "_proc", "_thread")
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc
         self._thread: threading.Thread | None = None
         self._graph: BlockGraph | None = None
-        self._timeout_s = FIRST_TIMEOUT_S
+        self._has_begun = threading.Event()
 
     def read(self) -> BlockGraph | None:
-        """Return the graph; None while it is unknown. Blocks for at most FIRST_TIMEOUT_S, later
-        for at most TIMEOUT_S."""
+        """Return the graph; None while it is unknown. Blocks for at most START_TIMEOUT_S plus
+        TIMEOUT_S."""
         if self._graph is None:
             if self._thread is None or not self._thread.is_alive():
+                self._has_begun.clear()
                 self._thread = self._start()
             if self._thread is not None:
-                self._thread.join(self._timeout_s)
-                self._timeout_s = TIMEOUT_S
+                self._has_begun.wait(START_TIMEOUT_S)
+                self._thread.join(TIMEOUT_S)
             if self._graph is not None:
                 self._thread = None
         return self._graph
@@ -96,6 +98,7 @@ class GraphReader:
         return tuple(sorted(every - may_have))
 
     def _read(self) -> None:
+        self._has_begun.set()
         about(self._pid)
         try:
             argv = read_command_line(self._pid, self._proc)

@@ -187,6 +187,21 @@ def test_a_connection_that_the_first_sample_lacks_is_looked_for_again() -> None:
     assert end(world, process, job) == ()
 
 
+@pytest.mark.parametrize(("protocol", "waits"), [("nbd", True), ("rbd", False)])
+def test_a_node_that_has_no_connection_does_not_delay_sigterm_for_long(
+    protocol: str, waits: bool
+) -> None:
+    """The command line need not name the servers of rbd."""
+    nodes = (Node("d", protocol),)
+    shown = replace(CONNECTED, nodes=nodes, sockets=())
+    world, process = ServedWorld(lambda now: shown), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0.05)
+    assert process.sent == ([] if waits else [SIGTERM])
+    world.clock.advance(0.1)
+    assert process.sent == [SIGTERM]
+
+
 def test_a_search_that_takes_two_seconds() -> None:
     unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
     world, process = ServedWorld(lambda now: unfound), client()

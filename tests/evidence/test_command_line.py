@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qkilld.adapters.process import open_process
+from qkilld.adapters.target_threads import shared
 from qkilld.evidence import command_line
 from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.storage import FilePlace
@@ -52,9 +53,23 @@ def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_di
     assert reader.ringless({"/a": FilePlace(("7:1",), "")}) == ()
 
 
-def test_only_the_first_read_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_begins_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy host, the first sample of an idle guest lacked its command line, and so SIGKILL
     came after StorageStallSec=."""
+    start = shared.start
+
+    def start_late(pid: int, uid: int, target: Callable[[], None]) -> threading.Thread:
+        def late() -> None:
+            time.sleep(0.2)
+            target()
+
+        return start(pid, uid, late)
+
+    monkeypatch.setattr(shared, "start", start_late)
+    assert GraphReader(os.getpid()).read() is not None
+
+
+def test_a_blocked_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
 
     def read_late(pid: int, proc: Path) -> list[str]:
@@ -62,19 +77,13 @@ def test_only_the_first_read_waits_long(monkeypatch: pytest.MonkeyPatch) -> None
         return ["qemu-system-x86_64", ""]
 
     monkeypatch.setattr(command_line, "read_command_line", read_late)
-    timer = threading.Timer(0.2, goes_on.set)
-    timer.start()
+    blocked = GraphReader(os.getpid())
     try:
-        assert GraphReader(os.getpid()).read() is not None
-        goes_on.clear()
-        blocked = GraphReader(os.getpid())
-        assert blocked.read() is None
         began = time.monotonic()
         assert blocked.read() is None
-        assert time.monotonic() - began < command_line.FIRST_TIMEOUT_S
+        assert time.monotonic() - began < command_line.START_TIMEOUT_S
     finally:
         goes_on.set()
-        timer.join()
     until(blocked.read, lambda graph: graph is not None)
 
 

@@ -24,7 +24,7 @@ from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
-from qkilld.model.sample import Cgroup, Sample
+from qkilld.model.sample import Cgroup, Device, Node, Sample, Socket, Thread
 from tests.engine.conftest import IDLE, ON_PIPE
 
 S = 1_000_000
@@ -467,6 +467,22 @@ def test_a_late_wait_gets_its_time(
         return replace(IDLE if second < begins else ON_PIPE, pluggable=is_pluggable)
 
     assert kill_second(shows, controls, policy) == expected
+
+
+def test_a_late_flush_beside_a_standing_connection_gets_its_time() -> None:
+    """A healthy, idle NBD disk may owe a reply all the time. The guest was held until its other
+    disk began to flush, and this disk completes a request each second."""
+    nbd = Socket(1, "unix", True, 0, 0, role="storage", node="n")
+    flush = Thread(1, "worker", "D", 74, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",))
+
+    def shows(second: int) -> Sample:
+        disk = Device("8:0", "sda", second, 0, 0, 1)
+        threads = (flush,) if second >= 100 else ()
+        return replace(
+            IDLE, nodes=(Node("n", "nbd"),), sockets=(nbd,), devices=(disk,), threads=threads
+        )
+
+    assert kill_second(shows, held_until(100)) == 999
 
 
 def test_each_late_wait_gets_its_time() -> None:

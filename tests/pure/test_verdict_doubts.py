@@ -169,7 +169,7 @@ def test_a_hung_request_counts_although_its_source_is_often_unreadable(
 
 @pytest.mark.parametrize(
     ("has_run", "completes", "killed"),
-    [(True, False, None), (False, False, 60), (False, True, None)],
+    [(True, False, None), (False, False, 61), (False, True, None)],
 )
 def test_a_call_of_a_thread_that_has_not_run_is_not_over(
     has_run: bool, completes: bool, killed: int | None
