@@ -130,6 +130,7 @@ class ServerWatch:
 
     @property
     def to_save(self) -> tuple[SavedServer, ...]:
+        """The servers that the next daemon should watch."""
         servers, exits = self._servers, self._exits
         if servers is None or exits is None or not self._job.running:
             return self._saved

@@ -30,7 +30,7 @@ def ancestors_of(pid: int, proc: Path = PROC) -> Iterator[int]:
 def listener_of(pid: int, end: int, sockets: SocketTable, proc: Path = PROC) -> int:
     """If a process has an accepted connection, but does not listen at its address, return the
     nearest ancestor that does. It has most likely started the process for this connection. Return
-    0 if there is none, or if this is unknown.
+    0 if there is no such ancestor, or if it is unknown.
 
     `end`: the inode of the process's end. A server that is being stopped closes its listening
     socket, too. So a service manager, which may keep a copy of it, does not count. Costs 4 µs for

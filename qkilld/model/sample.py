@@ -156,9 +156,9 @@ class Peer:
     unread: int | None = None
     """Bytes that this process has sent to the peer and that the peer has not read yet."""
     parent: int = 0
-    """The process that has most likely started the peer for this connection: the nearest ancestor
-    that listens for such connections, if the peer does not, or the parent, if it has forked the
-    peer, which still runs the same program. 0 if there is none."""
+    """The process that has most likely started the peer for this connection; 0 if there is none. If
+    the peer does not listen for such connections, this is its nearest ancestor that does. If the
+    parent has forked the peer, and the peer runs the same program, this is the parent."""
     leaves: bool | None = False
     """Whether the peer exits by itself when its client disconnects, according to its command line;
     None if the command line was not read in time."""

@@ -33,7 +33,7 @@ class Stop:
     requests: int = 1_000
     """How many requests the disk has completed."""
     work: int = 0
-    """What a server with other clients has done."""
+    """The amount of work that a server with other clients has done."""
     seen_at: int = -1
     """The first of the last samples that all showed the wait for the disk; -1 if the last useful
     sample did not show it."""
